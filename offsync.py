@@ -1,0 +1,3408 @@
+#!/usr/bin/env python3
+"""Push one directory to many targets with rsync over SSH, using a key that can only write below one path.
+
+Every run is explicit: plan -> apply -> verify.
+
+roles
+  controller  owns the source directory and the private key; runs init, target, plan, apply, verify, doctor
+  target      receives files; runs link once (and unlink to revoke); afterwards only sshd, rrsync and rsync run there
+
+reads     the source directory; ~/.ssh/config for routing and ~/.ssh/known_hosts for host keys (through ssh)
+writes    on the controller: $OFFSYNC_HOME (default ~/.offsync) and one temporary directory, removed at the end
+          on the target: one line of ~/.ssh/authorized_keys, the --path directory if it is absent,
+          and, through rsync, what a plan lists below that path
+runs      ssh, ssh-keygen and rsync, always as argument lists, never through a shell; -v shows each before it starts;
+          link also asks sshd -T; install-deps runs the package manager, after showing the commands
+never     deletes without "delete: true", overwrites without "overwrite: true", forwards an agent or a port,
+          trusts a host key that nobody confirmed, sends a file before the restriction of the key is proved
+exit      0 done; 1 failed, refused or some target failed; 2 wrong usage or config; 3 differences found;
+          129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM
+"""
+import sys
+
+if sys.version_info < (3, 9):
+    sys.exit("offsync: this is Python %d.%d: offsync needs Python 3.9 or newer; run it with a newer python3"
+             % sys.version_info[:2])
+
+import argparse
+import base64
+import fcntl
+import fnmatch
+import hashlib
+import json
+import os
+import posixpath
+import pwd
+import queue
+import re
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional, Sequence, Union
+
+# --- Version and constants: policy before code ------------------------------------------------------------------
+
+VERSION = "1.0.0"
+
+# Every ssh that offsync starts gets all of these; the command line wins over ~/.ssh/config (ssh_config(5)).
+SSH_OPTIONS = (
+    "-o", "BatchMode=yes",                  # never ask: a question would hang a cron job
+    "-o", "IdentitiesOnly=yes",             # the dedicated key, no agent ...
+    "-o", "IdentityAgent=none",
+    "-o", "PreferredAuthentications=publickey",
+    "-o", "PasswordAuthentication=no",
+    "-o", "KbdInteractiveAuthentication=no",
+    "-o", "PubkeyAuthentication=yes",
+    "-o", "NoHostAuthenticationForLocalhost=no",
+    "-o", "VerifyHostKeyDNS=no",            # DNS is no proof of a host key
+    "-o", "UpdateHostKeys=no",              # known_hosts changes only in "target add"
+    "-o", "HashKnownHosts=no",
+    "-o", "CheckHostIP=no",                 # the name is what the operator confirmed
+    "-o", "ForwardAgent=no",
+    "-o", "ForwardX11=no",
+    "-o", "ClearAllForwardings=yes",
+    "-o", "Tunnel=no",
+    "-o", "PermitLocalCommand=no",
+    "-o", "RemoteCommand=none",
+    "-o", "RequestTTY=no",
+    "-o", "EscapeChar=none",
+    "-o", "ConnectTimeout=15",
+    "-o", "ServerAliveInterval=15",         # a dead link ends within a minute ...
+    "-o", "ServerAliveCountMax=3",          # ... because rsync's own --timeout kills healthy checksum passes
+    "-o", "LogLevel=ERROR",                 # no banner on stderr, but every reason
+)
+SSH_STRICT = ("-o", "StrictHostKeyChecking=yes")
+# A session over the open connection only: were the master gone, "false" keeps ssh from connecting afresh, unproved.
+SSH_SESSION = ("-o", "ControlMaster=no", "-o", "ProxyCommand=false", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR")
+# The master ends itself after this idle time even if everything that should end it was killed (seconds).
+MASTER_IDLE = 600
+# A host without multiplexing support gets one connection per session instead.
+SSH_NO_MULTIPLEXING = ("-o", "ControlMaster=no", "-o", "ControlPath=none")
+# Asking for the host key without authenticating at all: safe against whoever answers.
+SSH_FETCH_HOST_KEY = ("-o", "StrictHostKeyChecking=no", "-o", "PubkeyAuthentication=no",
+                      "-o", "PreferredAuthentications=none", "-o", "ControlPath=none")
+HOST_KEY_FAMILIES = ("ssh-ed25519", "ecdsa-sha2-nistp256,ecdsa-sha2-nistp384,ecdsa-sha2-nistp521",
+                     "rsa-sha2-512,rsa-sha2-256")
+
+# -8: names arrive as raw bytes in every locale. -i is implied by the %i in --out-format.
+RSYNC_ALWAYS = ("-8",)
+# One pass shows additions, changes and deletions. -t only adds time flags, which tell whether a quick
+# check could have noticed a change; differences of time alone are not reported.
+RSYNC_PLAN = {"hash": ("-n", "-rlptc", "--delete"), "quick": ("-n", "-rlpt", "--delete")}
+# --files-from sends exactly what is listed (no -r: directories without their contents); --delay-updates
+# renames all files at the end, and an interrupted run resumes from what it left in .~tmp~.
+# Never --partial-dir, --partial or --temp-dir: some releases lose files or leave half a file under the live name.
+RSYNC_SEND = ("-lptO", "--delay-updates", "--from0", "--files-from=-")
+RSYNC_COMPARE = ("-n", "-lptc", "--from0", "--files-from=-")
+# Of the listed entries, those that do not exist at all on the target.
+RSYNC_ABSENT = ("-n", "-lpt", "--ignore-existing", "--from0", "--files-from=-")
+# Deletes what the include rules name, protects all else. --from0 must stand before --include-from.
+# (--delete-missing-args fails in several releases.)
+RSYNC_DELETE = ("-r", "--delete", "--existing", "--ignore-existing", "--from0", "--include-from=-", "--exclude=*")
+RSYNC_LIST = ("-n", "-rlD")
+RSYNC_OLDEST = (3, 1, 0)
+RSYNC_SAFER = (3, 4, 0)                     # CVE-2024-12084 to 12088 and 12747: remote code execution
+STAGING = b".~tmp~"                         # where --delay-updates collects files
+TEMPORARY_NAME = re.compile(rb"\.(.+)\.[A-Za-z0-9]{6}\Z", re.DOTALL)   # a killed receiver leaves .NAME.XXXXXX
+
+CONNECT_DEADLINE = 60.0                     # seconds for connection and proof
+SESSION_DEADLINE = 60.0                     # seconds for a session that hashes nothing
+RESCAN_DEADLINE = 15.0                      # seconds to learn what arrived after an interruption
+RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)    # seconds; for MaxStartups drops and rrsync's lock
+SOCKET_PATH_LIMIT = 104 - 17                # bytes: sun_path on macOS, less what ssh appends while binding
+MAX_NAME_BYTES = 1 << 16                    # one line of rsync's; names are at most 4096 bytes, times 5 when escaped
+MAX_TARGET_ONLY = 5_000_000                 # entries: a hostile target must not fill our memory
+STDERR_KEPT = 1 << 15                       # bytes of a program's stderr that are kept, head and tail
+PLANS_KEPT = 10                             # reviewed plans kept so that "apply --plan" can name differences
+LISTED = 20                                 # offenders, differences: the first ones, then a count
+DEFAULT_JOBS = 8
+DEFAULT_EXCLUDE = (".git/",)
+
+# Printed by a shell, quoted by whatever only repeats the command: so the proof cannot be mistaken for an echo.
+PROOF_COMMAND, PROOF_OUTPUT = 'echo offsync-""shell-""answers', b"offsync-shell-answers"
+
+KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa",
+             "sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com")
+RSA_BITS = 2048
+KEY_RESTRICTIONS = "no-port-forwarding,no-agent-forwarding,no-X11-forwarding,no-pty,restrict"   # sshd(8)
+DEFAULT_RRSYNC = "/usr/bin/rrsync"
+RRSYNC_PLACES = (DEFAULT_RRSYNC, "/usr/local/bin/rrsync", "/opt/homebrew/bin/rrsync",
+                 "/home/linuxbrew/.linuxbrew/bin/rrsync", "/usr/lib/rsync/rrsync",
+                 "/usr/share/rsync/scripts/rrsync", "/usr/share/doc/rsync/support/rrsync",
+                 "/usr/share/doc/packages/rsync/support/rrsync", "/usr/share/doc/rsync-*/support/rrsync",
+                 "/usr/share/doc/rsync/scripts/rrsync", "/usr/share/doc/rsync/scripts/rrsync.gz")
+SBIN = "/usr/local/sbin:/usr/sbin:/sbin"    # where sshd lives; often not in a user's PATH
+BREW_BIN = ("/opt/homebrew/bin", "/usr/local/bin", "/home/linuxbrew/.linuxbrew/bin")
+# Writing into one of these themselves (not below them) is as good as a shell.
+SYSTEM_DIRECTORIES = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/opt", "/proc", "/root", "/run", "/sbin",
+                      "/sys", "/usr", "/usr/bin", "/usr/lib", "/usr/local", "/usr/local/bin", "/usr/sbin", "/var")
+# Login shells in which single quotes mean what POSIX says; others get only paths that need no quoting.
+POSIX_SHELLS = ("sh", "bash", "dash", "ash", "ksh", "ksh93", "mksh", "zsh", "busybox", "rbash")
+NO_LOGIN_SHELLS = ("nologin", "false", "true", "sync")
+
+
+class PackageManager(NamedTuple):
+    """How one package manager installs what each role needs; alternatives are tried in order."""
+    refresh: tuple[str, ...]
+    install: tuple[str, ...]
+    controller: tuple[tuple[str, ...], ...]
+    target: tuple[tuple[str, ...], ...]
+    extra: tuple[str, ...] = ()             # best effort, in a call of its own: one unknown name fails a whole call
+    sudo: bool = True
+    hint: str = ""
+
+
+_DNF_PACKAGES = ((("openssh-clients", "rsync"),), (("openssh-server", "rsync", "python3"),), ("rsync-rrsync",))
+PACKAGE_MANAGERS = {                        # in the order of preference; brew last because Linux has it too
+    "apt-get": PackageManager(("apt-get", "update"), ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install",
+                              "-y", "--no-install-recommends"),
+                              (("openssh-client", "rsync"),), (("openssh-server", "rsync", "python3"),)),
+    "dnf": PackageManager((), ("dnf", "-y", "install"), *_DNF_PACKAGES),
+    "yum": PackageManager((), ("yum", "-y", "install"), *_DNF_PACKAGES),
+    "pacman": PackageManager((), ("pacman", "-S", "--needed", "--noconfirm"),
+                             (("openssh", "rsync"),), (("openssh", "rsync", "python"),),
+                             hint="if a package was not found (404), run: pacman -Syu"),
+    "zypper": PackageManager((), ("zypper", "--non-interactive", "install", "--no-recommends"),
+                             (("openssh-clients", "rsync"), ("openssh", "rsync")),
+                             (("openssh-server", "rsync", "python3"), ("openssh", "rsync", "python3"))),
+    "apk": PackageManager((), ("apk", "add", "--no-cache"), (("openssh-client", "openssh-keygen", "rsync"),),
+                          (("openssh-server", "rsync", "rrsync"),)),
+    "brew": PackageManager((), ("brew", "install"), (("rsync",),), (("rsync",),), sudo=False,
+                           hint="sshd on macOS is System Settings > General > Sharing > Remote Login"),
+}
+
+
+class Symptom(NamedTuple):
+    """One way in which ssh, rrsync or rsync says that something is wrong, and what we say instead."""
+    kind: str
+    pattern: re.Pattern[bytes]
+    meaning: str                            # "why; what to do next", formatted with the target's fields
+
+
+def _symptom(kind: str, pattern: str, meaning: str) -> Symptom:
+    """Return one compiled row of the table below."""
+    return Symptom(kind, re.compile(pattern.encode()), meaning)
+
+
+# Searched in order in stderr: exit statuses say little (12 and 255 are interchangeable, and 0 proves nothing).
+SYMPTOMS = (
+    _symptom("host-key-changed", r"REMOTE HOST IDENTIFICATION HAS CHANGED",
+             "its host key changed; if that is expected, confirm the new one with: offsync target add {add}"),
+    _symptom("host-key-unknown", r"host key is known for|Host key verification failed|no matching host key type",
+             "its host key is not trusted yet; confirm it with: offsync target add {add}"),
+    _symptom("name", r"Could not resolve hostname", "the name {host} does not resolve; check it, or DNS"),
+    _symptom("refused", r"connect to .*: Connection refused|port \d+: Connection refused",
+             "the connection was refused; is sshd running there, on this port?"),
+    _symptom("unreachable", r"No route to host|Network is unreachable|Host is down",
+             "there is no route to it; check the network"),
+    _symptom("timeout", r"timed out|Timeout, server|not responding", "it did not answer in time; check host and network"),
+    _symptom("key-file", r"UNPROTECTED PRIVATE KEY|Load key .*(?:Permission denied|invalid format|error in libcrypto)",
+             "ssh cannot use our private key; run: offsync doctor"),
+    _symptom("key-refused", r"Permission denied \(|Too many authentication failures",
+             "it refused our key; run there: offsync link --path {path}, with the key that 'offsync init' prints"),
+    _symptom("busy-sshd", r"kex_exchange_identification|ssh_exchange_identification|Connection (?:closed|reset) by",
+             "sshd closed the connection before logging in; it is overloaded (MaxStartups) or blocks us"),
+    _symptom("session-refused", r"[Ss]ession open refused|session request failed|open failed: connect failed",
+             "sshd allows no further session (MaxSessions); raise it, or try again"),
+    _symptom("nologin", r"account is currently not available|not allowed to login",
+             "the login's shell refuses commands; give {user} a real shell on the target"),
+    _symptom("locked", r"Another instance of rrsync is already accessing",
+             "another rsync is using {path} there; try again when it has finished"),
+    _symptom("no-rrsync", r"rrsync: (?:\d+: )?(?:command )?not found|rrsync: No such file|rrsync: Permission denied"
+             r"|can't open file '[^']*rrsync|Can't open perl script|rrsync: cannot execute"
+             r"|Unknown command:? [^\n]*rrsync|not found: [^\n]*rrsync|rrsync: inaccessible or not found|rrsync: not found",
+             "rrsync is not at {rrsync} there; run on the target: offsync install-deps --role target, then link again"),
+    _symptom("read-only-key", r"sending to read-only server|read-only server is not allowed",
+             "its key is for reading only (rrsync -ro); run there: offsync link --path {path}"),
+    _symptom("perl-refusal", r"is not rsync|Not invoked via sshd|does not run rsync",
+             "rrsync did not accept the command; is it of the same release as rsync there?"),
+    _symptom("no-directory", r"Restricted directory does not exist|FileNotFoundError: [^\n]*No such file or directory: "
+             r"'(?!/usr/bin/rsync)|NotADirectoryError|chdir\(\)? [^\n]*failed",
+             "{path} is gone there or is no directory; create it again with: offsync link --path {path}"),
+    _symptom("no-rsync", r"/usr/bin/rsync'?: [^\n]*No such file|No such file or directory: '/usr/bin/rsync'"
+             r"|rsync: (?:\d+: )?(?:command )?not found|/usr/bin/rsync[^\n]*not found",
+             "rsync is missing there; run on the target: offsync install-deps --role target"),
+    _symptom("openrsync", r"openrsync|rsync 2\.6\.9 compatible",
+             "openrsync answers there instead of rsync; install the real rsync on the target"),
+    _symptom("option", r"has been disabled on this server|invalid rsync-command syntax|option is not supported"
+             r"|unknown option|unrecognized (?:option|arguments)",
+             "its rrsync refused an option; are rrsync and rsync there of the same release, 3.1.2 or newer?"),
+    _symptom("noise", r"is your shell clean|unexpected tag \d+|protocol incompatibility",
+             "something other than rsync answered; is the forced command rrsync, and do shell start files of {user} "
+             "there print nothing?"),
+    _symptom("space", r"No space left on device", "the disk is full there; free some space, then apply again"),
+    _symptom("quota", r"Disk quota exceeded", "a disk quota is used up there; raise it, then apply again"),
+    _symptom("read-only-disk", r"Read-only file system", "the file system is mounted read-only there; remount it"),
+    _symptom("source-unreadable", r"\[sender\][^\n]*(?:Permission denied|No such file or directory)"
+             r"|send_files failed to open|file has vanished|link_stat [^\n]* failed|readlink_stat",
+             "the source changed while it was read; plan again"),
+    _symptom("in-the-way", r"could not make way for|cannot delete non-empty directory",
+             "a directory that holds excluded or new files is in the way of a planned entry; move it, then plan again"),
+    _symptom("permission", r"Permission denied \(13\)|Operation not permitted \(1\)",
+             "{user} may not write everywhere below {path} there; mend owner and modes, then apply again"),
+    _symptom("not-a-directory", r"Not a directory \(20\)", "{path} there, or something in it, is no directory any more"),
+    _symptom("lost", r"connection unexpectedly closed|unexpected(?:ly)? (?:EOF|close)|Broken pipe|error in rsync protocol"
+             r"|[Cc]onnection to [^\n]* closed|error in socket IO|mux_client|client_loop",
+             "the connection was lost; apply again finishes the job"),
+)
+RETRIED = ("busy-sshd", "locked", "session-refused")
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------
+
+class OffsyncError(Exception):
+    """Expected trouble: "what: why; what to do next". main() alone prints it and exits with its status."""
+    status = 1
+
+
+class UsageError(OffsyncError):
+    """Wrong arguments, environment or config."""
+    status = 2
+
+
+class TargetError(OffsyncError):
+    """One target failed; kind is the symptom's name, or "other"."""
+
+    def __init__(self, message: str, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Interrupted(BaseException):
+    """A signal asked us to stop. Not an Exception: nothing on the way to main may swallow it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.status = 128 + signum
+
+
+# --- Values -----------------------------------------------------------------------------------------------------
+
+class Target(NamedTuple):
+    """Where to push: one entry of "targets" in config.yaml. port None leaves it to ssh (ssh_config, else 22)."""
+    login: str
+    user: str
+    host: str
+    remote_path: str
+    rrsync: str = DEFAULT_RRSYNC
+    port: Optional[int] = None
+
+    @property
+    def add_arguments(self) -> str:
+        """Return what follows "offsync target add" to add this target (again)."""
+        words = [self.login, "--path", self.remote_path]
+        if self.rrsync != DEFAULT_RRSYNC:
+            words += ["--rrsync", self.rrsync]
+        if self.port:
+            words += ["--port", str(self.port)]
+        return shlex.join(words)
+
+
+class Config(NamedTuple):
+    """config.yaml, validated. bwlimit is in KiB/s for each running target; 0 means none."""
+    source: str
+    delete: bool
+    overwrite: bool
+    verify: str
+    exclude: tuple[str, ...]
+    jobs: int
+    bwlimit: int
+    compress: bool
+    targets: tuple[Target, ...]
+
+
+class Scalar(NamedTuple):
+    """A scalar of config.yaml and where it stands: line index, first and last column."""
+    value: Any
+    line: int
+    start: int
+    end: int
+
+
+class Document(NamedTuple):
+    """config.yaml as parsed: its lines, its top-level nodes, and where each key and list item stands.
+
+    A node is a Scalar, a list of Scalars, or a list of dicts of Scalars.
+    """
+    lines: list[str]
+    nodes: dict[str, Any]
+    key_lines: dict[str, int]
+
+
+class PublicKey(NamedTuple):
+    """A public key; its identity is (type, blob)."""
+    type: str
+    blob: str
+    comment: str
+
+
+class Itemized(NamedTuple):
+    """One itemized line of rsync's: what differs about one entry."""
+    path: bytes
+    action: str                             # "delete", "new" or "change"
+    directory: bool
+    changes: tuple[str, ...]                # of a change: "content", "mode", "link"
+    quick: bool                             # a comparison of size and time sees the same: content and (size or time)
+
+
+class SourceEntry(NamedTuple):
+    """What a plan says about one source entry. digest is a file's sha256; stamp (ns) moves when it changes."""
+    type: str
+    size: int
+    mode: int
+    digest: Optional[bytes]
+    link: Optional[bytes]
+    stamp: int
+
+
+class Change(NamedTuple):
+    """One line of a plan."""
+    kind: str                               # "added", "modified", "missing", "leftover"
+    path: bytes
+    directory: bool                         # for missing and leftover; rsync does not tell a file from a symlink
+    changes: tuple[str, ...] = ()           # of modified: "content", "mode", "type", "link"
+    quick: bool = True
+
+
+class Result(NamedTuple):
+    """How a program ended. status is negative for a signal; None when its deadline passed."""
+    status: Optional[int]
+    stdout: bytes
+    stderr: bytes
+
+
+class Outcome(NamedTuple):
+    """What apply did to one target: one line of operations.log."""
+    target: Target
+    result: str                             # "ok", "failed", "interrupted"
+    error: Optional[str]
+    changed: list[bytes]
+    bytes_sent: int
+    seconds: float
+
+
+# --- Text: no I/O below, text in, values out --------------------------------------------------------------------
+
+def parse_itemized(line: bytes) -> Optional[Itemized]:
+    """Return what "%i %n" says, or None where nothing that we compare differs. Raises ValueError on anything else.
+
+    The code is YXcstpoguax (rsync(1), --itemize-changes). Times alone are not compared, nor is the root itself.
+    """
+    code, blank, escaped = line[:11], line[11:12], line[12:]
+    if len(code) != 11 or blank != b" " or not escaped:
+        raise ValueError("no itemized line: " + show(line))
+    name = parse_rsync_name(escaped)
+    directory = name.endswith(b"/")
+    path = name.rstrip(b"/")
+    if path == b"." or not path:
+        return None
+    if path.startswith(b"/") or any(part in (b"..", b".", b"") for part in path.split(b"/")):
+        raise ValueError("a name that leaves the directory: " + show(name))
+    if code.startswith(b"*deleting"):
+        return Itemized(path, "delete", directory, (), True)
+    if code[:1] not in b"<>ch." or code[1:2] not in b"fdL":
+        raise ValueError("an unknown itemize code: " + show(line))
+    if code[2:3] == b"+":
+        return Itemized(path, "new", code[1:2] == b"d", (), True)
+    changes = []
+    if code[1:2] == b"f" and code[:1] in b"<>":
+        changes.append("content")
+    if code[1:2] == b"L" and code[:1] == b"c":
+        changes.append("link")
+    if code[5:6] == b"p" and code[1:2] != b"L":
+        changes.append("mode")
+    # A quick check would go wrong: same size and time but other content, or the same content and another time.
+    same = code[3:4] == b"." and code[4:5] == b"."
+    quick = code[1:2] != b"f" or same != ("content" in changes)
+    return Itemized(path, "change", code[1:2] == b"d", tuple(changes), quick) if changes else None
+
+
+def parse_rsync_name(name: bytes) -> bytes:
+    r"""Return the exact bytes of a name that rsync printed: it writes control bytes as \#ooo (octal)."""
+    return re.sub(rb"\\#([0-7]{3})", lambda match: bytes([int(match.group(1), 8) & 255]), name)
+
+
+def format_include_rule(path: bytes, directory: bool) -> bytes:
+    """Return the anchored rsync pattern that matches exactly this path (rsync(1), PATTERN MATCHING RULES).
+
+    A backslash escapes only in a pattern that has a wildcard character; elsewhere it is a plain byte.
+    """
+    if re.search(rb"[*?\[]", path):
+        path = re.sub(rb"([*?\[\\])", rb"\\\1", path)
+    return b"/" + path + (b"/" if directory else b"")
+
+
+def show(name: bytes) -> str:
+    """Return a name for people: as it is, or quoted as git does if it could write to the terminal or mislead."""
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError:
+        text = ""
+    if text and text.isprintable() and not re.search(r'["\\]|^ | $', text):
+        return text
+    named = {7: "\\a", 8: "\\b", 9: "\\t", 10: "\\n", 11: "\\v", 12: "\\f", 13: "\\r", 34: '\\"', 92: "\\\\"}
+    if not text or not text.replace("\n", "").isascii():
+        return '"' + "".join(named.get(b, chr(b) if 32 <= b < 127 else "\\%03o" % b) for b in name) + '"'
+    return '"' + "".join(named.get(ord(c), c if 32 <= ord(c) < 127 else "\\%03o" % ord(c)) for c in text) + '"'
+
+
+def show_text(text: str) -> str:
+    """Return text from outside (an argument, a config value) fit for a message."""
+    return show(os.fsencode(text)) if text else '""'
+
+
+def quote_answer(stderr: bytes) -> str:
+    """Return the end of what a program said, on one line, safe for a terminal, at most 300 characters."""
+    lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+    text = " | ".join(lines[-4:])
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 300 else "..." + text[-297:]
+
+
+def format_bytes(size: float) -> str:
+    """Return a size in bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return "%d %s" % (size, unit) if unit == "B" else "%.1f %s" % (size, unit)
+        size /= 1024
+    return "%.1f TiB" % size
+
+
+def plural(count: int, singular: str, several: str = "") -> str:
+    """Return "1 file", "2 files"."""
+    return "%d %s" % (count, singular if count == 1 else several or singular + "s")
+
+
+def some_of(names: Sequence[str], separator: str = ", ") -> str:
+    """Return the first names and how many more there are."""
+    more = len(names) - LISTED
+    return separator.join(names[:LISTED]) + (separator + "and %d more" % more if more > 0 else "")
+
+
+def parse_rsync_version(output: bytes) -> Optional[tuple[int, int, int]]:
+    """Return the version that "rsync --version" prints, or None for openrsync and unknown programs."""
+    if b"openrsync" in output:
+        return None
+    match = re.search(rb"rsync\s+version\s+v?(\d+)\.(\d+)\.(\d+)\S*\s+protocol version \d+", output)
+    return (int(match.group(1)), int(match.group(2)), int(match.group(3))) if match else None
+
+
+def diagnose(target: Target, stderr: bytes) -> TargetError:
+    """Return what a failed ssh or rsync meant, as one sentence with its remedy and the original words."""
+    fields = target._asdict()
+    fields.update(path=shlex.quote(target.remote_path), add=target.add_arguments)
+    answer = quote_answer(stderr)
+    for symptom in SYMPTOMS:
+        if symptom.pattern.search(stderr):
+            meaning = symptom.meaning.format(**fields)
+            return TargetError("%s: %s (it said: %s)" % (target.login, meaning, answer), symptom.kind)
+    return TargetError("%s: it failed in an unknown way; run: offsync doctor %s (it said: %s)"
+                       % (target.login, target.login, answer or "nothing"))
+
+
+# config.yaml: a strict subset of YAML. What is accepted means the same to any YAML 1.1 or 1.2 parser; the rest is
+# refused by line. Top-level "key: value", lists of scalars, lists of mappings, comments.
+
+_YAML_KEY = re.compile(r"(?!(?i:y|n|yes|no|on|off|true|false|null):)([A-Za-z_][A-Za-z0-9_]*):(?= |$)")
+_YAML_SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|' r"'(?:[^']|'')*'" r"|\[ *\]|[A-Za-z0-9/][A-Za-z0-9_./@+-]*")
+_YAML_END = re.compile(r" *$| +#")
+_YAML_ESCAPE = re.compile(r'\\(?:(["\\ntr])|x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.?))')
+_YAML_FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]")
+# Plain words that some YAML parser takes for a boolean, a null or a merge.
+_YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
+
+
+class YamlError(ValueError):
+    """config.yaml is not in our subset; line counts from 1."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def parse_yaml(text: str) -> Document:
+    """Return the document. Raises YamlError with the line for whatever is not in the subset."""
+    lines = text.split("\n")
+    document = Document(lines, {}, {})
+    items: Optional[list[Any]] = None       # the open list
+    dash = -1                               # the column of its dashes, -1 until the first item
+    for number, line in enumerate(lines):
+        bad = _YAML_FORBIDDEN.search(line)
+        if bad:
+            raise YamlError(number + 1, "the character U+%04X is not allowed" % ord(bad.group()))
+        body = line.lstrip(" ")
+        if not body or body.startswith("#"):
+            continue
+        indent = len(line) - len(body)
+        if body == "-" or body.startswith("- "):
+            if items is None or indent != (indent if dash < 0 else dash):
+                raise YamlError(number + 1, "a list item where none is expected; indent all items of a list alike")
+            dash = indent
+            items.append(_parse_yaml_item(line, number, indent))
+        elif indent == 0:
+            items = _parse_yaml_top(document, line, number)
+            dash = -1
+        else:
+            if not items or not isinstance(items[-1], dict) or indent != items[-1][""].start:
+                raise YamlError(number + 1, "unexpected indentation")
+            _parse_yaml_pair(items[-1], line, number, indent)
+    for key, node in document.nodes.items():
+        if node == [] and lines[document.key_lines[key]].split("#")[0].rstrip().endswith(":"):
+            raise YamlError(document.key_lines[key] + 1, key + ": has no value; write [] for an empty list")
+    return document
+
+
+def _parse_yaml_top(document: Document, line: str, number: int) -> Optional[list[Any]]:
+    """Add one top-level pair; return its list where one may follow."""
+    match = _YAML_KEY.match(line)
+    if not match:
+        raise YamlError(number + 1, 'expected "key: value"')
+    key = match.group(1)
+    if key in document.nodes:
+        raise YamlError(number + 1, "the key %s stands here for the second time" % key)
+    document.key_lines[key] = number
+    scalar = _parse_yaml_scalar(line, number, match.end())
+    document.nodes[key] = [] if scalar is None else scalar
+    return document.nodes[key] if scalar is None else None
+
+
+def _parse_yaml_item(line: str, number: int, indent: int) -> Any:
+    """Return a list item: a Scalar, or a dict of Scalars whose first pair stands beside the dash.
+
+    The entry "" of such a dict says where it begins: the line, and the column of its keys.
+    """
+    start = indent + 1 + len(line[indent + 1:]) - len(line[indent + 1:].lstrip(" "))
+    match = _YAML_KEY.match(line, start)
+    if match:
+        mapping: dict[str, Scalar] = {"": Scalar(None, number, start, start)}
+        _parse_yaml_pair(mapping, line, number, start)
+        return mapping
+    scalar = _parse_yaml_scalar(line, number, indent + 1)
+    if scalar is None:
+        raise YamlError(number + 1, "an empty list item")
+    return scalar
+
+
+def _parse_yaml_pair(mapping: dict[str, Scalar], line: str, number: int, start: int) -> None:
+    """Add one "key: scalar" of a mapping within a list."""
+    match = _YAML_KEY.match(line, start)
+    if not match:
+        raise YamlError(number + 1, 'expected "key: value"')
+    scalar = _parse_yaml_scalar(line, number, match.end())
+    if scalar is None:
+        raise YamlError(number + 1, match.group(1) + ": has no value")
+    if match.group(1) in mapping:
+        raise YamlError(number + 1, "the key %s stands here for the second time" % match.group(1))
+    mapping[match.group(1)] = scalar
+
+
+def _parse_yaml_scalar(line: str, number: int, start: int) -> Optional[Scalar]:
+    """Return the scalar that follows column start, None if only a comment does."""
+    if _YAML_END.match(line, start):
+        return None
+    start += len(line[start:]) - len(line[start:].lstrip(" "))
+    match = _YAML_SCALAR.match(line, start)
+    if not match or not _YAML_END.match(line, match.end()):
+        raise YamlError(number + 1, "unsupported value; quote it: %s" % json.dumps(line[start:].strip()))
+    text = match.group()
+    if "\t" in text:
+        raise YamlError(number + 1, "a tab in a value; write \\t in double quotes")
+    return Scalar(_parse_yaml_value(text, number), number, start, match.end())
+
+
+def _parse_yaml_value(text: str, number: int) -> Any:
+    """Return the value of one scalar token."""
+    if text[0] == '"':
+        return _YAML_ESCAPE.sub(lambda match: _parse_yaml_escape(match, number), text[1:-1])
+    if text[0] == "'":
+        return text[1:-1].replace("''", "'")
+    if text[0] == "[":
+        return []
+    if text in ("true", "false"):
+        return text == "true"
+    if re.fullmatch(r"0|[1-9][0-9]{0,8}", text):
+        return int(text)
+    if text[0].isdigit() or text.lower() in _YAML_WORDS:
+        raise YamlError(number + 1, "%s means different things to different YAML parsers; write true, false, a decimal "
+                                    "number, or quote it" % text)
+    return text
+
+
+def _parse_yaml_escape(match: re.Match[str], number: int) -> str:
+    """Return the character of one escape in double quotes."""
+    simple, two, four, eight, other = match.groups()
+    if other is not None:
+        raise YamlError(number + 1, "unsupported escape \\%s in double quotes" % other)
+    if simple:
+        return {"n": "\n", "t": "\t", "r": "\r"}.get(simple, str(simple))
+    code = int(two or four or eight, 16)
+    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+        raise YamlError(number + 1, "an escape that is no character")
+    return chr(code)
+
+
+def format_yaml(value: Any) -> str:
+    """Return a scalar as any YAML parser reads it back; text always in double quotes."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else "\\U%08x" % ord(c) for c in escaped) + '"'
+
+
+def format_new_config(source: str) -> str:
+    """Return the config that init writes."""
+    return ('version: 1\nsource: %s\ndelete: false\noverwrite: true\nverify: "hash"\nexclude:\n  - ".git/"\n'
+            "targets: []\n" % format_yaml(source))
+
+
+def replace_scalar(document: Document, scalar: Scalar, value: Any) -> list[str]:
+    """Return the lines with one scalar replaced; its line's comment stays."""
+    line = document.lines[scalar.line]
+    lines = list(document.lines)
+    lines[scalar.line] = line[:scalar.start] + format_yaml(value) + line[scalar.end:]
+    return lines
+
+
+def _target_block(target: Target, dash: int) -> list[str]:
+    """Return the lines of one target; dash is the column of its dash."""
+    pairs: list[tuple[str, Any]] = [("login", target.login), ("user", target.user), ("host", target.host),
+                                    ("remote_path", target.remote_path), ("rrsync", target.rrsync)]
+    if target.port and target.port != 22:
+        pairs.append(("port", target.port))
+    return [" " * dash + ("  " if index else "- ") + key + ": " + format_yaml(value)
+            for index, (key, value) in enumerate(pairs)]
+
+
+def add_target_lines(text: str, target: Target) -> str:
+    """Return config text with this target added, or replaced where its login stands already."""
+    document = parse_yaml(text)
+    lines = list(document.lines)
+    node = document.nodes.get("targets")
+    if node is None:
+        while lines and not lines[-1].strip():
+            lines.pop()
+        return "\n".join(lines + ["targets:"] + _target_block(target, 2)) + "\n"
+    if isinstance(node, Scalar):            # targets: []
+        line = lines[node.line]
+        lines[node.line] = (line[:node.start].rstrip(" ") + line[node.end:]).rstrip(" ")
+        return "\n".join(lines[:node.line + 1] + _target_block(target, 2) + lines[node.line + 1:])
+    dash = node[0][""].start - 1 - _dash_gap(lines, node[0])
+    for item in node:
+        if item["login"].value == target.login:
+            return "\n".join(_replace_target(document, item, target))
+    end = max(scalar.line for scalar in node[-1].values()) + 1
+    return "\n".join(lines[:end] + _target_block(target, dash) + lines[end:])
+
+
+def _dash_gap(lines: Sequence[str], item: dict[str, Scalar]) -> int:
+    """Return how many blanks stand between an item's dash and its first key."""
+    before = lines[item[""].line][:item[""].start]
+    return len(before) - len(before.rstrip(" "))
+
+
+def _replace_target(document: Document, item: dict[str, Scalar], target: Target) -> list[str]:
+    """Return the lines with an existing target's values replaced in place; comments and order stay."""
+    lines = document.lines
+    for key in ("user", "host", "remote_path", "rrsync"):
+        if key in item and item[key].value != getattr(target, key):
+            lines = replace_scalar(document._replace(lines=lines), item[key], getattr(target, key))
+    extra = [" " * item[""].start + "%s: %s" % (key, format_yaml(getattr(target, key)))
+             for key in ("rrsync", "port") if key not in item and getattr(target, key) not in (None, 22, DEFAULT_RRSYNC)]
+    port = item.get("port")
+    if port and port.value != (target.port or 22):
+        lines = replace_scalar(document._replace(lines=lines), port, target.port or 22)
+    end = max(scalar.line for scalar in item.values()) + 1
+    return lines[:end] + extra + lines[end:]
+
+
+def remove_target_lines(text: str, login: str) -> str:
+    """Return config text without this target; comments around it stay."""
+    document = parse_yaml(text)
+    lines = list(document.lines)
+    items = document.nodes["targets"]
+    item = next(item for item in items if item["login"].value == login)
+    for index in sorted({scalar.line for scalar in item.values()}, reverse=True):
+        del lines[index]
+    if len(items) == 1:
+        index = document.key_lines["targets"]
+        lines[index] = lines[index].replace("targets:", "targets: []", 1)
+    return "\n".join(lines)
+
+
+# authorized_keys (sshd(8), AUTHORIZED_KEYS FILE FORMAT)
+
+def format_forced_command(rrsync_command: Sequence[str], path: str) -> str:
+    """Return the shell command of the forced command: rrsync, write-only, below path."""
+    return shlex.join([*rrsync_command, "-wo", path])
+
+
+def format_authorized_key(command: str, key: PublicKey, from_pattern: str = "") -> str:
+    """Return the authorized_keys line. Within quotes only the double quote is escaped, by a backslash."""
+    options = 'from="%s",' % from_pattern if from_pattern else ""
+    options += 'command="%s",%s' % (command.replace('"', '\\"'), KEY_RESTRICTIONS)
+    return " ".join(filter(None, (options, key.type, key.blob, key.comment)))
+
+
+_OUR_LINE = re.compile(r'(?:from="[^"]*",)?command="(?:[^"\\]|\\.)*-wo (?:[^"\\]|\\.)*",'
+                       + re.escape(KEY_RESTRICTIONS) + r" \S+ \S+(?: .*)?")
+
+
+def split_authorized_keys(text: bytes, key: PublicKey) -> tuple[list[bytes], list[int], list[int]]:
+    """Return (lines with their ends, indexes of offsync's lines for this key, indexes of foreign lines for it)."""
+    lines = text.splitlines(keepends=True) if b"\r" not in text else re.findall(rb"[^\n]*\n|[^\n]+", text)
+    ours: list[int] = []
+    foreign: list[int] = []
+    for index, line in enumerate(lines):
+        decoded = line.decode("utf-8", "surrogateescape").strip()
+        if decoded.startswith("#") or key.blob not in decoded.split():
+            continue
+        (ours if _OUR_LINE.fullmatch(decoded) else foreign).append(index)
+    return lines, ours, foreign
+
+
+def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -> bytes:
+    """Return the file with offsync's line for this key set to new_line, or removed for None.
+
+    Every other line stays byte for byte. Raises ValueError with the 1-based number of a foreign line with the key.
+    """
+    lines, ours, foreign = split_authorized_keys(text, key)
+    if foreign:
+        raise ValueError(foreign[0] + 1)
+    ours_set = set(ours)
+    kept = []
+    for index, line in enumerate(lines):
+        if index not in ours_set:
+            kept.append(line)
+        elif new_line is not None and index == ours[0]:
+            kept.append(os.fsencode(new_line) + (b"\n" if line.endswith(b"\n") else b""))
+    if new_line is not None and not ours:
+        if kept and not kept[-1].endswith(b"\n"):
+            kept[-1] += b"\n"
+        kept.append(os.fsencode(new_line) + b"\n")
+    return b"".join(kept)
+
+
+# Plans and manifests as text
+
+def json_path(path: bytes) -> dict[str, str]:
+    """Return the JSON fields of a path: "path", and "path_b64" where the name is not UTF-8."""
+    try:
+        return {"path": path.decode("utf-8")}
+    except UnicodeDecodeError:
+        return {"path": path.decode("utf-8", "replace"), "path_b64": base64.b64encode(path).decode()}
+
+
+def json_entry(change: Change, entry: Optional[SourceEntry]) -> dict[str, Any]:
+    """Return one entry of a plan as JSON values."""
+    fields: dict[str, Any] = dict(json_path(change.path))
+    if entry is None:
+        fields["type"] = "directory" if change.directory else "non-directory"
+        return fields
+    fields.update(type=entry.type, size=entry.size, mode="%04o" % entry.mode,
+                  sha256=entry.digest.hex() if entry.digest is not None else None)
+    if entry.link is not None:
+        fields.update({key.replace("path", "link"): value for key, value in json_path(entry.link).items()})
+    if change.kind == "modified":
+        fields["changes"] = list(change.changes)
+    return fields
+
+
+def canonical_line(change: Change, entry: Optional[SourceEntry]) -> str:
+    """Return the line of a plan that its ID is made of."""
+    words = [change.kind, ",".join(change.changes) or "-"]
+    if entry is None:
+        words.append("directory" if change.directory else "non-directory")
+    else:
+        content = entry.digest.hex() if entry.digest is not None else show(entry.link) if entry.link is not None else "-"
+        words += [entry.type, "%04o" % entry.mode, str(entry.size), content]
+    return " ".join(words) + "\t" + show(change.path)
+
+
+def name_plan_differences(reviewed: str, current: str) -> list[str]:
+    """Return what differs between two canonical plans, one sentence each."""
+    def sections(text: str) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        section: dict[str, str] = {}
+        for line in text.splitlines():
+            head, tab, name = line.partition("\t")
+            if tab:
+                section[name] = head
+            else:
+                section = found.setdefault(line, {})
+        return found
+    before, now = sections(reviewed), sections(current)
+    differences = ["no longer: " + line for line in before if line not in now]
+    differences += ["new: " + line for line in now if line not in before]
+    for section in now:
+        old = before.get(section, now[section])
+        for name in sorted(set(old) | set(now[section])):
+            if old.get(name) != now[section].get(name):
+                differences.append("%s: %s: was %s, is %s" % (
+                    section.partition(" ")[2].split(" ")[0] or section, name, *(
+                        head.split(" ")[0] if head else "equal" for head in (old.get(name), now[section].get(name)))))
+    return differences
+
+
+def format_manifest_line(path: bytes, digest: str) -> bytes:
+    r"""Return a line as sha256sum writes it: a leading backslash says that \n, \r and \\ are escaped in the name."""
+    escaped = path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
+    return (b"\\" if escaped != path else b"") + digest.encode() + b"  " + escaped + b"\n"
+
+
+def parse_manifest(data: bytes) -> dict[bytes, str]:
+    """Return path -> sha256 of a manifest, or of what sha256sum wrote. Raises ValueError with the line number."""
+    found: dict[bytes, str] = {}
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line or line.startswith(b"#"):
+            continue
+        match = re.fullmatch(rb"(\\?)([0-9a-f]{64}) [ *](.+)", line, re.DOTALL)
+        if not match:
+            raise ValueError(number)
+        name = match.group(3)
+        if match.group(1):
+            name = re.sub(rb"\\([\\nr])", lambda m: {b"\\": b"\\", b"n": b"\n", b"r": b"\r"}[m.group(1)], name)
+        found[name[2:] if name.startswith(b"./") else name] = match.group(2).decode()
+    return found
+
+
+# --- Checks: return the accepted value or raise -----------------------------------------------------------------
+
+_LOGIN = re.compile(r"(?P<user>[A-Za-z0-9_.][A-Za-z0-9_.@+\\-]*\$?)@"
+                    r"(?P<host>\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?\]|[A-Za-z0-9_][A-Za-z0-9_.-]*)", re.ASCII)
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_TOP_KEYS: dict[str, Any] = {
+    "version": "the number 1", "source": "an absolute path", "delete": "true or false", "overwrite": "true or false",
+    "verify": '"hash" or "quick"', "exclude": "a list of rsync patterns", "targets": "a list of targets",
+    "jobs": "a number from 1 to 1000", "bwlimit": "a number of KiB/s", "compress": "true or false"}
+_TARGET_KEYS = {"login": "user@host", "user": "the user of login", "host": "the host of login",
+                "remote_path": "an absolute path", "rrsync": "an absolute path", "port": "a number from 1 to 65535"}
+
+
+def validate_login(login: str) -> tuple[str, str]:
+    """Return (user, host) of user@host; an IPv6 literal stands in brackets and loses them here."""
+    match = _LOGIN.fullmatch(login)
+    if not match or len(login) > 320:
+        raise UsageError("login %s: it is not of the form user@host (user@[address] for IPv6)" % show_text(login))
+    return match["user"], match["host"].strip("[]")
+
+
+def validate_absolute_path(path: str, what: str) -> str:
+    """Return the path normalised. It must be absolute and free of control characters and undecodable bytes."""
+    if not path.startswith("/") or _CONTROL.search(path) or len(os.fsencode(path)) > 4000:
+        raise UsageError("%s %s: it must be an absolute path without control characters" % (what, show_text(path)))
+    return posixpath.normpath("/" + path.lstrip("/"))
+
+
+def validate_port(port: Any) -> int:
+    """Return a TCP port number."""
+    if isinstance(port, bool) or not str(port).isascii() or not str(port).isdigit() or not 1 <= int(port) <= 65535:
+        raise UsageError("port %s: it must be a number from 1 to 65535" % show_text(str(port)))
+    return int(port)
+
+
+def validate_config(text: str, filename: str) -> tuple[Config, Document]:
+    """Return the config and its document; every refusal names file, line and what is allowed."""
+    def refuse(line: int, message: str) -> NoReturn:
+        raise UsageError("%s:%d: %s; correct the line" % (filename, line, message))
+
+    try:
+        document = parse_yaml(text)
+    except YamlError as error:
+        refuse(error.line, str(error))
+    for key, line in document.key_lines.items():
+        if key not in _TOP_KEYS:
+            refuse(line + 1, "the key %s is unknown; known are %s" % (key, ", ".join(_TOP_KEYS)))
+    for key in ("version", "source"):
+        if key not in document.nodes:
+            refuse(1, 'the key "%s" is missing; it is %s' % (key, _TOP_KEYS[key]))
+
+    def value(key: str, default: Any, accept: Callable[[Any], bool]) -> Any:
+        node = document.nodes.get(key)
+        if node is None:
+            return default
+        if not isinstance(node, Scalar) or type(node.value) is not type(default) or not accept(node.value):
+            refuse(document.key_lines[key] + 1, "%s must be %s" % (key, _TOP_KEYS[key]))
+        return node.value
+
+    def items(key: str) -> list[Any]:
+        node = document.nodes.get(key, [])
+        if isinstance(node, Scalar) and node.value != []:
+            refuse(document.key_lines[key] + 1, "%s must be %s" % (key, _TOP_KEYS[key]))
+        return node if isinstance(node, list) else []
+
+    exclude = []
+    for item in items("exclude"):
+        if not isinstance(item, Scalar) or not isinstance(item.value, str) or not item.value \
+                or _CONTROL.search(item.value) or item.value == "!":
+            line = item.line if isinstance(item, Scalar) else item[""].line
+            refuse(line + 1, "exclude takes rsync patterns as text")
+        exclude.append(item.value)
+    value("version", 0, lambda v: v == 1)
+    config = Config(
+        source=value("source", "", lambda v: v.startswith("/") and not _CONTROL.search(v)),
+        delete=value("delete", False, lambda v: True), overwrite=value("overwrite", True, lambda v: True),
+        verify=value("verify", "hash", lambda v: v in RSYNC_PLAN),
+        exclude=tuple(exclude) if "exclude" in document.nodes else DEFAULT_EXCLUDE,
+        jobs=value("jobs", DEFAULT_JOBS, lambda v: 1 <= v <= 1000), bwlimit=value("bwlimit", 0, lambda v: True),
+        compress=value("compress", False, lambda v: True),
+        targets=tuple(_validate_target(item, refuse) for item in items("targets")))
+    logins: set[str] = set()
+    for target, item in zip(config.targets, items("targets")):
+        if target.login in logins:
+            refuse(item["login"].line + 1, "the target %s stands here for the second time" % target.login)
+        logins.add(target.login)
+    return config, document
+
+
+def _validate_target(item: Any, refuse: Callable[[int, str], NoReturn]) -> Target:
+    """Return one target of the config."""
+    if isinstance(item, Scalar):
+        refuse(item.line + 1, "a target is a list of keys: " + ", ".join(_TARGET_KEYS))
+    first = item[""].line + 1
+    fields = {key: scalar for key, scalar in item.items() if key}
+    for key, scalar in fields.items():
+        if key not in _TARGET_KEYS:
+            refuse(scalar.line + 1, "the key %s is unknown; a target has %s" % (key, ", ".join(_TARGET_KEYS)))
+        if type(scalar.value) is not (int if key == "port" else str):
+            refuse(scalar.line + 1, "%s must be %s" % (key, _TARGET_KEYS[key]))
+    for key in ("login", "user", "host", "remote_path"):
+        if key not in fields:
+            refuse(first, 'a target without the key "%s" (%s)' % (key, _TARGET_KEYS[key]))
+    line = first
+    try:
+        for key in fields:
+            line = fields[key].line + 1
+            if key == "login":
+                user, host = validate_login(fields[key].value)
+            elif key == "port":
+                validate_port(fields[key].value)
+            elif key in ("remote_path", "rrsync"):
+                validate_absolute_path(fields[key].value, key)
+    except UsageError as error:
+        refuse(line, str(error))
+    if (user, host) != (fields["user"].value, fields["host"].value):
+        refuse(fields["login"].line + 1, "login, user and host disagree; login is user@host")
+    return Target(**{key: scalar.value for key, scalar in fields.items()})
+
+
+def select_targets(targets: Sequence[Target], patterns: Sequence[str]) -> list[Target]:
+    """Return the targets whose login or host matches a pattern, all of them for none, sorted by login."""
+    chosen = set(targets if not patterns else ())
+    for pattern in patterns:
+        matching = [t for t in targets if pattern in (t.login, t.host)
+                    or fnmatch.fnmatchcase(t.login, pattern) or fnmatch.fnmatchcase(t.host, pattern)]
+        if not matching:
+            known = ", ".join(sorted(t.login for t in targets)) or "none yet; add one with: offsync target add"
+            raise UsageError("target %s: nothing matches; known targets: %s" % (show_text(pattern), known))
+        chosen.update(matching)
+    return sorted(chosen, key=lambda t: t.login)
+
+
+def validate_home(home: str) -> str:
+    """Return $OFFSYNC_HOME: absolute, and free of what the values of ssh's options would interpret."""
+    home = validate_absolute_path(home, "OFFSYNC_HOME")
+    if re.search(r'["%$\\]', home):
+        raise UsageError('OFFSYNC_HOME %s: ssh would interpret one of " %% $ \\ in it; choose another directory'
+                         % show_text(home))
+    return home
+
+
+def validate_public_key(text: str) -> PublicKey:
+    """Return the key of one line, as ssh-keygen accepts it, of a type and strength that OpenSSH calls safe."""
+    if "PRIVATE KEY" in text:
+        raise UsageError("key: that is a private key, which never leaves the controller; give the line that "
+                         "'offsync init' prints there")
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) != 1:
+        raise UsageError("key: %s instead of one; give the one line that 'offsync init' prints on the controller"
+                         % (plural(len(lines), "line") if lines else "nothing"))
+    match = re.fullmatch(r"(\S+)[ \t]+([A-Za-z0-9+/]+=*)(?:[ \t]+(.*))?", lines[0].strip())
+    if not match or match[1] not in KEY_TYPES or _CONTROL.search(match[3] or ""):
+        raise UsageError("key: it is not a public key of a known type (%s, ...); give the line that 'offsync init' "
+                         "prints on the controller, without options" % KEY_TYPES[0])
+    key = PublicKey(match[1], match[2], (match[3] or "").strip())
+    with tempfile.TemporaryDirectory(prefix="offsync-") as scratch:
+        path = os.path.join(scratch, "key.pub")
+        with open(path, "w", encoding="ascii") as stream:
+            stream.write("%s %s\n" % (key.type, key.blob))
+        result = run([program("ssh-keygen"), "-l", "-f", path])
+    bits = result.stdout.split(b" ")[0]
+    if result.status != 0 or not bits.isdigit():
+        raise UsageError("key: ssh-keygen does not accept it; copy the whole line that 'offsync init' prints")
+    if key.type == "ssh-rsa" and int(bits) < RSA_BITS:
+        raise UsageError("key: an RSA key of %s bits is too weak; use the ed25519 key of 'offsync init'" % bits.decode())
+    return key
+
+
+def validate_link_path(path: str, protected: dict[str, str]) -> str:
+    """Return the real path that the key may write below. protected: path -> why a key that writes there is a shell."""
+    real = os.path.realpath(validate_absolute_path(path, "path"))
+    validate_absolute_path(real, "path")
+
+    def refuse(why: str) -> NoReturn:
+        raise UsageError("path %s: %s, so a key that writes there would be as good as a shell; choose a directory "
+                         "that holds only delivered files" % (show_text(real), why))
+
+    if real == "/" or real in SYSTEM_DIRECTORIES or real.startswith(("/proc/", "/sys/", "/dev/")):
+        refuse("it is a system directory")
+    home = os.path.realpath(os.path.expanduser("~"))
+    if real == home:
+        refuse("it is the home directory")
+    ssh = os.path.realpath(os.path.join(home, ".ssh"))
+    for directory in {ssh, os.path.join(home, ".ssh")}:
+        if (real + "/").startswith(directory + "/"):
+            refuse("it lies in ~/.ssh")
+        protected = {**protected, directory: "it contains ~/.ssh"}
+    for inside, why in protected.items():
+        if (os.path.realpath(inside) + "/").startswith(real + "/") or (inside + "/").startswith(real + "/"):
+            refuse(why)
+    if os.path.lexists(real) and not os.path.isdir(real):
+        raise UsageError("path %s: it is no directory; choose another, or move it away" % show_text(real))
+    return real
+
+
+def validate_forced_command(words: Sequence[str], path: str, shell: str) -> str:
+    """Return the forced command; refused where the user's shell might read its quoting differently."""
+    command = format_forced_command(words, path)
+    needs_quotes = command != " ".join([*words, "-wo", path])
+    if needs_quotes and os.path.basename(shell) not in POSIX_SHELLS:
+        raise UsageError("path %s: it cannot be quoted safely for the login shell %s; choose a path of letters, "
+                         "digits and /._-" % (show_text(path), show_text(shell)))
+    if os.path.basename(words[0]) == "perl" and re.search(r"[^A-Za-z0-9/._+@%:,=-]", path):
+        raise UsageError("path %s: the Perl rrsync cannot take it safely; choose a path of letters, digits and /._-"
+                         % show_text(path))
+    return command
+
+
+def validate_from_pattern(pattern: str) -> str:
+    """Return a pattern list for from="..." (sshd(8))."""
+    if not re.fullmatch(r"[A-Za-z0-9.:*?!,/_%\[\]-]+", pattern):
+        raise UsageError("from %s: it must be host names, addresses or patterns, separated by commas; see sshd(8)"
+                         % show_text(pattern))
+    return pattern
+
+
+# --- Effects: the only functions that touch the outside ---------------------------------------------------------
+
+class Children:
+    """The programs that are running now, so that a signal can end them all, and the trace of -v."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopping = False
+        self.verbose = False
+        self.guard: Optional[int] = None    # the guard process hears here which programs run
+
+    def started(self, process: subprocess.Popen[bytes]) -> None:
+        """Register a program; the guard ends it should offsync be killed."""
+        with self.lock:
+            self.running.add(process)
+            self._tell_guard(b"+%d\n" % process.pid)
+            if self.stopping:
+                _signal_process(process, signal.SIGTERM)
+
+    def ended(self, process: subprocess.Popen[bytes]) -> None:
+        """Forget a program."""
+        with self.lock:
+            self.running.discard(process)
+            self._tell_guard(b"-%d\n" % process.pid)
+
+    def _tell_guard(self, message: bytes) -> None:
+        """Tell the guard; one that was killed is missed only if offsync is killed too."""
+        try:
+            if self.guard is not None:
+                os.write(self.guard, message)
+        except OSError:
+            self.guard = None
+
+    def stop(self) -> None:
+        """End every running program, and let no further one start."""
+        with self.lock:
+            self.stopping = True
+            for process in self.running:
+                _signal_process(process, signal.SIGTERM)
+
+
+CHILDREN = Children()
+
+
+def _signal_process(process: subprocess.Popen[bytes], signum: int) -> None:
+    """Send a signal to a program and what it started (each runs in a session of its own)."""
+    try:
+        os.killpg(process.pid, signum)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def program(name: str) -> str:
+    """Return the path of a system program; the error names the command that installs it."""
+    found = shutil.which(name) or shutil.which(name, path=SBIN)
+    if not found:
+        raise OffsyncError("%s: the program is not installed; run: offsync install-deps" % name)
+    return found
+
+
+def run(argv: Sequence[Union[str, bytes]], *, stdin: Optional[int] = None, deadline: Optional[float] = None,
+        on_line: Optional[Callable[[bytes], None]] = None, show_output: bool = False, last_words: bool = False) -> Result:
+    """Start a program, the only place that does, and return how it ended.
+
+    stdin is a file descriptor (else /dev/null); deadline is in seconds. stdout is returned, or given line by line to
+    on_line (\\r ends a line too), or shown on stderr. last_words lets it run although everything else is stopping.
+    """
+    if CHILDREN.verbose:
+        emit("+ " + shlex.join(os.fsdecode(word) for word in argv), error=True)
+    if CHILDREN.stopping and not last_words:
+        return Result(None, b"", b"interrupted")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RSYNC_")}
+    environment["LC_ALL"] = "C"
+    pipe = None if show_output else subprocess.PIPE
+    try:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL if stdin is None else stdin, env=environment,
+                                   stdout=2 if show_output else pipe, stderr=pipe, start_new_session=not show_output)
+    except OSError as error:
+        raise OffsyncError("%s: it cannot be started: %s; run: offsync install-deps"
+                           % (show_text(os.fsdecode(argv[0])), error.strerror)) from None
+    if not last_words:
+        CHILDREN.started(process)
+    try:
+        out, err, timed_out = ([], b"", False) if show_output else _read_output(process, deadline, on_line)
+        status = process.wait()
+    except BaseException:
+        _signal_process(process, signal.SIGKILL)
+        process.wait()
+        raise
+    finally:
+        if not last_words:
+            CHILDREN.ended(process)
+        for stream in (process.stdout, process.stderr):
+            if stream:
+                stream.close()
+    return Result(None if timed_out else status, b"".join(out), err)
+
+
+def _read_output(process: subprocess.Popen[bytes], deadline: Optional[float],
+                 on_line: Optional[Callable[[bytes], None]]) -> tuple[list[bytes], bytes, bool]:
+    """Read both pipes until the program ends; return (stdout, stderr shortened, whether the deadline passed).
+
+    The end is that of the program, not of the pipes: a master ssh in the background may hold them open.
+    """
+    assert process.stdout and process.stderr
+    end = None if deadline is None else time.monotonic() + deadline
+    out: list[bytes] = []
+    head, tail, rest, timed_out = b"", b"", b"", False
+    with selectors.DefaultSelector() as selector:
+        for stream in (process.stdout, process.stderr):
+            os.set_blocking(stream.fileno(), False)
+            selector.register(stream, selectors.EVENT_READ)
+        while selector.get_map():
+            ended = process.poll() is not None
+            ready = selector.select(0 if ended else 0.1)
+            if ended and not ready:
+                break
+            for key, _ in ready:
+                chunk = os.read(key.fd, 1 << 18)
+                if not chunk:
+                    selector.unregister(key.fileobj)
+                elif key.fileobj is process.stderr:
+                    room = STDERR_KEPT - len(head)
+                    head, tail = head + chunk[:room], (tail + chunk[room:])[-STDERR_KEPT:]
+                elif on_line:
+                    rest = _feed_lines(rest + chunk, on_line)
+                else:
+                    out.append(chunk)
+                    if sum(map(len, out)) > 64 * STDERR_KEPT:
+                        raise OffsyncError("a program prints without end; nothing more is read from it")
+            if end is not None and time.monotonic() > end and not timed_out:
+                timed_out, end = True, time.monotonic() + 2
+                _signal_process(process, signal.SIGTERM)
+            elif timed_out and end is not None and time.monotonic() > end:
+                _signal_process(process, signal.SIGKILL)
+    if rest and on_line:
+        on_line(rest)
+    return out, head + tail, timed_out
+
+
+def _feed_lines(data: bytes, on_line: Callable[[bytes], None]) -> bytes:
+    """Give each whole line to on_line; return the rest. Names hold no raw \\r or \\n: rsync escapes them."""
+    if b"\r" in data:
+        data = data.replace(b"\r", b"\n")
+    lines = data.split(b"\n")
+    for line in lines[:-1]:
+        on_line(line)
+    if len(lines[-1]) > MAX_NAME_BYTES:
+        raise OffsyncError("rsync printed a line without end; nothing more is read from it")
+    return lines[-1]
+
+
+def emit(text: str, error: bool = False) -> None:
+    """Print a line: a result on stdout, anything else on stderr. A reader who went away is no error."""
+    PROGRESS.clear()
+    stream = sys.stderr if error else sys.stdout
+    try:
+        print(text, file=stream, flush=error)
+    except BrokenPipeError:
+        _mute(stream)
+    except OSError as problem:
+        _mute(stream)
+        if not error:
+            raise OffsyncError("standard output: %s; the rest of the output is lost" % problem.strerror) from None
+
+
+def _mute(stream: Any) -> None:
+    """Point a broken output stream at /dev/null so that nothing fails on it again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+class Progress:
+    """One line per running target on a terminal's stderr; nothing anywhere else."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.texts: dict[str, str] = {}
+        self.drawn = 0
+        self.next = 0.0
+
+    def enabled(self) -> bool:
+        """Return whether stderr is a terminal that can move its cursor."""
+        return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not CHILDREN.verbose
+
+    def update(self, name: str, text: Optional[str]) -> None:
+        """Show what a target is doing now; None ends its line."""
+        if not self.enabled():
+            return
+        with self.lock:
+            if text is None:
+                self.texts.pop(name, None)
+            else:
+                self.texts[name] = text
+            now = time.monotonic()
+            if now >= self.next or text is None:
+                self.next = now + 0.1
+                self._draw()
+
+    def clear(self) -> None:
+        """Take the lines away so that something else can be printed."""
+        with self.lock:
+            if self.drawn:
+                self._write("\x1b[%dA\r\x1b[J" % self.drawn)
+                self.drawn = 0
+
+    def _draw(self) -> None:
+        """Draw all lines, cut to the terminal, at most as many as fit."""
+        columns, rows = shutil.get_terminal_size()
+        lines = ["%s: %s" % item for item in sorted(self.texts.items())]
+        if len(lines) > rows - 2:
+            lines = lines[:max(rows - 3, 1)] + ["... and %d more" % (len(lines) - max(rows - 3, 1))]
+        back = "\x1b[%dA\r\x1b[J" % self.drawn if self.drawn else ""
+        self.drawn = len(lines)
+        self._write(back + "".join(line[:columns - 1] + "\n" for line in lines))
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:
+            pass
+
+
+PROGRESS = Progress()
+
+
+def colour(kind: str, text: str) -> str:
+    """Return text in its kind's colour on a terminal's stdout, else as it is (no-color.org)."""
+    code = {"added": 32, "modified": 33, "missing": 31, "leftover": 36, "failed": 31, "ok": 32}.get(kind)
+    if not code or not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb":
+        return text
+    return "\x1b[%dm%s\x1b[0m" % (code, text)
+
+
+def ask(question: str, twin: str) -> str:
+    """Return the answer typed on the terminal; without a terminal, an error that names the non-interactive twin."""
+    try:
+        with open("/dev/tty", "r+b", buffering=0) as terminal:
+            terminal.write(question.encode())
+            answer = b""
+            while not answer.endswith(b"\n"):
+                typed = os.read(terminal.fileno(), 65536)
+                if not typed:
+                    break
+                answer += typed
+            return answer.decode("utf-8", "replace").strip()
+    except OSError:
+        raise OffsyncError("there is no terminal to ask on; %s" % twin) from None
+
+
+def has_terminal() -> bool:
+    """Return whether a question could be asked."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        return True
+    except OSError:
+        return False
+
+
+def read_file(path: str, what: str, missing: str) -> bytes:
+    """Return a small file's contents; missing says what to do where it does not exist."""
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(64 << 20)
+    except FileNotFoundError:
+        raise UsageError("%s %s: it does not exist; %s" % (what, show_text(path), missing)) from None
+    except OSError as error:
+        raise OffsyncError("%s %s: %s; mend that, then try again" % (what, show_text(path), error.strerror)) from None
+    return data
+
+
+def write_atomically(path: str, data: bytes, mode: int) -> None:
+    """Replace a file: a temporary neighbour, mode first, fsync, rename. An existing file's owner stays."""
+    directory = os.path.dirname(path)
+    temporary = os.path.join(directory, ".offsync-%d-%s" % (os.getpid(), os.path.basename(path)))
+    try:
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as stream:
+                os.fchmod(descriptor, mode)
+                if os.path.exists(path):
+                    owner = os.stat(path)
+                    if (owner.st_uid, owner.st_gid) != (os.fstat(descriptor).st_uid, os.fstat(descriptor).st_gid):
+                        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+                stream.write(data)
+                stream.flush()
+                os.fsync(descriptor)
+            os.rename(temporary, path)
+        except BaseException:
+            if os.path.lexists(temporary):
+                os.unlink(temporary)
+            raise
+        directory_descriptor = os.open(directory, os.O_RDONLY)
+        os.fsync(directory_descriptor)
+        os.close(directory_descriptor)
+    except OSError as error:
+        raise OffsyncError("%s: it cannot be written: %s; nothing was changed" % (show_text(path), error.strerror)) \
+            from None
+
+
+def make_directory(path: str, mode: int) -> None:
+    """Create a directory, with its parents, if it is absent; the mode of one that exists is not ours to change."""
+    if os.path.isdir(path):
+        return
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.mkdir(path, mode)
+        os.chmod(path, mode)
+    except OSError as error:
+        if os.path.isdir(path):             # another thread was faster
+            return
+        raise OffsyncError("%s: the directory cannot be created: %s; create it, or choose another"
+                           % (show_text(path), error.strerror)) from None
+
+
+class Home:
+    """$OFFSYNC_HOME: names of its files, its lock and its log."""
+
+    def __init__(self) -> None:
+        self.path = validate_home(os.environ.get("OFFSYNC_HOME") or os.path.expanduser("~/.offsync"))
+        self.config = os.path.join(self.path, "config.yaml")
+        self.key = os.path.join(self.path, "id_ed25519")
+        self.known_hosts = os.path.join(self.path, "known_hosts")
+        self.log = os.path.join(self.path, "operations.log")
+        self.plans = os.path.join(self.path, "plans")
+        self.unfinished = os.path.join(self.path, "unfinished")
+        self.locked: Optional[int] = None
+
+    def lock(self, what: str) -> None:
+        """Take the writers' lock until offsync ends; the loser says who holds it."""
+        path = os.path.join(self.path, "lock")
+        try:
+            self.locked = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = show_text(os.read(self.locked, 200).decode("utf-8", "replace").strip()) or "another offsync"
+                raise OffsyncError("%s is running: %s; try again when it has finished"
+                                   % (holder, "it holds the lock " + path)) from None
+            os.ftruncate(self.locked, 0)
+            os.pwrite(self.locked, b"offsync %s (process %d)\n" % (what.encode(), os.getpid()), 0)
+        except OSError as error:
+            raise OffsyncError("%s: the lock cannot be taken: %s; mend that, then try again"
+                               % (show_text(path), error.strerror)) from None
+
+    def load(self) -> tuple[Config, Document, str]:
+        """Return the config, its document and its text."""
+        data = read_file(self.config, "config", "run first: offsync init")
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = data[:error.start].count(b"\n") + 1
+            raise UsageError("%s:%d: not UTF-8; correct the line" % (self.config, line)) from None
+        return (*validate_config(text, self.config), text)
+
+    def check_key(self) -> None:
+        """Raise unless the private key is there and nobody else can read it."""
+        try:
+            mode = os.stat(self.key).st_mode
+        except FileNotFoundError:
+            raise OffsyncError("key %s: it does not exist; run: offsync init" % show_text(self.key)) from None
+        except OSError as error:
+            raise OffsyncError("key %s: %s; mend that" % (show_text(self.key), error.strerror)) from None
+        if mode & 0o077:
+            raise OffsyncError("key %s: others may read it (mode %04o); run: chmod 600 %s"
+                               % (show_text(self.key), stat.S_IMODE(mode), shlex.quote(self.key)))
+
+    def open_log(self) -> int:
+        """Return a descriptor for appending to operations.log; nothing is sent where that fails."""
+        try:
+            return os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise OffsyncError("log %s: it cannot be written: %s; nothing was sent; mend that, then apply again"
+                               % (show_text(self.log), error.strerror)) from None
+
+
+def append_log(log: int, record: dict[str, Any]) -> None:
+    """Append one record with one write."""
+    line = (json.dumps(record, sort_keys=True) + "\n").encode()
+    try:
+        if os.write(log, line) != len(line):
+            raise OSError(28, "No space left on device")
+    except OSError as error:
+        raise OffsyncError("operations.log: the record could not be written: %s; it was: %s"
+                           % (error.strerror, line[:500].decode())) from None
+
+
+def start_guard(scratch: str, ssh: str) -> tuple[int, int]:
+    """Fork a process that cleans up should offsync be killed; return its PID and the pipe that keeps it waiting.
+
+    It hears which programs run ("+PID", "-PID"). When the pipe closes, by our exit or our death, it ends those, closes
+    the ssh connections whose sockets are in scratch, and removes scratch. Must be called before any thread starts.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(reader)
+        return pid, writer
+    try:
+        os.setsid()
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_IGN)
+        os.closerange(3, reader)            # the lock, among others: it ends with offsync
+        os.closerange(reader + 1, 1024)
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        running: set[int] = set()
+        with os.fdopen(reader, "rb") as pipe:
+            for line in pipe:
+                (running.add if line.startswith(b"+") else running.discard)(int(line[1:]))
+        for pid in running:
+            try:
+                os.killpg(pid, signal.SIGTERM)
+            except OSError:
+                pass
+        close_masters(scratch, ssh)
+        shutil.rmtree(scratch, ignore_errors=True)
+    finally:
+        os._exit(0)
+
+
+def close_masters(scratch: str, ssh: str) -> None:
+    """End every ssh master whose control socket lies in scratch."""
+    for entry in sorted(os.listdir(scratch)) if os.path.isdir(scratch) else ():
+        path = os.path.join(scratch, entry)
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            run([ssh, "-F", "/dev/null", "-o", "ControlPath=" + path, "-O", "exit", "--", "offsync"],
+                deadline=SESSION_DEADLINE, last_words=True)
+
+
+def make_scratch() -> str:
+    """Return a new private directory whose path is short enough for control sockets."""
+    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        if len(os.fsencode(parent)) + 24 < SOCKET_PATH_LIMIT and not re.search(r'["%$\\\s\']', parent) \
+                and os.access(parent, os.W_OK | os.X_OK):
+            return tempfile.mkdtemp(prefix="offsync-", dir=parent)
+    raise OffsyncError("there is no writable temporary directory with a short, plain name; set TMPDIR to one")
+
+
+def find_rsync() -> str:
+    """Return a real rsync, new enough: $OFFSYNC_RSYNC, the one in PATH, or brew's (macOS ships openrsync)."""
+    named = os.environ.get("OFFSYNC_RSYNC")
+    candidates = [named] if named else [shutil.which("rsync"), *(os.path.join(place, "rsync") for place in BREW_BIN)]
+    problem = "the program is not installed"
+    for path in candidates:
+        if not path or not shutil.which(path):
+            continue
+        version = parse_rsync_version(run([path, "--version"], deadline=SESSION_DEADLINE).stdout)
+        if version and version >= RSYNC_OLDEST:
+            return path
+        problem = "%s is %s" % (path, "rsync %d.%d.%d, too old" % version if version else "openrsync or no rsync at all")
+    raise OffsyncError("rsync: %s; offsync needs rsync 3.1.0 or newer: run offsync install-deps, or set OFFSYNC_RSYNC"
+                       % problem)
+
+
+def warn_of_old_rsync(rsync: str) -> None:
+    """Say so where the version suggests known vulnerabilities; distributions back-port, so it is only a hint."""
+    version = parse_rsync_version(run([rsync, "--version"], deadline=SESSION_DEADLINE).stdout)
+    if version and version < RSYNC_SAFER and not (version[:2] == (3, 2) and version[2] >= 8):
+        warn("rsync %d.%d.%d: releases before 3.4.0 have known vulnerabilities (CVE-2024-12084 and others), unless your "
+             "distribution patched them; update it" % version)
+
+
+def warn(text: str) -> None:
+    """Print a warning."""
+    emit("offsync: warning: " + text, error=True)
+
+
+def find_rrsync(wanted: Optional[str]) -> tuple[str, list[str]]:
+    """Return (path, command words) of rrsync on this machine: at the wanted place or, for None, a known one.
+
+    A script that is not executable is run through the interpreter that its first line names.
+    """
+    import glob
+    places = [wanted] if wanted else [path for place in RRSYNC_PLACES for path in sorted(glob.glob(place))]
+    for place in places:
+        path = validate_absolute_path(place, "rrsync")
+        if path.endswith(".gz") and os.path.isfile(path):
+            raise OffsyncError("rrsync %s: it is compressed; run: gunzip -c %s > /usr/local/bin/rrsync && chmod 755 "
+                               "/usr/local/bin/rrsync" % (path, path))
+        if not os.path.isfile(path):
+            continue
+        if os.access(path, os.X_OK):
+            return path, [path]
+        first = read_file(path, "rrsync", "")[:200].split(b"\n")[0]
+        for name in ("python3", "perl"):
+            if name.encode() in first and shutil.which(name):
+                return path, ["/usr/bin/" + name if os.path.exists("/usr/bin/" + name) else str(shutil.which(name)), path]
+        raise OffsyncError("rrsync %s: it is not executable and its interpreter is missing; run: install -m 755 %s "
+                           "/usr/local/bin/rrsync" % (path, path))
+    if wanted:
+        raise UsageError("rrsync %s: it does not exist; name its place, or leave --rrsync away to look in the known ones"
+                         % show_text(wanted))
+    raise OffsyncError("rrsync: it is in none of the known places; run: offsync install-deps --role target (images "
+                       "without documentation lack it on EL 8 and 9: dnf -y --setopt=tsflags= reinstall rsync)")
+
+
+# --- Operations: the source -------------------------------------------------------------------------------------
+
+def scan_source(source: bytes) -> tuple[int, list[tuple[bytes, str]]]:
+    """Walk the source once; return (number of entries, [(path, why it cannot be delivered)]), excludes not applied."""
+    offenders: list[tuple[bytes, str]] = []
+    count = 0
+    real_source = os.path.realpath(source)
+    check_access = os.geteuid() != 0        # root reads everything
+    pending = [b""]
+    while pending:
+        directory = pending.pop()
+        try:
+            with os.scandir(os.path.join(source, directory)) as entries:
+                for entry in entries:
+                    path = os.path.join(directory, entry.name)
+                    count += 1
+                    if entry.name == STAGING:
+                        offenders.append((path, "rsync reserves the name .~tmp~ for itself; rename it"))
+                    if entry.is_symlink():
+                        why = _symlink_offence(source, real_source, path)
+                        if why:
+                            offenders.append((path, why))
+                    elif entry.is_dir(follow_symlinks=False):
+                        pending.append(path)
+                    elif not entry.is_file(follow_symlinks=False):
+                        offenders.append((path, "it is a device, socket or fifo"))
+                    elif check_access and not os.access(entry.path, os.R_OK):
+                        offenders.append((path, "it cannot be read"))
+        except OSError as error:
+            if not directory:
+                raise OffsyncError("source %s: %s; name a readable directory: offsync init --source DIR"
+                                   % (show(source), error.strerror)) from None
+            offenders.append((directory, "it cannot be read: %s" % error.strerror))
+    return count, sorted(offenders)
+
+
+def _symlink_offence(source: bytes, real_source: bytes, path: bytes) -> str:
+    """Return why a symlink cannot be delivered, or "" if it stays within the source, as written and as resolved."""
+    try:
+        link = os.readlink(os.path.join(source, path))
+        if link.startswith(b"/"):
+            return "it is a symlink to an absolute path"
+        lexical = os.path.normpath(os.path.join(os.path.dirname(path), link))
+        real = os.path.realpath(os.path.join(source, path))
+    except OSError as error:
+        return "it is a symlink that cannot be read: %s" % error.strerror
+    if lexical == b".." or lexical.startswith(b"../") \
+            or not (real + b"/").startswith(real_source.rstrip(b"/") + b"/"):
+        return "it is a symlink that leaves the source"
+    return ""
+
+
+class SourceReader:
+    """What the plan says about source entries: each is looked at and hashed once, for all targets, in threads."""
+
+    def __init__(self, source: bytes) -> None:
+        self.source = source
+        self.entries: dict[bytes, Optional[SourceEntry]] = {}
+        self.errors: dict[bytes, str] = {}
+        self.wanted: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
+        self.threads: list[threading.Thread] = []
+        self.lock = threading.Lock()
+
+    def want(self, path: bytes) -> bytes:
+        """Have an entry described in the background; return the one object that stands for this path."""
+        with self.lock:
+            if path not in self.entries:
+                self.entries[path] = None
+                self.wanted.put(path)
+                if len(self.threads) < min(os.cpu_count() or 1, 4):
+                    self.threads.append(threading.Thread(target=self._work, daemon=True))
+                    self.threads[-1].start()
+        return path
+
+    def wait(self) -> None:
+        """Return when every wanted entry is described; raise for those that vanished or cannot be read."""
+        for _ in self.threads:
+            self.wanted.put(None)
+        for thread in self.threads:
+            thread.join()
+        self.threads = []
+        if self.errors:
+            raise OffsyncError("source: it changed during the plan: %s; plan again"
+                               % some_of(["%s: %s" % (show(p), e) for p, e in sorted(self.errors.items())]))
+
+    def entry(self, path: bytes) -> SourceEntry:
+        """Return what is known of a wanted entry."""
+        entry = self.entries[path]
+        assert entry is not None, "wait() comes first"
+        return entry
+
+    def changed(self, path: bytes) -> bool:
+        """Return whether an entry is not any more what was planned (its content is read again only if its stamp moved)."""
+        planned = self.entry(path)
+        try:
+            status = os.lstat(os.path.join(self.source, path))
+            if status.st_ctime_ns == planned.stamp:
+                return False
+            return describe_entry(self.source, path)._replace(stamp=0) != planned._replace(stamp=0)
+        except (OSError, ValueError):
+            return True
+
+    def _work(self) -> None:
+        """Describe wanted entries until told to stop."""
+        while True:
+            path = self.wanted.get()
+            if path is None:
+                return
+            try:
+                self.entries[path] = describe_entry(self.source, path)
+            except (OSError, ValueError) as error:
+                self.errors[path] = getattr(error, "strerror", None) or str(error)
+
+
+def describe_entry(source: bytes, path: bytes) -> SourceEntry:
+    """Return a source entry, a file with its sha256. Raises OSError, or ValueError for devices and the like."""
+    full = os.path.join(source, path)
+    status = os.lstat(full)
+    mode = stat.S_IMODE(status.st_mode)
+    if stat.S_ISDIR(status.st_mode):
+        return SourceEntry("directory", 0, mode, None, None, status.st_ctime_ns)
+    if stat.S_ISLNK(status.st_mode):
+        link = os.readlink(full)
+        return SourceEntry("symlink", len(link), 0o777, None, link, status.st_ctime_ns)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no file, directory or symlink any more")
+    digest, size = hash_file(full)
+    return SourceEntry("file", size, mode, digest, None, status.st_ctime_ns)
+
+
+def hash_file(path: bytes) -> tuple[bytes, int]:
+    """Return (sha256, size in bytes) of a file, never through a symlink."""
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        while True:
+            chunk = os.read(descriptor, 1 << 20)
+            if not chunk:
+                return digest.digest(), size
+            digest.update(chunk)
+            size += len(chunk)
+    finally:
+        os.close(descriptor)
+
+
+def included_names(rsync: str, source: bytes, exclude: Sequence[str]) -> Iterator[bytes]:
+    """Yield the paths that the excludes leave, as rsync itself applies them."""
+    marker = _new_marker()
+    names: list[bytes] = []
+
+    def on_line(line: bytes) -> None:
+        if line.startswith(marker):
+            names.append(parse_rsync_name(line[len(marker):]).rstrip(b"/"))
+
+    with tempfile.TemporaryDirectory(prefix="offsync-") as empty:
+        run([rsync, *RSYNC_ALWAYS, *RSYNC_LIST, *("--exclude=" + pattern for pattern in exclude),
+             b"--out-format=" + marker + b"%n", "--", source.rstrip(b"/") + b"/", os.path.join(empty, "none", "")],
+            on_line=on_line)
+    return (name for name in names if name and name != b".")
+
+
+def _new_marker() -> bytes:
+    """Return an unguessable prefix: no other output of rsync's, nor anything a target sends, can look like a line."""
+    return b"offsync-" + os.urandom(9).hex().encode() + b":"
+
+
+def check_source(rsync: str, config: Config) -> None:
+    """Raise unless every entry of the source that is not excluded can be delivered."""
+    source = os.fsencode(config.source)
+    if not os.path.isdir(source):
+        raise OffsyncError("source %s: it is not a readable directory; name one: offsync init --source DIR"
+                           % show(source))
+    _, offenders = scan_source(source)
+    if offenders and config.exclude:
+        included = set(included_names(rsync, source, config.exclude))
+        offenders = [(path, why) for path, why in offenders if path in included]
+    if offenders:
+        raise OffsyncError("source %s: %s cannot be delivered: %s; remove or exclude them, then plan again"
+                           % (show(source), plural(len(offenders), "entry", "entries"),
+                              some_of(["%s: %s" % (show(path), why) for path, why in offenders], ", ")))
+
+
+def source_is_empty(rsync: str, config: Config) -> bool:
+    """Return whether nothing is left of the source after the excludes: then nothing is ever deleted."""
+    source = os.fsencode(config.source)
+    return next(included_names(rsync, source, config.exclude), None) is None
+
+
+# --- Operations: the connection ---------------------------------------------------------------------------------
+
+class Run:
+    """What all targets of one command share: config, programs, the scratch directory and its guard."""
+
+    def __init__(self, home: Home, config: Config, jobs: Optional[int] = None) -> None:
+        self.home, self.config = home, config
+        self.jobs = jobs or config.jobs
+        self.source = os.fsencode(config.source)
+        self.ssh, self.rsync = program("ssh"), find_rsync()
+        home.check_key()
+        self.reader = SourceReader(self.source)
+        self.scratch = make_scratch()
+        self.guard_pid, CHILDREN.guard = start_guard(self.scratch, self.ssh)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the guard clean up, and wait for it: nothing of ours is left when offsync ends."""
+        guard, CHILDREN.guard = CHILDREN.guard, None
+        if guard is not None:
+            os.close(guard)
+            os.waitpid(self.guard_pid, 0)
+
+
+class Connection:
+    """One authenticated ssh connection to one target, proved to be restricted before it is used."""
+
+    def __init__(self, shared: Run, target: Target, known_hosts: Optional[str] = None) -> None:
+        self.shared, self.target = shared, target
+        digest = hashlib.sha256(target.login.encode()).hexdigest()[:8]
+        self.socket = os.path.join(shared.scratch, digest)
+        self.known_hosts = known_hosts
+        self.direct = False                 # True: no multiplexing, one connection for each session
+
+    def options(self) -> list[str]:
+        """Return the options of a connection of its own."""
+        home, port = self.shared.home, self.target.port
+        files = '"%s" ~/.ssh/known_hosts ~/.ssh/known_hosts2' % home.known_hosts
+        return [*SSH_OPTIONS, *SSH_STRICT, "-o", "UserKnownHostsFile=" + (self.known_hosts or files),
+                "-o", 'IdentityFile="%s"' % home.key, *(["-o", "Port=%d" % port] if port else [])]
+
+    def session_options(self) -> list[str]:
+        """Return the options of a session: over the open connection, or directly where multiplexing is impossible."""
+        if self.direct:
+            return [*SSH_NO_MULTIPLEXING, *self.options()]
+        return [*SSH_SESSION, "-o", "ControlPath=" + self.socket]
+
+    def destination(self) -> list[str]:
+        """Return ssh's words for the login."""
+        return ["-l", self.target.user, "--", self.target.host]
+
+    def open(self) -> None:
+        """Connect and prove that the key cannot run a command. Raises TargetError.
+
+        One ssh does both: its session asks for a command, and leaves the connection open behind it. Some sshd drop
+        connections under load (MaxStartups in sshd_config(5)): these are tried again.
+        """
+        for delay in (*RETRY_DELAYS, None):
+            result = run([self.shared.ssh, *self.options(), "-o", "ControlMaster=yes", "-o",
+                          "ControlPath=" + self.socket, "-o", "ControlPersist=%d" % MASTER_IDLE,
+                          *self.destination(), PROOF_COMMAND], deadline=CONNECT_DEADLINE)
+            self._judge_proof(result)
+            if os.path.exists(self.socket):
+                return
+            failure = diagnose(self.target, result.stderr)
+            if result.status not in (255, None) or failure.kind in ("perl-refusal", "session-refused"):
+                self._open_directly()
+                return
+            if result.status is None:
+                failure = TargetError("%s: it accepted the connection, then did not answer within %d seconds; look at "
+                                      "sshd and the login's shell there" % (self.target.login, CONNECT_DEADLINE), "timeout")
+            if failure.kind not in RETRIED or delay is None or CHILDREN.stopping:
+                raise failure
+            time.sleep(delay)
+
+    def _judge_proof(self, result: Result) -> None:
+        """Raise unless the attempt to run a command was refused, silently on stdout, as rrsync does."""
+        login = self.target.login
+        if PROOF_OUTPUT in result.stdout:
+            raise TargetError("%s: the key is NOT restricted: a shell command ran there, so nothing was sent; is there a line "
+                              "without command=\"...\" for it in authorized_keys, or an IdentityFile with a shell in "
+                              "~/.ssh/config? Remove that, then run there: offsync link --path %s"
+                              % (login, shlex.quote(self.target.remote_path)), "open")
+        if result.stdout.strip():
+            raise TargetError("%s: the login prints text where rrsync must be alone, so nothing was sent; make the shell start "
+                              "files there silent, or link the key again (it said: %s)"
+                              % (login, quote_answer(result.stdout)), "noise")
+        if result.status == 0:
+            raise TargetError("%s: the forced command of the key there is not rrsync (it accepts any command and does nothing), "
+                              "so nothing was sent; run there: offsync link --path %s"
+                              % (login, shlex.quote(self.target.remote_path)), "not-rrsync")
+
+    def _open_directly(self) -> None:
+        """Go on without multiplexing; refused where another key of ssh_config could be used instead of the proved one."""
+        result = run([self.shared.ssh, *self.options(), "-G", *self.destination()], deadline=SESSION_DEADLINE)
+        keys = re.findall(rb"^identityfile (.*)$", result.stdout, re.MULTILINE)
+        if len(keys) != 1:
+            raise TargetError("%s: ssh cannot share one connection there, and ~/.ssh/config adds other keys (IdentityFile), so "
+                              "it would not be sure which is used; remove IdentityFile for this host" % self.target.login)
+        self.direct = True
+
+    def ensure_open(self) -> None:
+        """Open the connection (again, with its proof) unless it is open."""
+        if not self.direct and not os.path.exists(self.socket):
+            self.open()
+
+    def session(self, options: Sequence[str], command: Sequence[str] = (), stdin: Optional[int] = None) -> Result:
+        """Run one ssh session for a proof."""
+        self.ensure_open()
+        return run([self.shared.ssh, *self.session_options(), *options, *self.destination(), *command],
+                   stdin=stdin, deadline=SESSION_DEADLINE)
+
+    def rsync(self, options: Sequence[str], *, source: Optional[bytes] = None, stdin: Optional[BinaryIO] = None,
+              on_item: Callable[[bytes], None] = lambda line: None, item_format: str = "%i %n", path: str = ".",
+              on_other: Optional[Callable[[bytes], None]] = None, deadline: Optional[float] = None,
+              last_words: bool = False) -> Result:
+        """Run one rsync to the target and give each itemized line to on_item. A lock or a busy sshd is waited for.
+
+        stdin is an open file, read from its current position (again for each attempt).
+        """
+        marker = _new_marker()
+        seen = 0
+
+        def on_line(line: bytes) -> None:
+            nonlocal seen
+            if line.startswith(marker):
+                seen += 1
+                on_item(line[len(marker):])
+            elif on_other:
+                on_other(line)
+
+        host = "[%s]" % self.target.host if ":" in self.target.host else self.target.host
+        start = stdin.tell() if stdin else 0
+        for delay in (*RETRY_DELAYS, None):
+            if not last_words:
+                self.ensure_open()
+            words = [self.shared.ssh, *self.session_options()]
+            if stdin:
+                os.lseek(stdin.fileno(), start, os.SEEK_SET)
+            result = run([self.shared.rsync, *RSYNC_ALWAYS, *options, b"--out-format=" + marker + item_format.encode(),
+                          "-e", " ".join(quote_for_rsync(word) for word in words), "--",
+                          (source or self.shared.source).rstrip(b"/") + b"/", "%s@%s:%s" % (self.target.user, host, path)],
+                         stdin=stdin.fileno() if stdin else None, on_line=on_line, deadline=deadline, last_words=last_words)
+            if result.status == 0 or seen or delay is None or last_words or CHILDREN.stopping \
+                    or diagnose(self.target, result.stderr).kind not in RETRIED:
+                return result
+            time.sleep(delay)
+        raise AssertionError("the last attempt returns")
+
+    def close(self) -> None:
+        """End the connection."""
+        if os.path.exists(self.socket):
+            run([self.shared.ssh, "-F", "/dev/null", "-o", "ControlPath=" + self.socket, "-O", "exit", "--", "offsync"],
+                deadline=SESSION_DEADLINE, last_words=True)
+
+
+def quote_for_rsync(word: str) -> str:
+    """Return a word of rsync's -e option: it splits at blanks and knows quotes, doubled within (rsync(1), --rsh)."""
+    return word if re.fullmatch(r"[A-Za-z0-9_./=@:,~-]+", word) else "'" + word.replace("'", "''") + "'"
+
+
+# --- Operations: host keys --------------------------------------------------------------------------------------
+
+def fetch_host_keys(shared: Run, target: Target) -> list[str]:
+    """Return the known_hosts lines of the target's host keys, one a type, as ssh gets them on its own route.
+
+    ssh connects without authenticating, so ProxyJump, HostKeyAlias and Port of ssh_config hold (ssh-keyscan knows none).
+    """
+    lines = []
+    connection = Connection(shared, target)
+    stderr = b""
+    for index, family in enumerate(HOST_KEY_FAMILIES):
+        path = os.path.join(shared.scratch, "fetched-%d" % index)
+        options = [word for word in connection.options() if not word.startswith(("UserKnownHostsFile=", "PreferredAuth"))]
+        options = _drop_empty_options(options)
+        result = run([shared.ssh, *SSH_FETCH_HOST_KEY, "-o", "HostKeyAlgorithms=" + family, "-o", "GlobalKnownHostsFile=none",
+                      "-o", "UserKnownHostsFile=" + path, *options, *connection.destination(), "true"],
+                     deadline=CONNECT_DEADLINE)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as stream:
+                lines += [line.strip() for line in stream if line.strip()]
+            os.unlink(path)
+            continue
+        stderr = stderr or result.stderr
+        if diagnose(target, result.stderr).kind in ("name", "refused", "unreachable", "timeout", "busy-sshd"):
+            break
+    if not lines:
+        raise diagnose(target, stderr)
+    return lines
+
+
+def _drop_empty_options(words: Sequence[str]) -> list[str]:
+    """Return words without any -o that lost its value."""
+    return [word for index, word in enumerate(words)
+            if word != "-o" or (index + 1 < len(words) and words[index + 1] != "-o")]
+
+
+def fingerprints(lines: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (SHA256 fingerprint, type) of each known_hosts or public key line, from ssh-keygen -l."""
+    found = []
+    with tempfile.TemporaryDirectory(prefix="offsync-") as scratch:
+        for line in lines:
+            path = os.path.join(scratch, "key")
+            with open(path, "w", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+            result = run([program("ssh-keygen"), "-l", "-E", "sha256", "-f", path])
+            words = result.stdout.decode("utf-8", "replace").split()
+            if result.status != 0 or len(words) < 3:
+                raise OffsyncError("ssh-keygen cannot read a host key (it said: %s)" % quote_answer(result.stderr))
+            found.append((words[1], words[-1].strip("()")))
+    return found
+
+
+def known_fingerprints(shared: Run, target: Target, name: str) -> list[tuple[str, str]]:
+    """Return the fingerprints that the known_hosts files hold for a host name."""
+    lines = []
+    for path in (shared.home.known_hosts, os.path.expanduser("~/.ssh/known_hosts")):
+        result = run([program("ssh-keygen"), "-F", name, "-f", path], deadline=SESSION_DEADLINE)
+        lines += [line for line in result.stdout.decode("utf-8", "replace").splitlines() if line and line[0] != "#"]
+    return fingerprints(lines)
+
+
+def explain_changed_host_key(shared: Run, target: Target, error: TargetError) -> TargetError:
+    """Return the error with the fingerprints that were known and that the host shows now."""
+    try:
+        shown = fetch_host_keys(shared, target)
+        known = known_fingerprints(shared, target, shown[0].split()[0])
+    except OffsyncError:
+        return error
+    described = [", ".join(sorted({"%s (%s)" % pair for pair in pairs})) or "none" for pairs in (known, fingerprints(shown))]
+    return TargetError("%s: its host key CHANGED: known %s; shown now %s; if that is expected, confirm the new one with: offsync "
+                       "target add %s" % (target.login, *described, target.add_arguments), error.kind)
+
+
+def choose_host_keys(target: Target, lines: Sequence[str], wanted: Optional[str]) -> list[str]:
+    """Return the known_hosts lines to store: the one with the wanted fingerprint, or all, after a typed "yes"."""
+    described = list(zip(lines, fingerprints(lines)))
+    if wanted:
+        chosen = [line for line, (fingerprint, _) in described if fingerprint == wanted]
+        if not chosen:
+            raise OffsyncError("%s: its host key is NOT the expected one: expected %s, it shows %s; somebody else may answer at "
+                               "this address: compare with the fingerprint that 'offsync link' printed on the target's console"
+                               % (target.login, wanted, ", ".join("%s (%s)" % pair for _, pair in described)))
+        return chosen
+    emit("The host key of %s is not trusted yet. It shows:" % target.login, error=True)
+    for _, (fingerprint, kind) in described:
+        emit("  %s (%s)" % (fingerprint, kind), error=True)
+    emit("Compare with what 'offsync link' printed on the target's own console.", error=True)
+    answer = ask("Trust %s? Type yes or no: " % plural(len(lines), "this key", "these %d keys" % len(lines)).split(" ", 1)[1],
+                 "give the fingerprint that 'offsync link' printed on the target: --host-key SHA256:...")
+    if answer != "yes":
+        raise OffsyncError("%s: the host key was not confirmed; nothing was saved" % target.login)
+    return list(lines)
+
+
+def store_host_keys(home: Home, lines: Sequence[str]) -> None:
+    """Put these lines into known_hosts in place of what it has for their host name (which ssh-keygen finds, hashed too)."""
+    name = lines[0].split()[0]
+    with tempfile.TemporaryDirectory(prefix="offsync-") as scratch:
+        path = os.path.join(scratch, "known_hosts")
+        if os.path.exists(home.known_hosts):
+            shutil.copyfile(home.known_hosts, path)
+            run([program("ssh-keygen"), "-R", name, "-f", path], deadline=SESSION_DEADLINE)
+        with open(path, "ab+") as stream:
+            stream.seek(0)
+            old = stream.read()
+    if old and not old.endswith(b"\n"):
+        old += b"\n"
+    write_atomically(home.known_hosts, old + "".join(line + "\n" for line in lines).encode(), 0o600)
+
+
+# --- Operations: proofs -----------------------------------------------------------------------------------------
+
+class Proof(NamedTuple):
+    """One thing that was tried on a target; closed is None where it could not be told."""
+    tried: str
+    closed: Optional[bool]
+    answer: str
+
+
+def prove_restriction(connection: Connection) -> list[Proof]:
+    """Try on an open connection what the key must not do, and that it can write; return what happened, no file sent."""
+    target, scratch = connection.target, connection.shared.scratch
+    empty = os.path.join(scratch, "empty-" + os.path.basename(connection.socket)).encode()
+    os.makedirs(empty, exist_ok=True)
+    proofs = [Proof("run a command", True, "refused")]      # open() raised otherwise
+
+    answer = connection.session((), ["cat /etc/passwd"])
+    proofs.append(Proof("read a file with cat", not answer.stdout, quote_answer(answer.stderr)))
+    pulled = _pull(connection, empty)
+    proofs.append(Proof("read files with rsync", pulled.status != 0, quote_answer(pulled.stderr)))
+    marker = "offsync-%s" % os.urandom(8).hex()
+    proofs.append(_prove_path(connection, empty, marker))
+    above = connection.rsync(("-n", "-r"), source=empty, path="../" + marker, deadline=SESSION_DEADLINE)
+    proofs.append(Proof("write to .. of the path", above.status != 0 and b"/" + marker.encode() + b'"' not in above.stderr,
+                        quote_answer(above.stderr)))
+    terminal = connection.session(("-tt",), ["true"])
+    # With a terminal the refusal would come back on stdout, since a terminal has one stream only.
+    proofs.append(Proof("get a terminal (PTY)", not terminal.stdout.strip(), quote_answer(terminal.stderr or terminal.stdout)))
+    proofs += _prove_forwarding(connection)
+    written = connection.rsync(("-n", "-r"), source=empty, deadline=SESSION_DEADLINE)
+    if written.status != 0:
+        raise diagnose(target, written.stderr)
+    proofs.append(Proof("write below the path (dry run)", True, "possible"))
+    return proofs
+
+
+def _pull(connection: Connection, into: bytes) -> Result:
+    """Try to list the target's files with rsync, as a reader would."""
+    target = connection.target
+    host = "[%s]" % target.host if ":" in target.host else target.host
+    remote = " ".join(quote_for_rsync(word) for word in [connection.shared.ssh, *connection.session_options()])
+    return run([connection.shared.rsync, "-n", "-r", "-e", remote, "--", "%s@%s:." % (target.user, host), into + b"/"],
+               deadline=SESSION_DEADLINE)
+
+
+def _prove_path(connection: Connection, empty: bytes, marker: str) -> Proof:
+    """Try, as a dry run, an absolute path outside whose parent does not exist.
+
+    rsync's complaint names the directory that it looked in: it must be the configured one, not the root. The complaint
+    is recognised by our own random name in it.
+    """
+    result = connection.rsync(("-n", "-r"), source=empty, path="/%s/x" % marker, deadline=SESSION_DEADLINE)
+    match = re.search(rb'"(/?[^"\n]*)/' + marker.encode(), result.stderr)
+    tried, answer = "write to a path outside", quote_answer(result.stderr)
+    if result.status == 0:
+        return Proof(tried, False, "accepted")
+    if not match:
+        return Proof(tried, True if diagnose(connection.target, result.stderr).kind == "perl-refusal" else None, answer)
+    found = parse_rsync_name(match.group(1)) or b"/"
+    expected = os.fsencode(connection.target.remote_path)
+    if found == expected or found.startswith(b"/proc/"):
+        return Proof(tried, True, "it stays below " + show(expected))
+    return Proof(tried, False, "the key writes below %s, not below %s" % (show(found), show(expected)))
+
+
+def _prove_forwarding(connection: Connection) -> list[Proof]:
+    """Try to forward a port to the target's own network, on a connection of its own.
+
+    ssh -v shows what sshd says of the key's options when it authenticates (auth_debug in OpenSSH): agent forwarding
+    leaves no other trace that can be seen from here.
+    """
+    result = run([connection.shared.ssh, *SSH_NO_MULTIPLEXING, "-v", "-o", "LogLevel=DEBUG1", "-o", "ClearAllForwardings=no",
+                  *connection.options(), "-W", "127.0.0.1:%d" % (connection.target.port or 22), *connection.destination()],
+                 deadline=CONNECT_DEADLINE)
+    told = re.findall(rb"Remote: [^\n]*key options:([^\r\n]*)", result.stderr)
+    said = "sshd says of the key: %s" % quote_answer(told[-1]) if told else "sshd does not tell"
+    agent = None if not told else not any(b"agent-forwarding" in options for options in told)
+    port = False if result.stdout or any(b"port-forwarding" in options for options in told) \
+        else True if told or b"administratively prohibited" in result.stderr else None
+    return [Proof("forward a port", port, said), Proof("forward an agent", agent, said)]
+
+
+# --- Operations: plan -------------------------------------------------------------------------------------------
+
+class TargetPlan:
+    """The plan of one target; error says why there is none."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.error: Optional[str] = None
+        self.changes: list[Change] = []     # sorted by path
+        self.connection: Optional[Connection] = None
+
+    def of(self, *kinds: str) -> list[Change]:
+        """Return the changes of these kinds."""
+        return [change for change in self.changes if change.kind in kinds]
+
+    def size(self, reader: SourceReader) -> int:
+        """Return how many bytes the files to send have."""
+        return sum(reader.entry(c.path).size for c in self.of("added", "modified")
+                   if c.kind == "added" or "content" in c.changes or "type" in c.changes)
+
+
+class Leftovers:
+    """Recognises what rsync leaves on a target when it is killed: .~tmp~ everywhere, and .NAME.XXXXXX beside NAME for the
+    names that an unfinished apply of this controller was sending (its journal)."""
+
+    def __init__(self, home: Home, target: Target) -> None:
+        self.path = os.path.join(home.unfinished, target.login.replace("/", "_"))
+        self.names: set[bytes] = set()
+        self.header: dict[str, Any] = {}
+        for path in (self.path, self.path + ".logged"):
+            try:
+                with open(path, "rb") as stream:
+                    self.header = json.loads(stream.readline())
+                    self.names.update(base64.b64decode(name) for name in self.header["leftover"])
+                    self.names.update(stream.read().split(b"\0"))
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                warn("%s: an unfinished apply's journal cannot be read (%s)" % (path, error))
+
+    def match(self, path: bytes) -> bool:
+        """Return whether an entry that only the target has was left by a killed run."""
+        directory, name = os.path.split(path)
+        if STAGING in path.split(b"/"):
+            return True
+        match = TEMPORARY_NAME.fullmatch(name)
+        return bool(match and os.path.join(directory, match.group(1)) in self.names)
+
+
+class Collector:
+    """Collects itemized lines; an odd line is kept as the error, to be raised where exceptions may fly."""
+
+    def __init__(self) -> None:
+        self.items: list[Itemized] = []
+        self.target_only = 0
+
+    def __call__(self, line: bytes) -> None:
+        try:
+            item = parse_itemized(line)
+        except ValueError as error:
+            raise TargetError("rsync printed %s; is the file of a kind that rsync cannot send?" % error) from None
+        if item:
+            self.items.append(item)
+            self.target_only += item.action == "delete"
+            if self.target_only > MAX_TARGET_ONLY:
+                raise TargetError("it reports more than %d files of its own; check its path" % MAX_TARGET_ONLY)
+
+
+def compare(connection: Connection, mode: str, collector: Collector, **more: Any) -> None:
+    """Compare the whole tree in one dry run of rsync. Raises TargetError if rsync did not come through."""
+    config = connection.shared.config
+    result = connection.rsync((*RSYNC_PLAN[mode], *("--exclude=" + pattern for pattern in config.exclude)),
+                              on_item=collector, **more)
+    if result.status != 0:
+        raise diagnose(connection.target, result.stderr)
+
+
+def plan_target(shared: Run, target: Target, mode: str, describe: bool = True) -> TargetPlan:
+    """Return the plan of one target, errors included. describe has the source entries hashed for it."""
+    plan = TargetPlan(target)
+    PROGRESS.update(target.login, "connecting")
+    try:
+        plan.connection = Connection(shared, target)
+        plan.connection.open()
+        PROGRESS.update(target.login, "comparing")
+        collector = PlanCollector(shared.reader if describe else None)
+        compare(plan.connection, mode, collector)
+        plan.changes = classify(plan.connection, collector.items, Leftovers(shared.home, target))
+        if not plan.changes:
+            plan.connection.close()
+    except TargetError as error:
+        if error.kind == "host-key-changed":
+            error = explain_changed_host_key(shared, target, error)
+        message = str(error)
+        plan.error = message if message.startswith(target.login) else "%s: %s" % (target.login, message)
+    except OffsyncError as error:
+        plan.error = "%s: %s" % (target.login, error)
+    finally:
+        PROGRESS.update(target.login, None)
+    return plan
+
+
+class PlanCollector(Collector):
+    """A collector that has changed source entries hashed while rsync is still comparing."""
+
+    def __init__(self, reader: Optional[SourceReader]) -> None:
+        super().__init__()
+        self.reader = reader
+
+    def __call__(self, line: bytes) -> None:
+        count = len(self.items)
+        super().__call__(line)
+        if self.reader and len(self.items) > count and self.items[-1].action != "delete":
+            self.reader.want(self.items[-1].path)
+
+
+def classify(connection: Connection, items: list[Itemized], leftovers: Leftovers) -> list[Change]:
+    """Return the sorted changes of a target.
+
+    rsync shows an entry that replaces one of another type as new. So the new entries whose parent is not new (below a
+    new directory all is new) are looked up on the target; what exists there is "modified" by type.
+    """
+    new = {item.path: item for item in items if item.action == "new"}
+    doubtful = [path for path in new if os.path.dirname(path) not in new]
+    absent = absent_entries(connection, doubtful) if doubtful else set()
+    replaced = {path for path in doubtful if path not in absent}
+    changes = []
+    for item in items:
+        if item.action == "delete":
+            kind = "leftover" if leftovers.match(item.path) else "missing"
+            changes.append(Change(kind, item.path, item.directory))
+        elif item.action == "change":
+            changes.append(Change("modified", item.path, item.directory, item.changes, item.quick))
+        elif item.path in replaced:
+            changes.append(Change("modified", item.path, item.directory, ("type",)))
+        else:
+            changes.append(Change("added", item.path, item.directory))
+    return sorted(changes, key=lambda change: change.path)
+
+
+def absent_entries(connection: Connection, paths: Iterable[bytes]) -> set[bytes]:
+    """Return those of the paths at which the target has nothing."""
+    collector = Collector()
+    with name_list(connection.shared, paths) as names:
+        result = connection.rsync(RSYNC_ABSENT, stdin=names, on_item=collector)
+    if result.status != 0:
+        raise diagnose(connection.target, result.stderr)
+    return {item.path for item in collector.items}
+
+
+def name_list(shared: Run, paths: Iterable[bytes]) -> BinaryIO:
+    """Return an open file with the NUL-terminated names, at its beginning."""
+    stream = tempfile.TemporaryFile(dir=shared.scratch)
+    for path in paths:
+        stream.write(path + b"\0")
+    stream.flush()
+    stream.seek(0)
+    return stream
+
+
+def plan_targets(shared: Run, targets: Sequence[Target], mode: str, describe: bool = True) -> Iterator[TargetPlan]:
+    """Yield the plan of each target in the given order, while up to jobs of them are at work."""
+    with ThreadPoolExecutor(max_workers=shared.jobs) as pool:
+        futures = [pool.submit(plan_target, shared, target, mode, describe) for target in targets]
+        try:
+            for future in futures:
+                yield future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            CHILDREN.stop()
+            raise
+
+
+def canonical_plan(shared: Run, plans: Sequence[TargetPlan]) -> str:
+    """Return the text that the plan ID is the sha256 of: policies, targets, and every entry with its content."""
+    config = shared.config
+    policy = {key: getattr(config, key) for key in ("source", "delete", "overwrite", "verify", "exclude")}
+    lines = ["policy " + json.dumps(policy, sort_keys=True)]
+    for plan in plans:
+        target = plan.target
+        lines.append("target %s %s" % (target.login, json.dumps([target.host, target.port or 22, target.remote_path,
+                                                                 "unreachable" if plan.error else "planned"])))
+        lines += [canonical_line(change, shared.reader.entry(change.path) if change.kind in ("added", "modified") else None)
+                  for change in plan.changes]
+    return "\n".join(lines) + "\n"
+
+
+def keep_plan(home: Home, plan_id: str, canonical: str) -> None:
+    """Keep a shown plan, so that "apply --plan" can name what changed since; best effort."""
+    try:
+        make_directory(home.plans, 0o700)
+        kept = sorted((os.stat(os.path.join(home.plans, name)).st_mtime_ns, name) for name in os.listdir(home.plans))
+        for _, name in kept[:max(len(kept) - PLANS_KEPT + 1, 0)]:
+            os.unlink(os.path.join(home.plans, name))
+        write_atomically(os.path.join(home.plans, plan_id), canonical.encode(), 0o600)
+    except (OSError, OffsyncError):
+        pass
+
+
+def check_plan_id(home: Home, wanted: str, plan_id: str, canonical: str) -> None:
+    """Raise, naming the differences, unless the plan is the reviewed one."""
+    if plan_id.startswith(wanted):
+        return
+    differences = ["it is not among the plans kept in " + home.plans]
+    names = [name for name in (os.listdir(home.plans) if os.path.isdir(home.plans) else []) if name.startswith(wanted)]
+    if names:
+        reviewed = read_file(os.path.join(home.plans, names[0]), "plan", "plan again").decode()
+        differences = name_plan_differences(reviewed, canonical)
+    raise OffsyncError("plan %s: it is not the plan of now (%s): %s; review the new plan, then apply that one"
+                       % (wanted, plan_id[:16], some_of(differences, "; ")))
+
+
+# --- Operations: what killed runs left --------------------------------------------------------------------------
+
+def open_journal(home: Home, plan: TargetPlan, plan_id: str, timestamp: str) -> BinaryIO:
+    """Write the journal of one apply: a header line, then the names to send; return it open at the names.
+
+    It is the list that rsync reads (--files-from) and, should everything be killed, what the next run knows.
+    """
+    make_directory(home.unfinished, 0o700)
+    path = Leftovers(home, plan.target).path
+    matches = [TEMPORARY_NAME.fullmatch(os.path.basename(c.path)) for c in plan.of("leftover")]
+    old = [os.path.join(os.path.dirname(c.path), m.group(1)) for c, m in zip(plan.of("leftover"), matches) if m]
+    header = {"login": plan.target.login, "host": plan.target.host, "plan": plan_id, "timestamp": timestamp,
+              "leftover": [base64.b64encode(name).decode() for name in old]}
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        stream = os.fdopen(descriptor, "w+b")
+        stream.write(json.dumps(header).encode() + b"\n")
+        stream.flush()
+        start = stream.tell()
+        for change in plan.of("added", "modified"):
+            stream.write(change.path + b"\0")
+        stream.flush()
+        stream.seek(start)
+    except OSError as error:
+        raise OffsyncError("%s: the journal cannot be written: %s; nothing was sent" % (show_text(path), error.strerror)) \
+            from None
+    return stream
+
+
+def close_journal(home: Home, target: Target, finished: bool) -> None:
+    """Drop the journal of a finished apply; that of a failed one stays, marked as logged, for its leftovers."""
+    path = Leftovers(home, target).path
+    try:
+        for name in (path, path + ".logged"):
+            if os.path.exists(name) and finished:
+                os.unlink(name)
+            elif os.path.exists(name):
+                os.replace(name, path + ".logged")
+    except OSError as error:
+        warn("%s: %s" % (path, error.strerror))
+
+
+def log_killed_runs(home: Home, log: int) -> None:
+    """Log the runs that were killed before they could do so themselves; their journals say which."""
+    for name in sorted(os.listdir(home.unfinished)) if os.path.isdir(home.unfinished) else ():
+        path = os.path.join(home.unfinished, name)
+        if name.endswith(".logged"):
+            continue
+        try:
+            with open(path, "rb") as stream:
+                header = json.loads(stream.readline())
+            append_log(log, {"timestamp": header["timestamp"], "host": header["host"], "operation": "apply",
+                             "files_changed": [], "login": header["login"], "plan": header["plan"],
+                             "result": "interrupted", "bytes_sent": 0, "seconds": 0,
+                             "error": "offsync was killed; what arrived is unknown; the next apply finishes the job"})
+            warn("an apply to %s was killed at %s; this run finishes its job" % (header["login"], header["timestamp"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warn("%s: a journal cannot be read (%s); it is dropped" % (path, error))
+        os.replace(path, path + ".logged")
+
+
+# --- Operations: transfer and verification ----------------------------------------------------------------------
+
+class Delivery:
+    """Carries one target's plan out and verifies it."""
+
+    def __init__(self, shared: Run, plan: TargetPlan, plan_id: str, timestamp: str, may_delete: bool) -> None:
+        assert plan.connection
+        self.shared, self.plan, self.connection = shared, plan, plan.connection
+        self.plan_id, self.timestamp = plan_id, timestamp
+        self.sent = plan.of("added", "modified")
+        self.deletable = {c.path: c.directory for c in plan.of(*(("missing", "leftover") if may_delete else ("leftover",)))}
+        self.bytes_sent = 0
+        self.different: Optional[set[bytes]] = None     # after the transfer; None: not known
+
+    def carry_out(self) -> Outcome:
+        """Send, delete and verify; return the outcome, also for a failure or an interruption."""
+        login, started = self.plan.target.login, time.monotonic()
+        result, error = "ok", None
+        try:
+            if self.plan.changes:
+                self._deliver()
+        except OffsyncError as problem:
+            result, error = "failed", str(problem)
+            if not error.startswith(login):
+                error = "%s: %s" % (login, error)
+        if CHILDREN.stopping and result != "ok":
+            result, error = "interrupted", "%s: interrupted; apply again finishes the job" % login
+        if result != "ok" and self.different is None:
+            self._find_out()
+        if self.different is None and self.plan.changes:
+            error = "%s (what arrived is unknown; run: offsync verify)" % error
+        self.connection.close()
+        PROGRESS.update(login, None)
+        return Outcome(self.plan.target, result, error, self._changed(), self.bytes_sent, time.monotonic() - started)
+
+    def _changed(self) -> list[bytes]:
+        """Return the planned paths that really changed, as far as the last comparison tells."""
+        if self.different is None:
+            return []
+        planned = {change.path for change in self.sent} | set(self.deletable)
+        return sorted(planned - self.different)
+
+    def _deliver(self) -> None:
+        """Do what the plan lists, in this order: what stands in the way goes, files are sent, the rest is deleted."""
+        replaced = {c.path for c in self.sent if "type" in c.changes and not c.directory}
+        blocking = {path: directory for path, directory in self.deletable.items() if _lies_below(path, replaced)}
+        if blocking:
+            self._delete(blocking, self._compare_quickly()[1])
+        with open_journal(self.shared.home, self.plan, self.plan_id, self.timestamp) as journal:
+            if self.sent:
+                self._send(journal)
+        different, extraneous = self._compare_quickly()
+        refused = ""
+        if extraneous and self.deletable:
+            try:
+                self._delete(self.deletable, extraneous)
+                different, extraneous = self._compare_quickly()
+            except TargetError as error:
+                refused = str(error)
+        self._verify(different | {change.path for change in self.sent}, extraneous)
+        if refused:
+            raise TargetError(refused)
+
+    def _send(self, journal: BinaryIO) -> None:
+        """Send exactly the planned entries. How rsync ends says little; verification decides."""
+        shared, login = self.shared, self.plan.target.login
+        total = self.plan.size(shared.reader)
+        options = list(RSYNC_SEND)
+        if not all(change.quick for change in self.sent):
+            options.insert(0, "-c")         # a quick check would overlook content or send for nothing
+        if not shared.config.overwrite:
+            options.insert(0, "--ignore-existing")
+        if shared.config.bwlimit:
+            options.insert(0, "--bwlimit=%d" % shared.config.bwlimit)
+        if shared.config.compress:
+            options.insert(0, "-z")
+        if PROGRESS.enabled():
+            options.insert(0, "--info=progress2")
+
+        def on_item(line: bytes) -> None:
+            self.bytes_sent += int(line.split(b" ", 1)[0])
+
+        def on_other(line: bytes) -> None:
+            match = re.match(rb" *([0-9][0-9,.]*) +[0-9]+% +(\S+/s)", line)
+            if match:
+                done = int(re.sub(rb"[,.]", b"", match.group(1)))
+                PROGRESS.update(login, "sending %d%% of %s, %s" % (min(100 * done // max(total, 1), 100),
+                                                                   format_bytes(total), match.group(2).decode()))
+
+        PROGRESS.update(login, "sending %s" % format_bytes(total))
+        result = self.connection.rsync(options, stdin=journal, on_item=on_item, on_other=on_other, item_format="%b %i %n")
+        if result.status != 0:
+            raise diagnose(self.plan.target, result.stderr)
+
+    def _compare_quickly(self) -> tuple[set[bytes], dict[bytes, bool]]:
+        """Return (paths that differ by a quick check, entries that only the target has: path -> directory)."""
+        PROGRESS.update(self.plan.target.login, "verifying")
+        collector = Collector()
+        compare(self.connection, "quick", collector)
+        return ({item.path for item in collector.items if item.action != "delete"},
+                {item.path: item.directory for item in collector.items if item.action == "delete"})
+
+    def _delete(self, paths: dict[bytes, bool], extraneous: dict[bytes, bool]) -> None:
+        """Delete these planned entries, unless others have appeared since the plan: then nothing."""
+        surprises = sorted(set(extraneous) - {change.path for change in self.plan.of("missing", "leftover")})
+        if surprises:
+            raise TargetError("%s: nothing was deleted, since new entries appeared there after the plan: %s; plan again"
+                              % (self.plan.target.login, some_of([show(path) for path in surprises])))
+        rules = {format_include_rule(path, directory): None for path, directory in paths.items()}
+        for path in paths:                  # rsync must be let into the directories above
+            while b"/" in path:
+                path = os.path.dirname(path)
+                rules[format_include_rule(path, True)] = None
+        with tempfile.TemporaryFile(dir=self.shared.scratch) as stream:
+            for rule in rules:
+                stream.write(rule + b"\0")
+            stream.flush()
+            stream.seek(0)
+            result = self.connection.rsync(RSYNC_DELETE, stdin=stream)
+        if result.status != 0:
+            raise diagnose(self.plan.target, result.stderr)
+
+    def _verify(self, suspects: set[bytes], extraneous: dict[bytes, bool]) -> None:
+        """Compare the suspects by content; raise unless the target equals the source, and the source the plan."""
+        self.different = different_entries(self.connection, suspects)
+        login = self.plan.target.login
+        unexpected = self.different | set(extraneous)
+        if unexpected:
+            self.different = unexpected
+            raise TargetError("%s: verification found %s: %s; apply again, or look at what changes them"
+                              % (login, plural(len(unexpected), "difference"), some_of(list(map(show, sorted(unexpected))))))
+        moved = [show(change.path) for change in self.sent if self.shared.reader.changed(change.path)]
+        if moved:
+            raise TargetError("%s: the source changed during the run: %s; plan and apply again" % (login, some_of(moved)))
+
+    def _find_out(self) -> None:
+        """After a failure or an interruption, learn what arrived nevertheless, within a bounded time."""
+        try:
+            collector = Collector()
+            compare(self.connection, "quick", collector, deadline=RESCAN_DEADLINE, last_words=True)
+            suspects = {change.path for change in self.sent}
+            different = different_entries(self.connection, suspects, deadline=RESCAN_DEADLINE, last_words=True)
+            self.different = different | {item.path for item in collector.items if item.action == "delete"}
+        except OffsyncError:
+            self.different = None
+
+
+def _lies_below(path: bytes, directories: set[bytes]) -> bool:
+    """Return whether one of the directories is above the path."""
+    while b"/" in path:
+        path = os.path.dirname(path)
+        if path in directories:
+            return True
+    return False
+
+
+def different_entries(connection: Connection, paths: Iterable[bytes], **more: Any) -> set[bytes]:
+    """Return those of the source's paths that differ on the target, by content, type, mode or link."""
+    collector = Collector()
+    names = sorted(paths)
+    if not names:
+        return set()
+    with name_list(connection.shared, names) as stream:
+        result = connection.rsync(RSYNC_COMPARE, stdin=stream, on_item=collector, **more)
+    if result.status != 0:
+        raise diagnose(connection.target, result.stderr)
+    return {item.path for item in collector.items}
+
+
+# --- Commands: read arguments, call, print, return a status -----------------------------------------------------
+
+def missing_programs(role: str) -> list[str]:
+    """Return the programs that this role needs and that are not here."""
+    missing = []
+    checks: list[tuple[str, Callable[[], Any]]] = [("rsync", find_rsync)]
+    if role in ("controller", "both"):
+        checks += [("ssh", lambda: program("ssh")), ("ssh-keygen", lambda: program("ssh-keygen"))]
+    if role in ("target", "both"):
+        checks += [("sshd", lambda: program("sshd")), ("rrsync", lambda: find_rrsync(None))]
+    for name, check in checks:
+        try:
+            check()
+        except OffsyncError:
+            missing.append(name)
+    return missing
+
+
+def install_commands(role: str) -> tuple[str, list[list[list[str]]], str]:
+    """Return (manager, steps, hint) to install what a role needs; a step is a list of alternative commands."""
+    name = next((name for name in PACKAGE_MANAGERS if shutil.which(name)), None)
+    if not name:
+        raise OffsyncError("install-deps: no known package manager (%s) is here; install OpenSSH and rsync with rrsync by hand"
+                           % ", ".join(PACKAGE_MANAGERS))
+    manager = PACKAGE_MANAGERS[name]
+    sudo = ["sudo"] if manager.sudo and os.geteuid() != 0 else []
+    steps = [[sudo + list(manager.refresh)]] if manager.refresh else []
+    alternatives = {"controller": [manager.controller], "target": [manager.target],
+                    "both": [manager.controller, manager.target]}[role]
+    merged = [tuple(dict.fromkeys(p for packages in choice for p in packages))
+              for choice in zip(*(a if len(a) > 1 or len(alternatives) == 1 else a * max(map(len, alternatives))
+                                  for a in alternatives))]
+    steps.append([sudo + list(manager.install) + list(packages) for packages in merged])
+    if manager.extra and role != "controller":
+        steps.append([sudo + list(manager.install) + list(manager.extra)])
+    return name, steps, manager.hint
+
+
+def install_dependencies(role: str, assume_yes: bool) -> None:
+    """Install what a role needs, after showing the commands and asking. Raises if anything is missing afterwards."""
+    missing = missing_programs(role)
+    if not missing:
+        emit("install-deps: everything for the role %s is here" % role, error=True)
+        return
+    name, steps, hint = install_commands(role)
+    emit("install-deps: missing here: %s. These commands install it:" % ", ".join(missing), error=True)
+    for step in steps:
+        emit("  " + "\n  or, if that fails: ".join(shlex.join(command) for command in step), error=True)
+    if not assume_yes and ask("Run them now? Type y or n: ", "repeat with -y to run them without a question") not in ("y", "yes"):
+        raise OffsyncError("install-deps: nothing was installed; missing: %s" % ", ".join(missing))
+    for index, step in enumerate(steps):
+        failed = all(run(command, show_output=True).status != 0 for command in step)
+        optional = len(step[0]) < 3 or step[0][-1] in PACKAGE_MANAGERS[name].extra or index < len(steps) - 1
+        if failed and not optional:
+            break
+    still = missing_programs(role)
+    if still:
+        raise OffsyncError("install-deps: still missing: %s; %s" % (", ".join(still), hint or "look at what %s printed" % name))
+    if "sshd" in missing and name != "apt-get":
+        command = "rc-update add sshd default && rc-service sshd start" if name == "apk" else "systemctl enable --now sshd"
+        emit("install-deps: now start sshd, for example: " + command, error=True)
+
+
+def require_programs(role: str) -> None:
+    """Make sure of the programs of a role: on a terminal offer to install them, else name the command."""
+    missing = missing_programs(role)
+    if missing and has_terminal():
+        install_dependencies(role, False)
+    elif missing:
+        raise OffsyncError("%s: not installed; run: offsync install-deps --role %s" % (", ".join(missing), role))
+
+
+def cmd_install_deps(args: argparse.Namespace) -> int:
+    """Install system packages."""
+    install_dependencies(args.role, args.yes)
+    return 0
+
+
+def cmd_init(args: argparse.Namespace) -> int:
+    """Create key pair and config, or update the source; print the public key."""
+    require_programs("controller")
+    home = Home()
+    source = None
+    if args.source is not None:
+        source = validate_absolute_path(os.path.abspath(args.source), "source")
+        if not os.path.isdir(source):
+            raise UsageError("source %s: it is not a directory; create it first" % show_text(source))
+    make_directory(home.path, 0o700)
+    home.lock("init")
+    if os.path.lexists(home.config):
+        config, document, text = home.load()
+        if source and source != config.source:
+            text = "\n".join(replace_scalar(document, document.nodes["source"], source))
+            validate_config(text, home.config)
+            write_atomically(home.config, text.encode(), 0o600)
+    else:
+        if source is None:
+            source = os.path.join(home.path, "sync")
+            make_directory(source, 0o755)
+        write_atomically(home.config, format_new_config(source).encode(), 0o600)
+    if not os.path.lexists(home.key):
+        comment = "offsync@" + re.sub(r"[^A-Za-z0-9.-]", "", socket.gethostname())
+        result = run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", home.key])
+        if result.status != 0:
+            raise OffsyncError("key %s: ssh-keygen failed; mend that (it said: %s)" % (home.key, quote_answer(result.stderr)))
+    home.check_key()
+    if not os.path.exists(home.key + ".pub"):
+        public = run([program("ssh-keygen"), "-y", "-f", home.key])
+        if public.status != 0:
+            raise OffsyncError("key %s: ssh-keygen cannot read it; move it away and run init again (it said: %s)"
+                               % (home.key, quote_answer(public.stderr)))
+        write_atomically(home.key + ".pub", public.stdout, 0o644)
+    warn_of_old_rsync(find_rsync())
+    config, _, _ = home.load()
+    emit("source %s, config %s" % (show_text(config.source), show_text(home.config)), error=True)
+    emit("This line goes to each target:  offsync link --path DIR --key '...'  (or pipe it: offsync init | ssh LOGIN "
+         "offsync link --path DIR)", error=True)
+    emit(read_file(home.key + ".pub", "key", "run: offsync init").decode("utf-8", "replace").strip())
+    return 0
+
+
+def read_key_argument(args: argparse.Namespace) -> PublicKey:
+    """Return the public key from --key, --key-file, a pipe, or the terminal."""
+    if args.key is not None:
+        return validate_public_key(args.key)
+    if args.key_file is not None:
+        return validate_public_key(read_file(args.key_file, "key file", "name the file of the public key")
+                                   .decode("utf-8", "replace"))
+    program_on_stdin = sys.argv[0] in ("-", "")
+    if not program_on_stdin and sys.stdin and not sys.stdin.isatty() and not stat.S_ISCHR(os.fstat(0).st_mode):
+        return validate_public_key(sys.stdin.buffer.read(1 << 16).decode("utf-8", "replace"))
+    return validate_public_key(ask("Paste the public key (the line that 'offsync init' prints): ",
+                                   "give the key: --key 'ssh-ed25519 AAAA...' or --key-file FILE"))
+
+
+def authorized_keys_path() -> str:
+    """Return the real path of ~/.ssh/authorized_keys: a symlinked file stays a symlink."""
+    return os.path.realpath(os.path.expanduser("~/.ssh/authorized_keys"))
+
+
+def replace_authorized_key(key: PublicKey, line: Optional[str]) -> bool:
+    """Set or remove offsync's line for this key; return whether the file changed."""
+    path = authorized_keys_path()
+    old, mode = b"", 0o600
+    if os.path.exists(path):
+        old, mode = read_file(path, "authorized_keys", ""), stat.S_IMODE(os.stat(path).st_mode)
+    elif line is None:
+        return False
+    try:
+        new = edit_authorized_keys(old, key, line)
+    except ValueError as error:
+        raise OffsyncError("%s:%s: this key stands there in a line that offsync did not write, and sshd uses the first line "
+                           "that has it; remove that line, then try again" % (path, error)) from None
+    if new == old:
+        return False
+    make_directory(os.path.dirname(path), 0o700)
+    write_atomically(path, new, mode)
+    return True
+
+
+def link_warnings(account: pwd.struct_passwd, sshd: dict[str, list[str]]) -> Iterator[str]:
+    """Yield what would make sshd ignore the key."""
+    home = os.path.expanduser("~")
+    if os.path.realpath(home) != os.path.realpath(account.pw_dir):
+        yield "HOME is %s, but sshd reads the account's home %s; run link as the account itself" % (home, account.pw_dir)
+    for path in (home, os.path.join(home, ".ssh"), authorized_keys_path()):
+        status = os.stat(path) if os.path.exists(path) else None
+        if status and (status.st_mode & 0o022 or status.st_uid not in (0, account.pw_uid)):
+            yield ("%s is writable or owned by others: sshd ignores the key then (StrictModes in sshd_config(5)); run: "
+                   "chmod go-w %s" % (path, shlex.quote(path)))
+    if os.path.basename(account.pw_shell) in NO_LOGIN_SHELLS:
+        yield "the login shell %s refuses commands, so rrsync cannot start; run: chsh -s /bin/sh" % account.pw_shell
+    if sshd.get("pubkeyauthentication") == ["no"]:
+        yield "sshd has PubkeyAuthentication no; allow it in sshd_config"
+    places = sshd.get("authorizedkeysfile", [".ssh/authorized_keys"])
+    expanded = [os.path.join(account.pw_dir, p.replace("%h", account.pw_dir).replace("%u", account.pw_name)) for p in places]
+    if sshd and os.path.join(account.pw_dir, ".ssh/authorized_keys") not in expanded:
+        yield "sshd reads keys from %s (AuthorizedKeysFile), not from ~/.ssh/authorized_keys; copy the line there" % (
+            ", ".join(expanded))
+    if not os.environ.get("SSH_CONNECTION") and os.path.isdir("/proc/self") and not sshd_is_running():
+        yield "no sshd is running here; start it before you add the target (fine while an image is being built)"
+
+
+def sshd_is_running() -> bool:
+    """Return whether a process called sshd runs (/proc of Linux)."""
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit():
+                with open("/proc/%s/comm" % entry, encoding="ascii", errors="replace") as stream:
+                    if stream.read().startswith("sshd"):
+                        return True
+        except OSError:
+            continue
+    return False
+
+
+def sshd_settings(user: str) -> dict[str, list[str]]:
+    """Return sshd's effective settings for a user, {} where sshd does not tell (sshd -T, with a throw-away host key)."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="offsync-") as scratch:
+            key = os.path.join(scratch, "key")
+            run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key])
+            result = run([program("sshd"), "-T", "-h", key, "-C", "user=%s,host=localhost,addr=127.0.0.1" % user],
+                         deadline=SESSION_DEADLINE)
+    except OffsyncError:
+        return {}
+    if result.status != 0:
+        return {}
+    lines = (line.split() for line in result.stdout.decode("utf-8", "replace").splitlines())
+    return {words[0]: words[1:] for words in lines if len(words) > 1}
+
+
+def own_host_key() -> str:
+    """Return the SHA256 fingerprint of this host's ed25519 (else first) host key, "" if there is none."""
+    import glob
+    paths = sorted(glob.glob("/etc/ssh/ssh_host_*_key.pub"), key=lambda path: ("ed25519" not in path, path))
+    for path in paths:
+        result = run([program("ssh-keygen"), "-l", "-E", "sha256", "-f", path])
+        if result.status == 0:
+            return result.stdout.decode("utf-8", "replace").split()[1]
+    return ""
+
+
+def cmd_link(args: argparse.Namespace) -> int:
+    """Install the restricted key on this target and print the controller's command."""
+    require_programs("target")
+    account = pwd.getpwuid(os.geteuid())
+    rrsync, words = find_rrsync(args.rrsync)
+    key = read_key_argument(args)
+    from_pattern = validate_from_pattern(args.from_pattern) if args.from_pattern is not None else ""
+    protected = {os.path.realpath(rrsync): "it contains rrsync", rrsync: "it contains rrsync",
+                 Home().path: "it contains the controller's files"}
+    if os.path.exists(sys.argv[0]):
+        protected[os.path.realpath(sys.argv[0])] = "it contains offsync itself"
+    path = validate_link_path(args.path or os.path.expanduser("~/.offsync/sync"), protected)
+    line = format_authorized_key(validate_forced_command(words, path, account.pw_shell), key, from_pattern)
+    replace_check = authorized_keys_path()
+    if os.path.exists(replace_check):       # refuse before anything is created
+        _, _, foreign = split_authorized_keys(read_file(replace_check, "authorized_keys", ""), key)
+        if foreign:
+            replace_authorized_key(key, line)
+    make_directory(path, 0o755)
+    changed = replace_authorized_key(key, line)
+    emit("%s %s: the key may write below %s, nothing else" % ("linked in" if changed else "already linked in",
+                                                             authorized_keys_path(), show_text(path)), error=True)
+    settings = sshd_settings(account.pw_name)
+    for warning in link_warnings(account, settings):
+        warn(warning)
+    warn_of_old_rsync(find_rsync())
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    ports = [connection[3]] if len(connection) == 4 else settings.get("port", ["22"])
+    command = ["offsync", "target", "add", "%s@%s" % (account.pw_name, socket.gethostname()), "--path", path]
+    command += ["--rrsync", rrsync] if rrsync != DEFAULT_RRSYNC else []
+    command += ["--port", ports[0]] if ports[0] != "22" else []
+    host_key = own_host_key()
+    command += ["--host-key", host_key] if host_key else []
+    emit("Now run this on the controller (with the name by which it reaches this host):", error=True)
+    emit(shlex.join(command))
+    return 0
+
+
+def cmd_unlink(args: argparse.Namespace) -> int:
+    """Remove the key's entry from authorized_keys."""
+    key = read_key_argument(args)
+    changed = replace_authorized_key(key, None)
+    emit("%s %s" % ("removed the key from" if changed else "the key has no entry in", authorized_keys_path()), error=True)
+    return 0
+
+
+def cmd_target_add(args: argparse.Namespace) -> int:
+    """Prove trust and restriction of a target, then save it."""
+    require_programs("controller")
+    user, host = validate_login(args.login)
+    rrsync = validate_absolute_path(args.rrsync, "rrsync") if args.rrsync else DEFAULT_RRSYNC
+    target = Target(args.login, user, host, validate_absolute_path(args.path, "path"), rrsync,
+                    validate_port(args.port) if args.port is not None else None)
+    if args.host_key is not None and not re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}", args.host_key):
+        raise UsageError("host key %s: it must be SHA256: and 43 characters, as 'offsync link' and ssh-keygen -l print it"
+                         % show_text(args.host_key))
+    home = Home()
+    config, _, text = home.load()
+    home.lock("target add")
+    with Run(home, config) as shared:
+        trusted: Optional[list[str]] = None
+        if args.host_key:
+            trusted = choose_host_keys(target, fetch_host_keys(shared, target), args.host_key)
+        connection = _open_trusted(shared, target, trusted)
+        if connection is None:
+            trusted = choose_host_keys(target, fetch_host_keys(shared, target), None)
+            connection = _open_trusted(shared, target, trusted)
+        assert connection is not None
+        proofs = prove_restriction(connection)
+        _raise_if_open(target, proofs)
+        if trusted:
+            store_host_keys(home, trusted)
+        text = add_target_lines(home.load()[2], target)
+        validate_config(text, home.config)
+        write_atomically(home.config, text.encode(), 0o600)
+    known = any(known.login == target.login for known in config.targets)
+    emit("%s %s: the key is restricted to writing below %s (%s); next: offsync plan"
+         % ("updated" if known else "added", target.login, show_text(target.remote_path),
+            plural(sum(proof.closed is True for proof in proofs), "proof")))
+    return 0
+
+
+def _open_trusted(shared: Run, target: Target, lines: Optional[list[str]]) -> Optional[Connection]:
+    """Return an open, proved connection; None if the host key is unknown or changed and none was confirmed yet."""
+    path = None
+    if lines:
+        path = os.path.join(shared.scratch, "trusted")
+        write_atomically(path, "".join(line + "\n" for line in lines).encode(), 0o600)
+    connection = Connection(shared, target, path)
+    try:
+        connection.open()
+        return connection
+    except TargetError as error:
+        if lines or error.kind not in ("host-key-unknown", "host-key-changed"):
+            raise
+        if error.kind == "host-key-changed":
+            warn(str(explain_changed_host_key(shared, target, error)))
+        return None
+
+
+def _raise_if_open(target: Target, proofs: Sequence[Proof]) -> None:
+    """Raise if a proof found anything open."""
+    open_ones = ["%s (%s)" % (proof.tried, proof.answer) for proof in proofs if proof.closed is False]
+    if open_ones:
+        raise TargetError("%s: the key is not restricted as it must be; it can: %s; run there: offsync link --path %s"
+                          % (target.login, "; ".join(open_ones), shlex.quote(target.remote_path)), "open")
+
+
+def cmd_target_list(args: argparse.Namespace) -> int:
+    """List the targets."""
+    config, _, _ = Home().load()
+    targets = select_targets(config.targets, ())
+    if args.json:
+        emit(json.dumps({"version": 1, "targets": [target._asdict() for target in targets]}, sort_keys=True))
+        return 0
+    for target in targets:
+        emit("%s  %s%s" % (target.login, show_text(target.remote_path), "  port %d" % target.port if target.port else ""))
+    if not targets:
+        emit("no targets yet; on a target run: offsync link; then here: offsync target add", error=True)
+    return 0
+
+
+def cmd_target_remove(args: argparse.Namespace) -> int:
+    """Forget a target; its files and its key entry stay there."""
+    home = Home()
+    home.load()
+    home.lock("target remove")
+    config, _, text = home.load()
+    if args.login not in [target.login for target in config.targets]:
+        select_targets([], [args.login]) if not config.targets else None
+        raise UsageError("target %s: unknown; known targets: %s" % (
+            show_text(args.login), ", ".join(sorted(target.login for target in config.targets))))
+    write_atomically(home.config, remove_target_lines(text, args.login).encode(), 0o600)
+    emit("removed %s here; to revoke the key, run there: offsync unlink" % args.login, error=True)
+    return 0
+
+
+def load_targets(home: Home, patterns: Sequence[str]) -> tuple[Config, list[Target]]:
+    """Return the config and the chosen targets; none configured is an error that says how to add one."""
+    config, _, _ = home.load()
+    if not config.targets:
+        raise UsageError("targets: there are none yet; run on a target: offsync link --path DIR; then here the 'offsync target "
+                         "add' command that it prints")
+    return config, select_targets(config.targets, patterns)
+
+
+def print_target_plan(shared: Run, plan: TargetPlan) -> None:
+    """Print one target's plan: a line an entry, then a summary."""
+    emit("%s:%s" % (plan.target.login, show_text(plan.target.remote_path)))
+    if plan.error:
+        emit("  " + colour("failed", "not planned") + ": " + plan.error)
+        return
+    for change in plan.changes:
+        size = ""
+        if change.kind in ("added", "modified"):
+            entry = shared.reader.entry(change.path)
+            size = format_bytes(entry.size) if entry.type == "file" else entry.type
+        elif change.directory:
+            size = "directory"
+        emit("  %s  %-12s  %10s  %s" % (colour(change.kind, "%-8s" % change.kind), ",".join(change.changes) or "-", size,
+                                        show(change.path)))
+    emit("  " + plan_summary(shared, plan))
+
+
+def plan_summary(shared: Run, plan: TargetPlan) -> str:
+    """Return the counts of a plan."""
+    counts = ["%d %s" % (len(plan.of(kind)), kind) for kind in ("added", "modified", "missing", "leftover") if plan.of(kind)]
+    if not counts:
+        return "equal, nothing to do"
+    return "%s; %s to send" % (", ".join(counts), format_bytes(plan.size(shared.reader)))
+
+
+def json_plan(shared: Run, plan: TargetPlan) -> dict[str, Any]:
+    """Return one target's plan as JSON values."""
+    fields: dict[str, Any] = {"login": plan.target.login, "host": plan.target.host, "remote_path": plan.target.remote_path,
+                              "error": plan.error}
+    for kind in ("added", "modified", "missing", "leftover"):
+        fields[kind] = [json_entry(change, shared.reader.entry(change.path) if kind in ("added", "modified") else None)
+                        for change in plan.of(kind)]
+    return fields
+
+
+def cmd_plan(args: argparse.Namespace) -> int:
+    """Print the plan; change nothing."""
+    home = Home()
+    config, targets = load_targets(home, args.targets)
+    with Run(home, config, args.jobs) as shared:
+        check_source(shared.rsync, config)
+        plans = []
+        for plan in plan_targets(shared, targets, config.verify):
+            shared.reader.wait()
+            plans.append(plan)
+            if not args.json:
+                print_target_plan(shared, plan)
+        canonical = canonical_plan(shared, plans)
+        plan_id = hashlib.sha256(canonical.encode()).hexdigest()
+        keep_plan(home, plan_id, canonical)
+        if args.json:
+            emit(json.dumps({"version": 1, "plan": plan_id, "source": config.source,
+                             "targets": [json_plan(shared, plan) for plan in plans]}, sort_keys=True))
+        else:
+            emit("plan %s" % plan_id)
+    failed = [plan.target.login for plan in plans if plan.error]
+    if failed:
+        raise OffsyncError("%s could not be planned: %s; see the reasons above"
+                           % (plural(len(failed), "target"), some_of(failed)))
+    return 3 if args.exit_code and any(plan.changes for plan in plans) else 0
+
+
+def refuse_by_policy(config: Config, plans: Sequence[TargetPlan], rsync: str) -> None:
+    """Raise if the config forbids what any of the plans needs: then nothing is sent anywhere."""
+    for kind, allowed, key in (("missing", config.delete, "delete"), ("modified", config.overwrite, "overwrite")):
+        concerned = [plan for plan in plans if plan.of(kind)]
+        if not allowed and concerned:
+            described = ["%s: %s" % (plan.target.login, some_of([show(c.path) for c in plan.of(kind)])) for plan in concerned]
+            raise OffsyncError('refused, nothing was sent: %s is false in the config, and %s is %s on %s; allow it with "%s: '
+                               'true", or %s' % (key, plural(sum(len(p.of(kind)) for p in concerned), "entry", "entries"), kind,
+                                                 "; ".join(described[:LISTED]), key,
+                                                 "take them into the source, or exclude them" if kind == "missing" else
+                                                 "exclude them, or remove them on the target"))
+    if any(plan.of("missing") for plan in plans) and source_is_empty(rsync, config):
+        raise OffsyncError("refused, nothing was deleted: the source %s is empty (after the excludes), and an empty source never "
+                           "deletes; check that it is mounted and filled" % show_text(config.source))
+
+
+def cmd_apply(args: argparse.Namespace) -> int:
+    """Transfer what the plan lists, verify it, log it."""
+    if args.plan is not None and not re.fullmatch(r"[0-9a-f]{8,64}", args.plan):
+        raise UsageError("plan ID %s: it must be 8 to 64 hexadecimal digits, as 'offsync plan' prints it" % show_text(args.plan))
+    home = Home()
+    load_targets(home, args.targets)
+    timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    home.lock("apply")
+    config, targets = load_targets(home, args.targets)
+    with Run(home, config, args.jobs) as shared:
+        check_source(shared.rsync, config)
+        log = home.open_log()
+        plans = list(plan_targets(shared, targets, config.verify))
+        shared.reader.wait()
+        canonical = canonical_plan(shared, plans)
+        plan_id = hashlib.sha256(canonical.encode()).hexdigest()
+        if args.plan:
+            check_plan_id(home, args.plan, plan_id, canonical)
+        refuse_by_policy(config, plans, shared.rsync)
+        log_killed_runs(home, log)
+        outcomes = []
+        interrupted: Optional[Interrupted] = None
+        for outcome in deliver_all(shared, plans, plan_id, timestamp):
+            if isinstance(outcome, Interrupted):
+                interrupted = outcome
+                continue
+            outcomes.append(outcome)
+            append_log(log, log_record(outcome, plan_id, timestamp))
+            close_journal(home, outcome.target, outcome.result == "ok")
+            if not args.json:
+                print_outcome(outcome)
+    if args.json:
+        emit(json.dumps({"version": 1, "plan": plan_id, "targets": [log_record(o, plan_id, timestamp) for o in outcomes]},
+                        sort_keys=True))
+    failed = [outcome for outcome in outcomes if outcome.result != "ok"]
+    if interrupted:
+        emit("offsync: interrupted: %d of %d targets are delivered; apply again finishes the job"
+             % (len(outcomes) - len(failed), len(targets)), error=True)
+        return interrupted.status
+    if failed:
+        raise OffsyncError("%d of %d targets failed: %s" % (len(failed), len(targets),
+                                                           "; ".join(str(outcome.error) for outcome in failed)))
+    return 0
+
+
+def deliver_all(shared: Run, plans: Sequence[TargetPlan], plan_id: str, timestamp: str) -> Iterator[Union[Outcome, Interrupted]]:
+    """Yield the outcome of each target in order; after a signal also the Interrupted, and what became of the rest."""
+    def deliver(plan: TargetPlan) -> Outcome:
+        if plan.error:
+            return Outcome(plan.target, "failed", plan.error, [], 0, 0.0)
+        if CHILDREN.stopping:
+            return Outcome(plan.target, "interrupted", plan.target.login + ": interrupted before anything was sent", [], 0, 0.0)
+        return Delivery(shared, plan, plan_id, timestamp, shared.config.delete).carry_out()
+
+    with ThreadPoolExecutor(max_workers=shared.jobs) as pool:
+        futures: list[Future[Outcome]] = [pool.submit(deliver, plan) for plan in plans]
+        for future in futures:
+            while True:
+                try:
+                    yield future.result()
+                    break
+                except Interrupted as signalled:
+                    CHILDREN.stop()
+                    yield signalled
+
+
+def log_record(outcome: Outcome, plan_id: str, timestamp: str) -> dict[str, Any]:
+    """Return one line of operations.log, or of apply --json."""
+    record: dict[str, Any] = {
+        "timestamp": timestamp, "host": outcome.target.host, "login": outcome.target.login, "operation": "apply",
+        "plan": plan_id, "result": outcome.result, "bytes_sent": outcome.bytes_sent, "seconds": round(outcome.seconds, 3),
+        "files_changed": sorted(path.decode("utf-8", "backslashreplace") for path in outcome.changed)}
+    if outcome.error:
+        record["error"] = outcome.error
+    return record
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """Print what became of one target."""
+    if outcome.result == "ok" and not outcome.changed:
+        what = "equal, nothing to do"
+    elif outcome.result == "ok":
+        what = "%s delivered and verified, %s sent in %.1f s" % (plural(len(outcome.changed), "entry", "entries"),
+                                                                 format_bytes(outcome.bytes_sent), outcome.seconds)
+    else:
+        what = "%s; %s changed before that" % (outcome.error, plural(len(outcome.changed), "entry", "entries"))
+        what = what[len(outcome.target.login) + 2:] if what.startswith(outcome.target.login + ": ") else what
+    emit("%s: %s: %s" % (outcome.target.login, colour(outcome.result, outcome.result), what))
+
+
+def cmd_verify(args: argparse.Namespace) -> int:
+    """Compare every target with the source by hash; silent when all is equal."""
+    home = Home()
+    config, targets = load_targets(home, args.targets)
+    with Run(home, config, args.jobs) as shared:
+        check_source(shared.rsync, config)
+        plans = []
+        for plan in plan_targets(shared, targets, "hash"):
+            shared.reader.wait()
+            plans.append(plan)
+            if not args.json and (plan.changes or plan.error):
+                print_target_plan(shared, plan)
+        if args.json:
+            emit(json.dumps({"version": 1, "source": config.source, "targets": [json_plan(shared, plan) for plan in plans]},
+                            sort_keys=True))
+    failed = [plan.target.login for plan in plans if plan.error]
+    if failed:
+        raise OffsyncError("%s could not be verified: %s; see the reasons above"
+                           % (plural(len(failed), "target"), some_of(failed)))
+    return 3 if any(plan.changes for plan in plans) else 0
+
+
+def cmd_manifest(args: argparse.Namespace) -> int:
+    """Print the sha256 manifest of a tree, or check a tree against one."""
+    directory: Optional[str] = args.directory
+    exclude: tuple[str, ...] = ()
+    if directory is None:
+        config, _, _ = Home().load()
+        directory, exclude = config.source, config.exclude
+    root = os.fsencode(os.path.abspath(directory))
+    if not os.path.isdir(root):
+        raise UsageError("manifest: %s is not a directory; name one" % show(root))
+    expected = None
+    if args.check:
+        data = sys.stdin.buffer.read() if args.check == "-" else read_file(args.check, "manifest", "name the file")
+        try:
+            expected = parse_manifest(data)
+        except ValueError as error:
+            raise UsageError("manifest %s:%s: not a line of sha256sum; correct it" % (show_text(args.check), error)) from None
+    names = sorted(included_names(find_rsync(), root, exclude))
+    paths = [name for name in names if stat.S_ISREG(os.lstat(os.path.join(root, name)).st_mode)]
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 4)) as pool:
+        try:
+            found = dict(zip(paths, (digest.hex() for digest, _ in pool.map(lambda p: hash_file(os.path.join(root, p)), paths))))
+        except OSError as error:
+            raise OffsyncError("manifest: %s: %s; nothing was printed"
+                               % (show_text(os.fsdecode(error.filename or root)), error.strerror)) from None
+    if expected is not None:
+        return print_manifest_differences(expected, found)
+    manifest = b"".join(format_manifest_line(path, digest) for path, digest in found.items())
+    sys.stdout.flush()
+    sys.stdout.buffer.write(manifest)
+    sys.stdout.flush()
+    digest = hashlib.sha256(manifest).hexdigest()
+    emit("%s, digest of the whole: %s" % (plural(len(found), "file"), " ".join(re.findall("....", digest))), error=True)
+    return 0
+
+
+def print_manifest_differences(expected: dict[bytes, str], found: dict[bytes, str]) -> int:
+    """Print how a tree differs from a manifest; return the exit status."""
+    for path in sorted(set(expected) | set(found)):
+        if expected.get(path) != found.get(path):
+            kind = "added" if path not in expected else "missing" if path not in found else "modified"
+            emit("%s  %s" % (colour(kind, "%-8s" % kind), show(path)))
+    if expected != found:
+        return 3
+    emit("%s, all as in the manifest" % plural(len(found), "file"), error=True)
+    return 0
+
+
+def local_checks(home: Home) -> Iterator[tuple[str, Optional[str]]]:
+    """Yield (what was checked, None or what is wrong) for this controller."""
+    def attempt(check: Callable[[], Any]) -> Optional[str]:
+        try:
+            check()
+            return None
+        except OffsyncError as error:
+            return str(error)
+
+    def private(path: str) -> None:
+        mode = os.stat(path).st_mode
+        if mode & 0o077:
+            raise OffsyncError("others may read it (mode %04o); run: chmod go-rwx %s" % (stat.S_IMODE(mode), shlex.quote(path)))
+
+    for name in ("ssh", "ssh-keygen"):
+        yield "program " + name, attempt(lambda name=name: program(name))      # type: ignore[misc]
+    yield "program rsync", attempt(find_rsync)
+    yield "key " + home.key, attempt(home.check_key)
+    for path in (home.path, home.config, home.log):
+        if os.path.exists(path):
+            yield "permissions of " + path, attempt(lambda path=path: private(path))    # type: ignore[misc]
+    yield "config " + home.config, attempt(home.load)
+    yield "source", attempt(lambda: check_source(find_rsync(), home.load()[0]))
+
+
+def cmd_doctor(args: argparse.Namespace) -> int:
+    """Check this controller and prove, per target, what the key can and cannot do."""
+    home = Home()
+    healthy = True
+    for what, problem in local_checks(home):
+        healthy = healthy and problem is None
+        emit("%-8s %s%s" % (colour("failed" if problem else "ok", "%-8s" % ("PROBLEM" if problem else "ok")), what,
+                            ": " + problem if problem else ""))
+    if not healthy:
+        raise OffsyncError("doctor: this controller has problems; mend what is marked PROBLEM above, then run it again")
+    warn_of_old_rsync(find_rsync())
+    config, _, _ = home.load()
+    targets = select_targets(config.targets, args.targets)
+    with Run(home, config) as shared:
+        for target in targets:
+            emit("%s:%s" % (target.login, show_text(target.remote_path)))
+            try:
+                connection = Connection(shared, target)
+                connection.open()
+                proofs = prove_restriction(connection)
+                connection.close()
+            except TargetError as error:
+                if error.kind == "host-key-changed":
+                    error = explain_changed_host_key(shared, target, error)
+                emit("  %s  %s" % (colour("failed", "PROBLEM"), error))
+                healthy = False
+                continue
+            for proof in proofs:
+                word = {True: "ok", False: "OPEN", None: "unknown"}[proof.closed]
+                emit("  %s %-30s %s" % (colour("failed" if proof.closed is False else "ok", "%-8s" % word), proof.tried,
+                                        proof.answer))
+                healthy = healthy and proof.closed is not False
+    if not healthy:
+        raise OffsyncError("doctor: there are problems; see what is marked PROBLEM or OPEN above")
+    return 0
+
+
+def next_step(home: Home) -> str:
+    """Return what to do next from where one stands."""
+    if not os.path.exists(home.config):
+        return "Next: offsync init --source DIR   (on the controller), or offsync link --path DIR   (on a target)"
+    config, _, _ = home.load()
+    if not config.targets:
+        return "Next: offsync link --path DIR   (on a target), then here the 'offsync target add' command that it prints"
+    return "%s configured. Next: offsync plan" % plural(len(config.targets), "target")
+
+
+# --- Parser and main --------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but wrong usage is one line on stderr like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError("%s: %s; see: %s --help" % (self.prog, message, self.prog))
+
+
+def version_text() -> str:
+    """Return the version and the sha256 of the running file."""
+    try:
+        return "offsync %s  sha256 %s" % (VERSION, hash_file(os.fsencode(os.path.realpath(__file__)))[0].hex())
+    except (OSError, NameError):
+        return "offsync %s  sha256 unknown (read from standard input)" % VERSION
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    main_parser = Parser(prog="offsync", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    main_parser.add_argument("--version", action="store_true", help="print the version and the sha256 of this file")
+    main_parser.add_argument("-v", "--verbose", action="store_true", help="print every program before it starts")
+    main_parser.set_defaults(function=None)
+    commands = main_parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
+
+    def command(parent: Any, name: str, function: Callable[[argparse.Namespace], int], text: str, example: str) -> Parser:
+        added: Parser = parent.add_parser(name, help=text, description=text, epilog="example:\n  " + example,
+                                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        added.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
+                           help="print every program before it starts")
+        added.set_defaults(function=function)
+        return added
+
+    def key_options(parser: Parser) -> None:
+        group = parser.add_mutually_exclusive_group()
+        group.add_argument("--key", metavar="TEXT", help="the public key line (default: from a pipe, else asked for)")
+        group.add_argument("--key-file", metavar="FILE", help="a file with the public key line")
+
+    def target_arguments(parser: Parser, jobs: bool = True) -> None:
+        parser.add_argument("targets", nargs="*", metavar="TARGET", help="a login, a host, or a pattern: 'web*' (default: all)")
+        if jobs:
+            parser.add_argument("--jobs", type=_jobs, metavar="N", help="how many targets at once (default: the config's)")
+            parser.add_argument("--json", action="store_true", help="print JSON")
+
+    init = command(commands, "init", cmd_init, "controller: create key pair and config; prints the public key",
+                   "offsync init --source /srv/app-data")
+    init.add_argument("--source", metavar="DIR", help="the directory to deliver (default: $OFFSYNC_HOME/sync)")
+
+    link = command(commands, "link", cmd_link, "target: let the controller's key write below one path, and nothing else",
+                   "offsync link --path /srv/app-data --key 'ssh-ed25519 AAAA... offsync@controller'")
+    link.add_argument("--path", metavar="DIR", help="where the key may write (default: ~/.offsync/sync)")
+    link.add_argument("--rrsync", metavar="PATH", help="where rrsync is (default: the known places)")
+    link.add_argument("--from", dest="from_pattern", metavar="PATTERN", help="accept the key only from these hosts (sshd(8))")
+    key_options(link)
+    key_options(command(commands, "unlink", cmd_unlink, "target: remove the key again",
+                        "offsync unlink --key 'ssh-ed25519 AAAA...'"))
+
+    target = commands.add_parser("target", help="controller: add, list or remove targets",
+                                 description="Add, list or remove targets.", epilog="example:\n  offsync target list",
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    target.set_defaults(function=lambda args: target.error("choose add, list or remove"))
+    target_commands = target.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    add = command(target_commands, "add", cmd_target_add, "prove trust and restriction of a target, then save it",
+                  "offsync target add deploy@node02 --path /srv/app-data --host-key SHA256:...")
+    add.add_argument("login", metavar="LOGIN", help="user@host; IPv6 as user@[address]")
+    add.add_argument("--path", metavar="DIR", required=True, help="the path given to link on the target")
+    add.add_argument("--rrsync", metavar="PATH", help="where rrsync is on the target (default: %s)" % DEFAULT_RRSYNC)
+    add.add_argument("--port", metavar="N", help="the port of sshd (default: ssh_config, else 22)")
+    add.add_argument("--host-key", metavar="FP", help="the fingerprint SHA256:... to expect; then nothing is asked")
+    listing = command(target_commands, "list", cmd_target_list, "list the targets", "offsync target list --json")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    remove = command(target_commands, "remove", cmd_target_remove, "forget a target; its files and key entry stay there",
+                     "offsync target remove deploy@node02")
+    remove.add_argument("login", metavar="LOGIN", help="user@host as 'target list' shows it")
+
+    deps = command(commands, "install-deps", cmd_install_deps, "both: install the system packages, after asking",
+                   "offsync install-deps --role target")
+    deps.add_argument("--role", choices=("controller", "target", "both"), default="controller", help="default: controller")
+    deps.add_argument("-y", "--yes", action="store_true", help="do not ask")
+
+    plan = command(commands, "plan", cmd_plan, "controller: show what apply would do; changes nothing",
+                   "offsync plan 'web*' --exit-code")
+    target_arguments(plan)
+    plan.add_argument("--exit-code", action="store_true", help="exit 3 if there are differences")
+    apply_ = command(commands, "apply", cmd_apply, "controller: transfer what the plan lists, verify, log",
+                     "offsync apply --plan 1f3870be")
+    target_arguments(apply_)
+    apply_.add_argument("--plan", metavar="ID", help="refuse unless the plan is still this one (8 digits or more)")
+    target_arguments(command(commands, "verify", cmd_verify, "controller: hash everything again; exit 3 if a target differs",
+                             "offsync verify"))
+    manifest = command(commands, "manifest", cmd_manifest, "either: print a sha256 manifest of a tree, or check against one",
+                       "offsync manifest /srv/app-data > app-data.sha256")
+    manifest.add_argument("directory", nargs="?", metavar="DIR", help="the tree (default: the configured source)")
+    manifest.add_argument("--check", metavar="FILE", help="compare the tree with this manifest; exit 3 if it differs")
+    doctor = command(commands, "doctor", cmd_doctor, "controller: check this machine, and prove what the key can do on targets",
+                     "offsync doctor deploy@node02")
+    target_arguments(doctor, jobs=False)
+    return main_parser
+
+
+def _jobs(text: str) -> int:
+    """Return the value of --jobs."""
+    if not text.isdigit() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError("it must be a number from 1 to 1000")
+    return int(text)
+
+
+def _raise_interrupted(signum: int, _: object) -> NoReturn:
+    raise Interrupted(signum)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run one command; return the exit status. The only place that prints errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream:
+            stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:      # nohup stays nohup
+            signal.signal(signum, _raise_interrupted)
+    status = 1
+    try:
+        args = build_parser().parse_args(argv)
+        CHILDREN.verbose = args.verbose
+        if args.version:
+            emit(version_text())
+            status = 0
+        elif args.function is None:
+            emit("usage: offsync COMMAND ...   (offsync --help shows all)\n" + next_step(Home()), error=True)
+            status = 2
+        else:
+            status = args.function(args)
+    except OffsyncError as error:
+        emit("offsync: " + str(error), error=True)
+        status = error.status
+    except Interrupted as interrupted:
+        CHILDREN.stop()
+        emit("offsync: interrupted", error=True)
+        status = interrupted.status
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _mute(sys.stdout)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""A laboratory for tests, demo and bench: throw-away sshd processes on loopback, scratch homes, real rsync and rrsync.
+
+Works as root and as an ordinary user. Never port 22, never the real home, nothing left behind.
+"""
+from __future__ import annotations
+
+import hashlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+OFFSYNC = os.path.join(os.path.dirname(HERE), "offsync.py")
+USER = pwd.getpwuid(os.geteuid()).pw_name
+
+
+def require(name: str) -> str:
+    """Return the path of a system program; without it the suite is in error, not skipped."""
+    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin")
+    if not found:
+        raise RuntimeError("%s is missing: run: python3 offsync.py install-deps --role both" % name)
+    return os.path.realpath(found) if name == "sshd" else found
+
+
+def snapshot(root) -> dict:
+    """Return {path: (type, mode, content)} of a tree, by lstat and hash; modes of symlinks do not count."""
+    found = {}
+    root = os.fsencode(root)
+
+    def walk(directory: bytes) -> None:
+        for name in os.listdir(os.path.join(root, directory)):
+            path = os.path.join(directory, name)
+            status = os.lstat(os.path.join(root, path))
+            mode = stat.S_IMODE(status.st_mode)
+            if stat.S_ISLNK(status.st_mode):
+                found[path] = ("link", None, os.readlink(os.path.join(root, path)))
+            elif stat.S_ISDIR(status.st_mode):
+                found[path] = ("dir", mode, None)
+                walk(path)
+            elif stat.S_ISREG(status.st_mode):
+                with open(os.path.join(root, path), "rb") as stream:
+                    found[path] = ("file", mode, hashlib.sha1(stream.read()).hexdigest())
+            else:
+                found[path] = ("special", mode, None)
+
+    walk(b"")
+    return found
+
+
+def write(path, content=b"x\n", mode=None, when=None) -> None:
+    """Write a file and the directories above it."""
+    path = os.fsencode(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as stream:
+        stream.write(content if isinstance(content, bytes) else content.encode())
+    if mode is not None:
+        os.chmod(path, mode)
+    if when is not None:
+        os.utime(path, (when, when))
+
+
+def read(path) -> str:
+    """Return a text file's contents."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as stream:
+        return stream.read()
+
+
+def free_port() -> int:
+    """Return a port of loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class LabTarget:
+    """One throw-away sshd: its port, scratch home, authorized_keys, delivery path and log."""
+
+    def __init__(self, lab: Lab, name: str, options: str = "", address: str = "127.0.0.1") -> None:
+        self.lab, self.name, self.options, self.address = lab, name, options, address
+        self.base = os.path.join(lab.base, name)
+        self.home = os.path.join(self.base, "home")
+        self.path = os.path.join(self.base, "data")
+        self.keys = os.path.join(self.home, ".ssh", "authorized_keys")
+        self.log = os.path.join(self.base, "sshd.log")
+        self.login = "%s@%s" % (USER, "[%s]" % address if ":" in address else address)
+        os.makedirs(self.home)
+        os.chmod(self.home, 0o755)
+        self.host_key = os.path.join(self.base, "host_key")
+        self.new_host_key()
+        self.port = free_port()
+        self.process = None
+        self.start()
+
+    def new_host_key(self) -> None:
+        """Give the host a new ed25519 key; a running sshd must be restarted."""
+        for path in (self.host_key, self.host_key + ".pub"):
+            if os.path.exists(path):
+                os.unlink(path)
+        subprocess.run([require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", self.host_key], check=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the SHA256 fingerprint of the host key."""
+        out = subprocess.run([require("ssh-keygen"), "-l", "-f", self.host_key + ".pub"], check=True,
+                             stdout=subprocess.PIPE, text=True).stdout
+        return out.split()[1]
+
+    def start(self) -> None:
+        """Start sshd and return when it listens."""
+        if os.geteuid() == 0:
+            os.makedirs("/run/sshd", exist_ok=True)      # sshd's empty privilege separation directory
+        config = os.path.join(self.base, "sshd_config")
+        write(config, "%s\nPort %d\nListenAddress %s\nHostKey %s\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\n"
+                      "PidFile none\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
+                      "LogLevel VERBOSE\nUseDNS no\n"
+              % (self.options, self.port, self.address, self.host_key, self.keys))
+        self.process = subprocess.Popen([require("sshd"), "-D", "-e", "-f", config], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        line = b""
+        seen = b""
+        while b"Server listening" not in line:
+            line = self.process.stderr.readline()
+            seen += line
+            if not line:
+                raise RuntimeError("sshd did not start: %s" % seen.decode(errors="replace"))
+        log = open(self.log, "ab")
+        self.pump = subprocess.Popen(["cat"], stdin=self.process.stderr, stdout=log, start_new_session=True)
+        self.process.stderr.close()
+        log.close()
+
+    def stop(self) -> None:
+        """End sshd and its sessions."""
+        if self.process:
+            for pid in descendants(self.process.pid):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            self.process.kill()
+            self.process.wait()
+            self.pump.wait()
+            self.process = None
+
+    def read_log(self) -> str:
+        """Return what sshd logged so far."""
+        with open(self.log, encoding="utf-8", errors="replace") as stream:
+            return stream.read()
+
+
+def descendants(pid: int) -> list:
+    """Return the PIDs of all descendants of a process, from ps."""
+    out = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE, text=True, check=True).stdout
+    children: dict = {}
+    for line in out.splitlines():
+        child, parent = map(int, line.split())
+        children.setdefault(parent, []).append(child)
+    found, pending = [], [pid]
+    while pending:
+        for child in children.get(pending.pop(), []):
+            found.append(child)
+            pending.append(child)
+    return found
+
+
+class Lab:
+    """A controller and any number of targets below one scratch directory."""
+
+    def __init__(self) -> None:
+        self.base = tempfile.mkdtemp(prefix="offsync-lab-", dir="/tmp")
+        os.chmod(self.base, 0o755)
+        self.home = os.path.join(self.base, "controller")
+        self.state = os.path.join(self.home, ".offsync")
+        self.source = os.path.join(self.base, "source")
+        self.tmp = os.path.join(self.base, "tmp")
+        self.bin = os.path.join(self.base, "bin")
+        for path in (self.home, self.source, self.tmp, self.bin):
+            os.makedirs(path)
+        self.ssh_config = os.path.join(self.base, "ssh_config")
+        write(self.ssh_config, "")
+        # ssh reads the account's own ~/.ssh/config whatever HOME says: this one reads the laboratory's.
+        self.program("ssh", '#!/bin/sh\nexec %s -F %s "$@"\n' % (require("ssh"), self.ssh_config))
+        for name in ("rsync", "rrsync", "ssh-keygen", "sshd"):
+            require(name)
+        self.targets: list = []
+        self.env = {key: value for key, value in os.environ.items()
+                    if key not in ("OFFSYNC_HOME", "OFFSYNC_RSYNC", "SSH_CONNECTION", "SSH_AUTH_SOCK", "NO_COLOR", "TMUX")}
+        self.env.update(HOME=self.home, PATH=self.bin + ":" + self.env.get("PATH", ""), TMPDIR=self.tmp,
+                        PYTHONDONTWRITEBYTECODE="1")
+
+    def program(self, name: str, text: str) -> str:
+        """Put a script in front of the PATH; return its path."""
+        path = os.path.join(self.bin, name)
+        write(path, text, 0o755)
+        return path
+
+    def offsync(self, *args, home=None, input=None, check=None, env=None, program=OFFSYNC, timeout=300, python=None):
+        """Run offsync.py as a program, without a terminal; check is the expected exit status."""
+        environment = dict(self.env, **(env or {}))
+        if home:
+            environment["HOME"] = home
+        done = subprocess.run([python or sys.executable, program, *args], env=environment, input=input,
+                              stdin=subprocess.DEVNULL if input is None else None, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, start_new_session=True, timeout=timeout, cwd=self.base)
+        done.out = done.stdout.decode("utf-8", "surrogateescape")
+        done.err = done.stderr.decode("utf-8", "surrogateescape")
+        if check is not None and done.returncode != check:
+            raise AssertionError("offsync %s: exit %d instead of %d\nstdout: %s\nstderr: %s"
+                                 % (" ".join(map(str, args)), done.returncode, check, done.out, done.err))
+        if "Traceback" in done.err:
+            raise AssertionError("a traceback: " + done.err)
+        return done
+
+    def start(self, *args, **more) -> subprocess.Popen:
+        """Start offsync.py in the background."""
+        return subprocess.Popen([sys.executable, OFFSYNC, *args], env=dict(self.env, **more.pop("env", {})),
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                start_new_session=True, cwd=self.base, **more)
+
+    def init(self) -> str:
+        """Run init; return the public key line."""
+        return self.offsync("init", "--source", self.source, check=0).out.strip()
+
+    def target(self, name: str, options: str = "", address: str = "127.0.0.1") -> LabTarget:
+        """Start one more target; every target has another loopback address, so that its login is its own."""
+        target = LabTarget(self, name, options, address if address != "127.0.0.1" else "127.0.0.%d" % (len(self.targets) + 1))
+        self.targets.append(target)
+        return target
+
+    def link(self, target: LabTarget, *args) -> subprocess.CompletedProcess:
+        """Run link on a target with the controller's key."""
+        return self.offsync("link", "--path", target.path, "--key-file", os.path.join(self.state, "id_ed25519.pub"), *args,
+                            home=target.home, check=0)
+
+    def add(self, target: LabTarget, *args, check=0):
+        """Run target add with the target's real fingerprint."""
+        return self.offsync("target", "add", target.login, "--path", target.path, "--port", str(target.port),
+                            "--host-key", target.fingerprint, *args, check=check)
+
+    def joined(self, name: str, options: str = "") -> LabTarget:
+        """Return a new target, linked and added."""
+        if not os.path.exists(self.state):
+            self.init()
+        target = self.target(name, options)
+        self.link(target)
+        self.add(target)
+        return target
+
+    def configure(self, **values) -> None:
+        """Set top-level scalars of the config, or exclude."""
+        path = os.path.join(self.state, "config.yaml")
+        with open(path, encoding="utf-8") as stream:
+            lines = stream.read().split("\n")
+        if "exclude" in values:
+            start = next(i for i, line in enumerate(lines) if line.startswith("exclude:"))
+            end = next(i for i in range(start + 1, len(lines)) if not lines[i].startswith(" "))
+            patterns = values.pop("exclude")
+            lines[start:end] = (["exclude:"] + ["  - '%s'" % p for p in patterns]) if patterns else ["exclude: []"]
+        for key, value in values.items():
+            lines = [line for line in lines if not line.startswith(key + ":")]
+            lines.insert(1, "%s: %s" % (key, value))
+        write(path, "\n".join(lines))
+
+    def records(self) -> list:
+        """Return the records of operations.log."""
+        import json
+        path = os.path.join(self.state, "operations.log")
+        if not os.path.exists(path):
+            return []
+        with open(path, encoding="utf-8") as stream:
+            return [json.loads(line) for line in stream]
+
+    def close(self) -> None:
+        """End all sshd and remove everything."""
+        for target in self.targets:
+            target.stop()
+        for directory, _, _ in os.walk(os.fsencode(self.base)):
+            if not os.path.islink(directory):
+                os.chmod(directory, 0o700)
+        shutil.rmtree(self.base)

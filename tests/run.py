@@ -1,0 +1,76 @@
+"""Run the suite: every test class in a process of its own, as many at once as there are cores.
+
+usage: run.py [MODULE or MODULE.CLASS ...]; the last line is "N passed, M failed" (", K skipped" if any were).
+"""
+from __future__ import annotations
+
+import glob
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def classes(names: list) -> list:
+    """Return "module.Class" of every test class of these modules (default: all)."""
+    found = []
+    for name in names or sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(HERE, "test_*.py"))):
+        if "." in name:
+            found.append(name)
+            continue
+        module = importlib.import_module(name)
+        found += ["%s.%s" % (name, key) for key, value in vars(module).items() if isinstance(value, type)
+                  and issubclass(value, unittest.TestCase) and value.__module__ == name
+                  and unittest.defaultTestLoader.getTestCaseNames(value)]
+    return found
+
+
+def run_one(name: str) -> None:
+    """Run one class here; print what it said, and its counts as a line of JSON."""
+    suite = unittest.defaultTestLoader.loadTestsFromName(name)
+    stream = io.StringIO()
+    result = unittest.TextTestRunner(stream=stream, verbosity=2, buffer=True).run(suite)
+    failed = len({str(test) for test, _ in result.failures + result.errors})
+    print(json.dumps([result.testsRun - failed - len(result.skipped), failed, len(result.skipped), stream.getvalue()]))
+
+
+def main(names: list) -> int:
+    """Run all; print failures as they come, and the summary last."""
+    if names[:1] == ["--one"]:
+        run_one(names[1])
+        return 0
+    passed = failed = skipped = 0
+    started = time.monotonic()
+
+    def start(name: str):
+        begun = time.monotonic()
+        done = subprocess.run([sys.executable, os.path.abspath(__file__), "--one", name], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors="replace", cwd=HERE)
+        return name, done, time.monotonic() - begun
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        for name, done, seconds in pool.map(start, classes(names)):
+            lines = done.stdout.strip().split("\n")
+            try:
+                counts = json.loads(lines[-1])
+            except ValueError:
+                counts = [0, 1, 0, done.stdout]
+            passed, failed, skipped = passed + counts[0], failed + counts[1], skipped + counts[2]
+            print("%-44s %3d passed %3d failed  %5.1f s" % (name, counts[0], counts[1], seconds), flush=True)
+            if counts[1] or counts[2]:
+                print(counts[3], flush=True)
+    print("%.0f s" % (time.monotonic() - started))
+    print("%d passed, %d failed%s" % (passed, failed, ", %d skipped" % skipped if skipped else ""))
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, HERE)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,251 @@
+"""The pure parts: the YAML subset, the itemize parser, the authorized_keys editor, quoting, versions, diagnosis."""
+from __future__ import annotations
+
+import importlib.util
+import unittest
+
+from lab import OFFSYNC
+
+spec = importlib.util.spec_from_file_location("offsync", OFFSYNC)
+offsync = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(offsync)
+
+CONFIG = """version: 1
+source: "/srv/app-data"
+delete: false
+overwrite: true
+verify: "hash"
+exclude:
+  - ".git/"
+targets:
+  - login: "deploy@node02.example.com"
+    user: "deploy"
+    host: "node02.example.com"
+    remote_path: "/srv/app-data"
+    rrsync: "/usr/bin/rrsync"
+"""
+WEB1 = offsync.Target("deploy@web1", "deploy", "web1", "/srv/x")
+KEY = offsync.PublicKey("ssh-ed25519", "AAAAC3NzaC1lZDI1NTE5AAAAIKtest", "me@here")
+LINE = ('command="/usr/bin/rrsync -wo /srv/app-data",no-port-forwarding,no-agent-forwarding,no-X11-forwarding,no-pty,restrict '
+        "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKtest me@here")
+
+
+class Config(unittest.TestCase):
+    def test_the_documented_example_is_read(self) -> None:
+        config, _ = offsync.validate_config(CONFIG, "c")
+        self.assertEqual(config, offsync.Config("/srv/app-data", False, True, "hash", (".git/",), 8, 0, False, (
+            offsync.Target("deploy@node02.example.com", "deploy", "node02.example.com", "/srv/app-data", "/usr/bin/rrsync", None),)))
+
+    def test_exclude_defaults_only_when_absent(self) -> None:
+        without = CONFIG.replace('exclude:\n  - ".git/"\n', "")
+        self.assertEqual(offsync.validate_config(without, "c")[0].exclude, (".git/",))
+        empty = CONFIG.replace('exclude:\n  - ".git/"\n', "exclude: []\n")
+        self.assertEqual(offsync.validate_config(empty, "c")[0].exclude, ())
+
+    def test_what_is_refused_names_the_line(self) -> None:
+        cases = {
+            "delete: no": 3, "delete: yes": 3, "delete: False": 3, "delete: 1": 3, 'delete: "true"': 3, "delete: ~": 3,
+            "delete:": 3, "delete:  # nothing": 3, "delete: true true": 3, "delete: true#x": 3, "delete: !!bool true": 3,
+            "delete: &a true": 3, "delete: |": 3, "delete: {}": 3, "delete : true": 3, "delete:true": 3, "\tdelete: true": 3,
+            "delete: true\t": 3, "delete: true\nverify: 'quick'": 6, "nonsense: 1": 3, "delete: true\ndelete: true": 4,
+            '"delete": true': 3, "? delete": 3, "- x": 3, "  delete: true": 3, "---": 3, "jobs: 08": 3, "jobs: 0": 3, "jobs: 1.5": 3,
+            "jobs: 1e3": 3, "jobs: 0x10": 3, "jobs: -1": 3, "jobs: 1_0": 3, "compress: 1": 3, "bwlimit: fast": 3,
+            "verify: size": 5 - 2, "delete: \x85": 3, "delete: 'x'": 3,
+        }
+        for line, number in cases.items():
+            with self.subTest(line=line), self.assertRaises(offsync.UsageError) as caught:
+                offsync.validate_config(CONFIG.replace("delete: false", line), "FILE")
+            if "verify" not in line:
+                self.assertRegex(str(caught.exception), r"^FILE:%d: .*; correct the line" % number)
+
+    def test_missing_and_wrong_target_keys_are_refused(self) -> None:
+        for old, new in (('    user: "deploy"\n', ""), ("/srv/app-data\"\n    rrsync", "srv\"\n    rrsync"),
+                         ('user: "deploy"', 'user: "root"'), ('    host: "node02.example.com"', '    host: "other"'),
+                         ("deploy@node02.example.com", "-oProxyCommand=x@h"), ("    user", "     user"),
+                         ('"/usr/bin/rrsync"\n', '"/usr/bin/rrsync"\n    port: 70000\n'),
+                         ('"/usr/bin/rrsync"\n', '"/usr/bin/rrsync"\n    port: "22"\n'),
+                         ('"/usr/bin/rrsync"\n', '"/usr/bin/rrsync"\n    prot: 22\n'),
+                         ('  - ".git/"', '  - name: ".git/"'), ('source: "/srv/app-data"', 'source: "srv"'),
+                         ("version: 1", "version: 2"), ("version: 1\n", "")):
+            with self.subTest(new=new):
+                self.assertIn(old, CONFIG)
+                with self.assertRaises(offsync.UsageError):
+                    offsync.validate_config(CONFIG.replace(old, new), "FILE")
+
+    def test_quoting_styles_mean_what_yaml_means(self) -> None:
+        for text, value in (('"/a\\tb\\x41\\u00e9\\"\\\\"', '/a\tbAé"\\'), ("'/it''s \\n'", "/it's \\n"), ("/plain/path-1.x", "/plain/path-1.x"),
+                            ('"/a" # "comment"', "/a"), ("/a#b", None), ("'/a'b", None), ('"/a\\qb"', None)):
+            with self.subTest(text=text):
+                if value is None:
+                    with self.assertRaises(offsync.YamlError):
+                        offsync.parse_yaml("source: " + text)
+                else:
+                    self.assertEqual(offsync.parse_yaml("source: " + text).nodes["source"].value, value)
+
+    def test_comments_and_order_survive_edits(self) -> None:
+        text = ("# top\ntargets:   # all of them\n    # first\n    - host: web0   # h\n      user: u\n      login: u@web0 # l\n"
+                "      remote_path: /x # r\n    # last\n\n# between\nversion: 1\nsource: '/s' # src\n")
+        added = offsync.add_target_lines(text, WEB1)
+        self.assertEqual([t.login for t in offsync.validate_config(added, "c")[0].targets], ["u@web0", "deploy@web1"])
+        self.assertEqual([line for line in added.split("\n") if line in text.split("\n")], text.split("\n"))
+        self.assertEqual(offsync.remove_target_lines(added, "deploy@web1"), text)
+        changed = offsync.add_target_lines(text, offsync.Target("u@web0", "u", "web0", "/y", "/usr/bin/rrsync", 2222))
+        self.assertEqual(changed, text.replace("/x # r\n", '"/y" # r\n      port: 2222\n'))
+        back = offsync.add_target_lines(changed, offsync.Target("u@web0", "u", "web0", "/y"))
+        self.assertEqual(offsync.validate_config(back, "c")[0].targets[0].port, 22)
+        gone = offsync.remove_target_lines(text, "u@web0")
+        self.assertIn("targets: []   # all of them", gone)
+        self.assertEqual(offsync.validate_config(gone, "c")[0].targets, ())
+        again = offsync.add_target_lines(gone, WEB1)
+        self.assertEqual([t.login for t in offsync.validate_config(again, "c")[0].targets], ["deploy@web1"])
+        self.assertIn("# all of them", again)
+
+    def test_target_is_added_to_every_shape_of_list(self) -> None:
+        for shape in ("targets: []\n", "targets: [ ]  # none\n", ""):
+            text = "version: 1\nsource: /s\n" + shape
+            self.assertEqual(offsync.validate_config(offsync.add_target_lines(text, WEB1), "c")[0].targets, (WEB1,))
+
+    def test_what_the_writer_writes_is_read_back(self) -> None:
+        for path in ("/a b", '/q"q', "/back\\slash", "/é\u202e\u00a0", "/#x: y", "/'"):
+            config, _ = offsync.validate_config(offsync.format_new_config(path), "c")
+            self.assertEqual(config.source, path)
+
+
+class Itemized(unittest.TestCase):
+    # Captured from rsync 3.5.0, 3.2.7 and 3.1.3 ("%i %n").
+    GOLDEN = {
+        b"<f+++++++++ sent mail": (b"sent mail", "new", False, (), True),
+        b"cd+++++++++ d/": (b"d", "new", True, (), True),
+        b"cL+++++++++ l": (b"l", "new", False, (), True),
+        b"*deleting   gone": (b"gone", "delete", False, (), True),
+        b"*deleting   d/x/": (b"d/x", "delete", True, (), True),
+        b"<fc........ same size and time": (b"same size and time", "change", False, ("content",), False),
+        b"<fcst...... a": (b"a", "change", False, ("content",), True),
+        b".f...p..... m": (b"m", "change", False, ("mode",), True),
+        b".f..tp..... m": (b"m", "change", False, ("mode",), False),
+        b".d...p..... d/": (b"d", "change", True, ("mode",), True),
+        b".d..tp..... d/": (b"d", "change", True, ("mode",), True),
+        b"cLc.t...... l": (b"l", "change", False, ("link",), True),
+        b"cLcs....... l": (b"l", "change", False, ("link",), True),
+        b"<f+++++++++ new\\#012line": (b"new\nline", "new", False, (), True),
+        b"<f+++++++++ a\\#134#012b": (b"a\\#012b", "new", False, (), True),
+        b"<f+++++++++  lead": (b" lead", "new", False, (), True),
+        b"<f+++++++++ \xff\x85\t": (b"\xff\x85\t", "new", False, (), True),
+    }
+
+    def test_golden_lines(self) -> None:
+        for line, expected in self.GOLDEN.items():
+            with self.subTest(line=line):
+                self.assertEqual(tuple(offsync.parse_itemized(line)), expected)
+        self.assertEqual(offsync.parse_itemized(b"<fc.tp..... a").changes, ("content", "mode"))
+
+    def test_times_alone_and_the_root_are_no_difference(self) -> None:
+        for line in (b".f..t...... a", b".d..t...... d/", b".L..t...... l", b".d...p..... ./", b"cd+++++++++ ./"):
+            self.assertIsNone(offsync.parse_itemized(line))
+
+    def test_anything_else_is_refused(self) -> None:
+        for line in (b"", b"sent 5 bytes", b"<f+++++++++", b"<f+++++++++ ", b"<f+++++++++ ../x", b"*deleting   a/../../x",
+                     b"<f+++++++++ /etc/passwd", b"xf+++++++++ a", b"<x+++++++++ a", b"cS+++++++++ sock"):
+            with self.subTest(line=line), self.assertRaises(ValueError):
+                offsync.parse_itemized(line)
+
+
+class AuthorizedKeys(unittest.TestCase):
+    def test_the_line_is_the_documented_one(self) -> None:
+        command = offsync.format_forced_command(["/usr/bin/rrsync"], "/srv/app-data")
+        self.assertEqual(offsync.format_authorized_key(command, KEY), LINE)
+        self.assertTrue(offsync.format_authorized_key(command, KEY, "10.0.0.*").startswith('from="10.0.0.*",command="'))
+
+    def test_other_lines_stay_byte_for_byte(self) -> None:
+        other = b"# \xff comment\r\n\n  ssh-rsa AAAAB3 someone\nssh-ed25519 AAAAother x"
+        added = offsync.edit_authorized_keys(other, KEY, LINE)
+        self.assertEqual(added, other + b"\n" + LINE.encode() + b"\n")
+        moved = LINE.replace("/srv/app-data", "/srv/else").replace("me@here", "new comment")
+        between = added + b"# after\n"
+        replaced = offsync.edit_authorized_keys(between, KEY, moved)
+        self.assertEqual(replaced, other + b"\n" + moved.encode() + b"\n# after\n")
+        self.assertEqual(offsync.edit_authorized_keys(replaced, KEY, None), other + b"\n# after\n")
+        self.assertEqual(offsync.edit_authorized_keys(other, KEY, None), other)
+
+    def test_two_lines_of_ours_become_one(self) -> None:
+        twice = (LINE + "\n" + 'from="10.0.0.1",' + LINE + "\n").encode()
+        self.assertEqual(offsync.edit_authorized_keys(twice, KEY, LINE), LINE.encode() + b"\n")
+
+    def test_a_foreign_line_with_the_key_is_named(self) -> None:
+        for foreign in ("ssh-ed25519 %s x", 'command="/bin/sh" ssh-ed25519 %s', 'restrict ssh-ed25519 %s me',
+                        'command="/usr/bin/rrsync -wo /x" ssh-ed25519 %s', 'command="x -wo /y",pty,%s' % LINE.split(",", 1)[1] + " %s"):
+            with self.subTest(foreign=foreign):
+                text = ("# one\n" + foreign.replace("%s", KEY.blob) + "\n" + LINE + "\n").encode()
+                with self.assertRaises(ValueError) as caught:
+                    offsync.edit_authorized_keys(text, KEY, LINE)
+                self.assertEqual(caught.exception.args, (2,))
+
+    def test_a_commented_line_is_a_comment(self) -> None:
+        text = ("#ssh-ed25519 %s x\n" % KEY.blob).encode()
+        self.assertEqual(offsync.edit_authorized_keys(text, KEY, LINE), text + LINE.encode() + b"\n")
+
+
+class Names(unittest.TestCase):
+    def test_nothing_that_is_shown_can_write_to_the_terminal(self) -> None:
+        for raw, shown in ((b"plain", "plain"), (b"sent mail", "sent mail"), ("é".encode(), "é"), (b"new\nline", '"new\\nline"'),
+                           (b"\x1b[31m", '"\\033[31m"'), (b"\xff", '"\\377"'), (b'a"b\\', '"a\\"b\\\\"'), (b" lead", '" lead"'),
+                           ("\u202e".encode(), '"\\342\\200\\256"'), ("\x85".encode(), '"\\302\\205"')):
+            with self.subTest(raw=raw):
+                self.assertEqual(offsync.show(raw), shown)
+
+    def test_answers_are_shortened_and_made_harmless(self) -> None:
+        quoted = offsync.quote_answer(b"a\x1b]0;title\x07\r\nb\xff\n\n" + b"x" * 5000)
+        self.assertTrue(quoted.isprintable())
+        self.assertLessEqual(len(quoted), 300)
+        self.assertEqual(offsync.quote_answer(b"one\ntwo\n"), "one | two")
+
+    def test_include_rules_escape_wildcards_only_where_there_are_any(self) -> None:
+        for path, rule in ((b"a\\b", b"/a\\b"), (b"a*b\\c", b"/a\\*b\\\\c"), (b"[x]?", b"/\\[x]\\?"), (b"+ x", b"/+ x")):
+            self.assertEqual(offsync.format_include_rule(path, False), rule)
+        self.assertEqual(offsync.format_include_rule(b"d", True), b"/d/")
+
+    def test_words_for_rsync(self) -> None:
+        self.assertEqual(offsync.quote_for_rsync("ControlPath=/tmp/x"), "ControlPath=/tmp/x")
+        self.assertEqual(offsync.quote_for_rsync("a 'b\""), "'a ''b\"'")
+
+    def test_manifest_names_are_escaped_as_coreutils_does(self) -> None:
+        for path in (b"plain", b"new\nline", b"back\\slash", b"cr\rx", b"\\n", b" x", b"\xff"):
+            line = offsync.format_manifest_line(path, "0" * 64)
+            self.assertEqual(line.count(b"\n"), 1)
+            self.assertEqual(offsync.parse_manifest(line), {path: "0" * 64})
+        self.assertEqual(offsync.format_manifest_line(b"a\nb", "0" * 64), b"\\" + b"0" * 64 + b"  a\\nb\n")
+        with self.assertRaises(ValueError) as caught:
+            offsync.parse_manifest(b"0" * 64 + b"  ok\nnonsense\n")
+        self.assertEqual(caught.exception.args, (2,))
+
+
+class Versions(unittest.TestCase):
+    def test_every_way_of_printing_a_version(self) -> None:
+        for text, version in ((b"rsync  version 3.2.7  protocol version 31", (3, 2, 7)), (b"rsync  version v3.2.3  protocol version 31", (3, 2, 3)),
+                              (b"rsync  version 3.5.0-g471e17dc  protocol version 32", (3, 5, 0)), (b"rsync  version 3.1.3  protocol version 31", (3, 1, 3)),
+                              (b"openrsync: protocol version 29\nrsync version 2.6.9 compatible", None), (b"", None)):
+            self.assertEqual(offsync.parse_rsync_version(text), version)
+
+
+class Logins(unittest.TestCase):
+    def test_accepted_and_refused(self) -> None:
+        for login, parts in (("deploy@node02", ("deploy", "node02")), ("a.b@[2001:db8::1]", ("a.b", "2001:db8::1")),
+                             ("u@d@host", ("u@d", "host")), ("_x@10.0.0.1", ("_x", "10.0.0.1")), ("u@[fe80::1%eth0]", ("u", "fe80::1%eth0"))):
+            self.assertEqual(offsync.validate_login(login), parts)
+        for login in ("", "node", "@host", "u@", "-u@h", "u@-h", "u@h:x", "u@h/x", "u @h", "u@h\n", "u@::1", "u@h;id", "u@$(id)", "\x1b@h", "u@é"):
+            with self.subTest(login=login), self.assertRaises(offsync.UsageError):
+                offsync.validate_login(login)
+
+    def test_patterns(self) -> None:
+        targets = [offsync.Target(login, *login.split("@"), "/x") for login in ("b@web2", "a@web1", "c@db1")]
+        pick = lambda *patterns: [t.login for t in offsync.select_targets(targets, patterns)]     # noqa: E731
+        self.assertEqual(pick(), ["a@web1", "b@web2", "c@db1"])
+        self.assertEqual(pick("web*"), ["a@web1", "b@web2"])
+        self.assertEqual(pick("db1", "a@*"), ["a@web1", "c@db1"])
+        with self.assertRaises(offsync.UsageError) as caught:
+            pick("web1", "nope*")
+        self.assertIn("a@web1, b@web2, c@db1", str(caught.exception))
+
+
+if __name__ == "__main__":
+    unittest.main()
