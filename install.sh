@@ -40,7 +40,7 @@ check_sum() {
 hint_path() {
     case ":$PATH:" in
     *":$1:"*) ;;
-    *) printf 'install.sh: %s is not in your PATH; add it: PATH="%s:$PATH"\n' "$1" "$1" >&2 ;;
+    *) printf 'install.sh: %s is not in your PATH; add it: PATH="%s:%s"\n' "$1" "$1" "\$PATH" >&2 ;;
     esac
 }
 
@@ -70,8 +70,9 @@ main() {
     temporary=$directory/.offsync.$$
     trap 'rm -f -- "$temporary"' EXIT
     trap 'exit 1' HUP INT TERM
-    cp -- "$here/offsync.py" "$temporary" && chmod 755 "$temporary" && mv -f -- "$temporary" "$directory/offsync" ||
+    if ! cp -- "$here/offsync.py" "$temporary" || ! chmod 755 "$temporary" || ! mv -f -- "$temporary" "$directory/offsync"; then
         fail "$directory/offsync cannot be written; choose another PREFIX, or run this as root"
+    fi
     printf '%s\nsha256 %s\n' "$directory/offsync" "$(digest "$directory/offsync")"
     [ -n "${DESTDIR-}" ] || hint_path "$directory"
 }
