@@ -753,7 +753,7 @@ def format_authorized_key(command: str, key: PublicKey, from_pattern: str = "") 
     return " ".join(filter(None, (options, key.type, key.blob, key.comment)))
 
 
-_OUR_LINE = re.compile(r'(?:from="[^"]*",)?command="(?:[^"\\]|\\.)*-wo (?:[^"\\]|\\.)*",'
+_OUR_LINE = re.compile(r'(?:from="[^"]*",)?command="(?:\\"|[^"])*-wo (?:\\"|[^"])*",'
                        + re.escape(KEY_RESTRICTIONS) + r" \S+ \S+(?: .*)?")
 
 
@@ -2079,7 +2079,7 @@ def prove_restriction(connection: Connection) -> list[Proof]:
     above = connection.rsync(("-n", "-r"), source=empty, path="../" + marker, deadline=SESSION_DEADLINE)
     proofs.append(Proof("write to .. of the path", above.status != 0 and b"/" + marker.encode() + b'"' not in above.stderr,
                         quote_answer(above.stderr)))
-    terminal = connection.session(("-tt",), ["true"])
+    terminal = connection.session(("-tt",), [PROOF_COMMAND])
     # With a terminal the refusal would come back on stdout, since a terminal has one stream only.
     proofs.append(Proof("get a terminal (PTY)", not terminal.stdout.strip(), quote_answer(terminal.stderr or terminal.stdout)))
     proofs += _prove_forwarding(connection)
@@ -2106,17 +2106,16 @@ def _prove_path(connection: Connection, empty: bytes, marker: str) -> Proof:
     is recognised by our own random name in it.
     """
     result = connection.rsync(("-n", "-r"), source=empty, path="/%s/x" % marker, deadline=SESSION_DEADLINE)
-    match = re.search(rb'"(/?[^"\n]*)/' + marker.encode(), result.stderr)
-    tried, answer = "write to a path outside", quote_answer(result.stderr)
+    tried, complaint = "write to a path outside", parse_rsync_name(result.stderr)
+    expected = os.fsencode(connection.target.remote_path)
+    found = re.search(rb' "(/[^\n]*?)/*' + marker.encode(), complaint)
     if result.status == 0:
         return Proof(tried, False, "accepted")
-    if not match:
-        return Proof(tried, True if diagnose(connection.target, result.stderr).kind == "perl-refusal" else None, answer)
-    found = parse_rsync_name(match.group(1)) or b"/"
-    expected = os.fsencode(connection.target.remote_path)
-    if found == expected or found.startswith(b"/proc/"):
+    if b' "%s/%s' % (expected, marker.encode()) in complaint:
         return Proof(tried, True, "it stays below " + show(expected))
-    return Proof(tried, False, "the key writes below %s, not below %s" % (show(found), show(expected)))
+    if found:
+        return Proof(tried, False, "the key writes below %s, not below %s" % (show(found.group(1)), show(expected)))
+    return Proof(tried, None, quote_answer(result.stderr))
 
 
 def _prove_forwarding(connection: Connection) -> list[Proof]:
@@ -2128,10 +2127,10 @@ def _prove_forwarding(connection: Connection) -> list[Proof]:
     result = run([connection.shared.ssh, *SSH_NO_MULTIPLEXING, "-v", "-o", "LogLevel=DEBUG1", "-o", "ClearAllForwardings=no",
                   *connection.options(), "-W", "127.0.0.1:%d" % (connection.target.port or 22), *connection.destination()],
                  deadline=CONNECT_DEADLINE)
-    told = re.findall(rb"Remote: [^\n]*key options:([^\r\n]*)", result.stderr)
-    said = "sshd says of the key: %s" % quote_answer(told[-1]) if told else "sshd does not tell"
-    agent = None if not told else not any(b"agent-forwarding" in options for options in told)
-    port = False if result.stdout or any(b"port-forwarding" in options for options in told) \
+    told = re.findall(rb"Remote: [^\n]*key options:([^\r\n]*)", result.stderr)[-1:]    # a bastion's come before
+    said = "sshd says of the key: %s" % quote_answer(told[0]) if told else "sshd does not tell"
+    agent = b"agent-forwarding" not in told[0] if told else None
+    port = False if result.stdout or told and b"port-forwarding" in told[0] \
         else True if told or b"administratively prohibited" in result.stderr else None
     return [Proof("forward a port", port, said), Proof("forward an agent", agent, said)]
 

@@ -1,0 +1,251 @@
+"""The target side: what link accepts and refuses, what it writes, unlink, and where rrsync is found."""
+from __future__ import annotations
+
+import gzip
+import os
+import pty
+import pwd
+import stat
+import subprocess
+import sys
+import unittest
+
+from lab import OFFSYNC, Lab, read, require, snapshot, write
+from test_job import LabCase
+
+
+class Linking(LabCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.key = self.lab.init()
+        self.target_home = self.lab.base + "/target"
+        os.mkdir(self.target_home)
+        self.keys = self.target_home + "/.ssh/authorized_keys"
+        self.path = self.lab.base + "/data"
+
+    def link(self, *args, path=None, **more):
+        more.setdefault("home", self.target_home)
+        return self.lab.offsync("link", "--path", path or self.path, "--key", self.key, *args, **more)
+
+    def test_idempotent_and_replaced_by_another_path_or_comment(self) -> None:
+        first = self.link(check=0)
+        before = os.stat(self.keys)
+        self.assertIn("already linked", self.link(check=0).err)
+        self.assertEqual(os.stat(self.keys).st_ino, before.st_ino)
+        other = self.lab.base + "/other"
+        self.key = self.key.rsplit(" ", 1)[0] + " somebody else"
+        self.link(path=other, check=0)
+        self.assertEqual(read(self.keys).count("\n"), 1)
+        self.assertIn("-wo %s\"" % other, read(self.keys))
+        self.assertIn("somebody else", read(self.keys))
+        self.assertRegex(first.out, r"\Aoffsync target add \S+@\S+ --path %s( --host-key SHA256:\S{43})?\n\Z" % self.path)
+
+    def test_modes_and_symlink_of_authorized_keys_stay(self) -> None:
+        self.link(check=0)
+        self.assertEqual(stat.S_IMODE(os.stat(self.keys).st_mode), 0o600)
+        self.assertEqual(stat.S_IMODE(os.stat(self.target_home + "/.ssh").st_mode), 0o700)
+        os.unlink(self.keys)
+        real = self.lab.base + "/elsewhere_keys"
+        write(real, b"# mine \xff\r\n", 0o640)
+        os.symlink(real, self.keys)
+        self.link(check=0)
+        self.assertTrue(os.path.islink(self.keys))
+        self.assertEqual(stat.S_IMODE(os.stat(real).st_mode), 0o640)
+        self.assertTrue(read(real).startswith("# mine \udcff\n") or open(real, "rb").read().startswith(b"# mine \xff\r\n"))
+        self.assertEqual(sorted(os.listdir(os.path.dirname(real)))[:3], sorted(os.listdir(self.lab.base))[:3])
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root can give files away")
+    def test_the_owner_of_authorized_keys_stays(self) -> None:
+        write(self.keys, "")
+        os.chown(self.keys, 65534, 65534)
+        self.link(check=0)
+        self.assertEqual((os.stat(self.keys).st_uid, os.stat(self.keys).st_gid), (65534, 65534))
+
+    def test_existing_directory_keeps_its_mode_and_a_new_one_is_made(self) -> None:
+        os.mkdir(self.path)
+        os.chmod(self.path, 0o711)
+        self.link(check=0)
+        self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o711)
+        self.link(path=self.path + "/a/b", check=0)
+        self.assertTrue(os.path.isdir(self.path + "/a/b"))
+
+    def test_the_default_path_is_below_home(self) -> None:
+        self.lab.offsync("link", "--key", self.key, home=self.target_home, check=0)
+        self.assertIn("-wo %s/.offsync/sync\"" % self.target_home, read(self.keys))
+        self.assertTrue(os.path.isdir(self.target_home + "/.offsync/sync"))
+
+    def test_paths_that_would_be_a_shell(self) -> None:
+        os.makedirs(self.target_home + "/.ssh/sub")
+        os.symlink(self.target_home, self.lab.base + "/alias")
+        copy = self.lab.base + "/tool/offsync.py"
+        write(copy, read(OFFSYNC))
+        controller = self.lab.base + "/state"
+        os.makedirs(controller + "/in")
+        for path in ("/", "//", "/etc", "/usr", "/usr/bin", "/proc/self", "/dev/shm", self.target_home, self.target_home + "/.ssh",
+                     self.target_home + "/.ssh/sub", self.lab.base, self.lab.base + "/alias", self.lab.base + "/alias/.ssh",
+                     self.target_home + "/x/../.ssh", self.lab.base + "/tool", controller, "relative", "/a\nb", "/a\x1b"):
+            with self.subTest(path=path):
+                self.assert_refused(self.lab.offsync("link", "--path", path, "--key", self.key, home=self.target_home, program=copy,
+                                                     env={"OFFSYNC_HOME": controller}), 2)
+                self.assertFalse(os.path.exists(self.keys))
+        self.assertFalse(os.path.exists(self.target_home + "/x"))
+        write(self.lab.base + "/file", "")
+        self.assert_refused(self.link(path=self.lab.base + "/file"), 2, "no directory")
+        self.link(path=self.target_home + "/inside", check=0)       # the legitimate twin: below home
+
+    def test_a_foreign_line_with_the_key_is_refused_by_number(self) -> None:
+        text = "# one\n\n%s\n" % self.key
+        write(self.keys, text, 0o600)
+        self.assert_refused(self.link(), 1, self.keys + ":3", "remove that line")
+        self.assert_refused(self.lab.offsync("unlink", "--key", self.key, home=self.target_home), 1, ":3")
+        self.assertEqual(read(self.keys), text)
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_unlink_touches_no_other_line(self) -> None:
+        others = "# a\nssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOther x\n\n"
+        write(self.keys, others, 0o600)
+        self.link(check=0)
+        self.assertNotEqual(read(self.keys), others)
+        self.lab.offsync("unlink", "--key", self.key, home=self.target_home, check=0)
+        self.assertEqual(read(self.keys), others)
+        done = self.lab.offsync("unlink", "--key", self.key, home=self.target_home, check=0)
+        self.assertIn("no entry", done.err)
+
+    def test_keys_that_are_refused(self) -> None:
+        weak = self.lab.base + "/weak"
+        subprocess.run([require("ssh-keygen"), "-q", "-t", "rsa", "-b", "1024", "-N", "", "-f", weak], check=True)
+        strong = self.lab.base + "/strong"
+        subprocess.run([require("ssh-keygen"), "-q", "-t", "rsa", "-b", "3072", "-N", "", "-f", strong], check=True)
+        blob = self.key.split()[1]
+        for key in ("", "nonsense", self.key + "\n" + self.key, "ssh-dss AAAAB3NzaC1kc3MAAACBAJ x", "ssh-ed25519 " + blob[:-8], "ssh-rsa " + blob,
+                    'command="id" ' + self.key, read(self.lab.state + "/id_ed25519"), self.key + "\x1b[31m", read(weak + ".pub").strip()):
+            with self.subTest(key=key[:40]):
+                self.assert_refused(self.lab.offsync("link", "--path", self.path, "--key", key, home=self.target_home), 2, "key")
+                self.assertFalse(os.path.exists(self.keys))
+        self.assert_refused(self.lab.offsync("link", "--key-file", self.lab.base + "/none", home=self.target_home), 2, "does not exist")
+        self.lab.offsync("link", "--path", self.path, "--key-file", strong + ".pub", home=self.target_home, check=0)
+
+    def test_from_pattern(self) -> None:
+        self.link("--from", "10.0.0.*,!bad.example", check=0)
+        self.assertTrue(read(self.keys).startswith('from="10.0.0.*,!bad.example",command='))
+        for pattern in ("", 'a"b', "a b", "a\nb"):
+            self.assert_refused(self.link("--from", pattern), 2, "from")
+
+    def test_without_key_and_terminal_there_is_no_hang(self) -> None:
+        self.assert_refused(self.lab.offsync("link", "--path", self.path, home=self.target_home), 1, "--key-file")
+
+    def test_the_key_is_asked_for_on_the_terminal(self) -> None:
+        """As curl ... | python3 - does: the program comes on stdin, the question goes to /dev/tty."""
+        env = dict(self.lab.env, HOME=self.target_home)
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.dup2(os.open(OFFSYNC, os.O_RDONLY), 0)
+            os.execve(sys.executable, [sys.executable, "-", "link", "--path", self.path], env)
+        seen = b""
+        while b"Paste" not in seen:
+            seen += os.read(terminal, 4096)
+        os.write(terminal, self.key.encode() + b"\n")
+        try:
+            while True:
+                chunk = os.read(terminal, 4096)
+                if not chunk:
+                    break
+                seen += chunk
+        except OSError:
+            pass
+        os.close(terminal)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0, seen)
+        self.assertIn(self.key.split()[1], read(self.keys))
+
+    def test_warnings_name_what_makes_sshd_ignore_the_key(self) -> None:
+        os.chmod(self.target_home, 0o777)
+        done = self.link(check=0)
+        self.assertIn("StrictModes", done.err)
+        self.assertIn("run link as the account itself", done.err)
+        os.chmod(self.target_home, 0o755)
+        self.assertNotIn("StrictModes", self.link(check=0).err)
+
+    def test_old_rsync_is_warned_of(self) -> None:
+        self.lab.program("rsync", "#!/bin/sh\necho 'rsync  version 3.2.3  protocol version 31'\n")
+        self.assertIn("CVE-2024-12084", self.link(check=0).err)
+        self.lab.program("rsync", "#!/bin/sh\necho 'rsync  version 3.4.1  protocol version 32'\n")
+        self.assertNotIn("CVE", self.link(check=0).err)
+
+
+class Rrsync(Linking):
+    """Where rrsync is, and what can be done with it; the tests of linking itself are not repeated."""
+
+    def test_not_executable_runs_through_its_interpreter(self) -> None:
+        target = self.lab.target("t")
+        script = self.lab.base + "/doc/rrsync"
+        write(script, read(require("rrsync")), 0o644)
+        self.lab.link(target, "--rrsync", script)
+        self.assertIn('command="/usr/bin/python3 %s -wo %s"' % (script, target.path), read(target.keys))
+        self.lab.add(target, "--rrsync", script)
+        write(self.lab.source + "/f")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
+        self.assertIn('rrsync: "%s"' % script, read(self.lab.state + "/config.yaml"))
+
+    def test_gzipped_absent_and_odd(self) -> None:
+        packed = self.lab.base + "/rrsync.gz"
+        with gzip.open(packed, "wb") as stream:
+            stream.write(b"#!/usr/bin/perl\n")
+        self.assert_refused(self.link("--rrsync", packed), 1, "gunzip -c")
+        self.assert_refused(self.link("--rrsync", self.lab.base + "/none"), 2, "does not exist")
+        write(self.lab.base + "/odd", "#!/usr/bin/tclsh\n", 0o644)
+        self.assert_refused(self.link("--rrsync", self.lab.base + "/odd"), 1, "not executable")
+        self.assertFalse(os.path.exists(self.keys))
+
+    def test_a_path_that_contains_rrsync(self) -> None:
+        script = self.lab.base + "/tools/bin/rrsync"
+        write(script, read(require("rrsync")), 0o755)
+        self.assert_refused(self.link("--rrsync", script, path=self.lab.base + "/tools"), 2, "contains rrsync")
+
+
+for name in list(vars(Linking)):
+    if name.startswith("test_"):
+        setattr(Rrsync, name, None)
+
+
+class Quoting(unittest.TestCase):
+    """Odd paths are delivered into through a real sshd."""
+
+    def test_delivery_into_paths_that_need_quotes(self) -> None:
+        lab = Lab()
+        self.addCleanup(lab.close)
+        lab.init()
+        write(lab.source + "/f", "content")
+        target = lab.target("t")
+        base = target.path
+        for name in ("with space it's", 'q"\\"', "$HOME `id`; *", "back\\slash-tail\\", "-n", "\u00e9 per%cent a'\"b"):
+            with self.subTest(name=name):
+                target.path = "%s/%s" % (base, name)
+                lab.link(target)
+                lab.add(target)
+                lab.offsync("apply", check=0)
+                self.assertEqual(snapshot(target.path), snapshot(lab.source))
+
+    def test_a_shell_that_quotes_otherwise_gets_only_plain_paths(self) -> None:
+        from test_text import offsync
+        for shell in ("/bin/bash", "/bin/sh", "/usr/bin/zsh"):
+            self.assertEqual(offsync.validate_forced_command(["/usr/bin/rrsync"], "/a b", shell), "/usr/bin/rrsync -wo '/a b'")
+        for shell in ("/usr/bin/fish", "/bin/tcsh", "/bin/csh"):
+            with self.assertRaises(offsync.UsageError):
+                offsync.validate_forced_command(["/usr/bin/rrsync"], "/a b", shell)
+            self.assertEqual(offsync.validate_forced_command(["/usr/bin/rrsync"], "/a_b", shell), "/usr/bin/rrsync -wo /a_b")
+
+
+class Provisioning(LabCase):
+    def test_as_the_last_step_of_an_image_where_no_sshd_runs(self) -> None:
+        """No terminal, no sshd process to be seen, an account of its own home: warnings at most."""
+        self.lab.init()
+        home = self.lab.base + "/image"
+        os.mkdir(home)
+        done = self.lab.offsync("link", "--path", self.lab.base + "/data", "--key-file", self.lab.state + "/id_ed25519.pub", home=home, check=0)
+        self.assertIn(self.lab.base + "/data", read(home + "/.ssh/authorized_keys"))
+        self.assertTrue(done.out.startswith("offsync target add %s@" % pwd.getpwuid(os.geteuid()).pw_name))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,267 @@
+"""Host keys and restriction proofs: every attack with its legitimate twin, against a real sshd."""
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import unittest
+
+from lab import OFFSYNC, USER, Lab, read, require, snapshot, write
+from test_job import LabCase
+
+
+class HostKeys(LabCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.init()
+        self.target = self.lab.target("one")
+        self.lab.link(self.target)
+
+    def add(self, *args, check=None):
+        return self.lab.offsync("target", "add", self.target.login, "--path", self.target.path, "--port", str(self.target.port), *args, check=check)
+
+    def configured(self) -> bool:
+        return self.target.login in read(self.lab.state + "/config.yaml")
+
+    def on_terminal(self, answer: str) -> tuple:
+        """Run target add on a terminal of its own; return (exit status, what was shown)."""
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.execve(sys.executable, [sys.executable, OFFSYNC, "target", "add", self.target.login, "--path", self.target.path,
+                                       "--port", str(self.target.port)], self.lab.env)
+        seen = b""
+        while b"yes or no: " not in seen:
+            seen += os.read(terminal, 4096)
+        os.write(terminal, answer.encode() + b"\n")
+        try:
+            while True:
+                chunk = os.read(terminal, 4096)
+                if not chunk:
+                    break
+                seen += chunk
+        except OSError:
+            pass
+        os.close(terminal)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen.decode()
+
+    def test_yes_typed_in_full_stores_what_was_shown(self) -> None:
+        for answer in ("y", "no", ""):
+            status, seen = self.on_terminal(answer)
+            self.assertEqual(status, 1, seen)
+            self.assertFalse(self.configured())
+            self.assertFalse(os.path.exists(self.lab.state + "/known_hosts"))
+        status, seen = self.on_terminal("yes")
+        self.assertEqual(status, 0, seen)
+        self.assertIn(self.target.fingerprint, seen)
+        self.assertTrue(self.configured())
+        self.assertEqual(read(self.lab.state + "/known_hosts"), "[%s]:%d %s\n" % (
+            self.target.address, self.target.port, " ".join(read(self.target.host_key + ".pub").split()[:2])))
+
+    def test_no_terminal_and_no_fingerprint(self) -> None:
+        done = self.add()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("--host-key", done.err)
+        self.assertFalse(self.configured())
+
+    def test_a_fingerprint_that_does_not_match(self) -> None:
+        done = self.add("--host-key", "SHA256:" + "A" * 43)
+        self.assert_refused(done, 1, "NOT the expected one", self.target.fingerprint)
+        self.assertFalse(self.configured())
+        self.add("--host-key", self.target.fingerprint, check=0)
+        self.assertTrue(self.configured())
+
+    def test_the_fingerprint_of_another_type_of_key(self) -> None:
+        key = self.target.base + "/rsa"
+        subprocess.run([require("ssh-keygen"), "-q", "-t", "rsa", "-N", "", "-f", key], check=True)
+        self.target.stop()
+        self.target.options = "HostKey %s" % key
+        self.target.start()
+        shown = subprocess.run([require("ssh-keygen"), "-l", "-f", key], stdout=subprocess.PIPE, text=True, check=True).stdout.split()[1]
+        self.add("--host-key", shown, check=0)
+        self.assertIn(" ssh-rsa ", read(self.lab.state + "/known_hosts"))
+        self.lab.offsync("plan", check=0)
+
+    def test_a_changed_host_key(self) -> None:
+        self.add("--host-key", self.target.fingerprint, check=0)
+        old = self.target.fingerprint
+        self.target.stop()
+        self.target.new_host_key()
+        self.target.start()
+        done = self.lab.offsync("plan", check=1)
+        for part in ("CHANGED", old, self.target.fingerprint, "offsync target add"):
+            self.assertIn(part, done.out)
+        self.assert_refused(self.add("--host-key", old), 1, "NOT the expected one")
+        self.add("--host-key", self.target.fingerprint, check=0)
+        self.lab.offsync("plan", check=0)
+        self.assertEqual(read(self.lab.state + "/known_hosts").count("\n"), 1)
+
+    def test_hashed_known_hosts(self) -> None:
+        self.add("--host-key", self.target.fingerprint, check=0)
+        known = self.lab.state + "/known_hosts"
+        subprocess.run([require("ssh-keygen"), "-q", "-H", "-f", known], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.unlink(known + ".old")
+        self.assertNotIn(self.target.address, read(known))
+        self.lab.offsync("plan", check=0)
+        self.add(check=0)
+        self.target.stop()
+        self.target.new_host_key()
+        self.target.start()
+        self.assertIn("CHANGED: known SHA256", self.lab.offsync("plan", check=1).out)
+        self.add("--host-key", self.target.fingerprint, check=0)
+        self.assertEqual(read(known).count("\n"), 1)
+        self.lab.offsync("plan", check=0)
+
+    def test_port_alias_and_jump_of_the_users_ssh_config(self) -> None:
+        jump = self.lab.target("jump")
+        write(jump.keys, read(self.lab.state + "/id_ed25519.pub"))
+        write(self.lab.base + "/jump_known", "[%s]:%d %s" % (jump.address, jump.port, read(jump.host_key + ".pub")))
+        write(self.lab.ssh_config, "Host node\n  HostName %s\n  Port %d\n  HostKeyAlias node-alias\n  ProxyJump %s@bastion\n"
+              "Host bastion\n  HostName %s\n  Port %d\n  IdentityFile %s\n  UserKnownHostsFile %s\n" % (
+                  self.target.address, self.target.port, USER, jump.address, jump.port, self.lab.state + "/id_ed25519", self.lab.base + "/jump_known"))
+        self.lab.offsync("target", "add", USER + "@node", "--path", self.target.path, "--host-key", self.target.fingerprint, check=0)
+        self.assertTrue(read(self.lab.state + "/known_hosts").startswith("node-alias ssh-ed25519 "))
+        write(self.lab.source + "/f")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.target.path), snapshot(self.lab.source))
+        self.assertIn("Accepted", jump.read_log())
+
+    def test_ipv6_literal(self) -> None:
+        target = self.lab.target("six", address="::1")
+        self.lab.link(target)
+        self.assertEqual(target.login, USER + "@[::1]")
+        self.lab.add(target)
+        write(self.lab.source + "/f")
+        self.lab.offsync("apply", target.login, check=0)
+        self.lab.offsync("doctor", target.login, check=0)
+        self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
+
+
+class Restriction(LabCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.lab = Lab()
+        cls.addClassCleanup(cls.lab.close)
+        cls.target = cls.lab.joined("one")
+        cls.line = cls.good = read(cls.target.keys)
+        write(cls.lab.source + "/f", "content")
+
+    def setUp(self) -> None:
+        write(self.target.keys, self.good)
+        write(self.lab.ssh_config, "")
+        shutil.rmtree(self.target.path, ignore_errors=True)
+        if os.path.lexists(self.target.path):
+            os.unlink(self.target.path)
+        os.mkdir(self.target.path)
+
+    def assert_nothing_written(self, *words: str) -> None:
+        """plan, apply and target add refuse with these words; nothing is written anywhere, not even in the login's home."""
+        real_home = os.listdir(os.path.expanduser("~" + USER))
+        planned = self.lab.offsync("plan", check=1)
+        applied = self.lab.offsync("apply", check=1)
+        added = self.lab.add(self.target, check=1)
+        for word in words:
+            self.assertIn(word, planned.out)
+            self.assertIn(word, applied.err)
+            self.assertIn(word, added.err)
+        self.assertEqual(snapshot(self.target.path), {})
+        self.assertEqual(os.listdir(os.path.expanduser("~" + USER)), real_home)
+        self.assertEqual(self.lab.offsync("doctor").returncode, 1)
+        write(self.target.keys, self.good)
+        write(self.lab.ssh_config, "")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.target.path), snapshot(self.lab.source))
+
+    def force(self, command: str) -> None:
+        """Give the key another forced command."""
+        write(self.target.keys, 'command="%s",restrict %s' % (command, self.line.split("restrict ")[1]))
+
+    def test_an_identity_file_that_opens_a_shell(self) -> None:
+        key = self.lab.base + "/shell_key"
+        subprocess.run([require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        write(self.lab.ssh_config, "IdentityFile %s\n" % key)
+        write(self.target.keys, read(key + ".pub"))
+        self.assert_nothing_written("NOT restricted", "IdentityFile")
+
+    def test_an_unrestricted_line_above(self) -> None:
+        write(self.target.keys, self.line.split("restrict ")[1] + self.line)
+        self.assert_nothing_written("NOT restricted", "authorized_keys")
+
+    def test_a_forced_command_that_runs_anything(self) -> None:
+        self.force("eval $SSH_ORIGINAL_COMMAND")
+        self.assert_nothing_written("NOT restricted")
+
+    def test_a_forced_command_that_does_nothing(self) -> None:
+        self.force("true")
+        self.assert_nothing_written("not rrsync")
+
+    def test_a_forced_command_that_only_fails(self) -> None:
+        self.force("false")
+        self.assert_nothing_written()
+
+    def test_read_only(self) -> None:
+        write(self.target.keys, self.line.replace("-wo", "-ro"))
+        self.assert_nothing_written("reading only")
+
+    def test_read_and_write(self) -> None:
+        """rrsync without -wo: the key could read; found by the fuller proofs, before the target is saved."""
+        write(self.target.keys, self.line.replace("-wo ", ""))
+        done = self.lab.add(self.target, check=1)
+        self.assertIn("read files with rsync", done.err)
+        self.assertRegex(self.lab.offsync("doctor", check=1).out, "OPEN +read files with rsync")
+
+    def test_another_directory(self) -> None:
+        other = self.lab.base + "/other"
+        os.mkdir(other)
+        write(self.target.keys, self.line.replace(self.target.path, other))
+        done = self.lab.add(self.target, check=1)
+        self.assertIn("the key writes below %s, not below %s" % (other, self.target.path), done.err)
+        self.assertIn("OPEN", self.lab.offsync("doctor", check=1).out)
+        self.assertEqual(os.listdir(other), [])
+
+    def test_rsync_without_rrsync(self) -> None:
+        """A forced command that lets every rsync through writes anywhere: the fuller proofs see it."""
+        self.force("case \\\"$SSH_ORIGINAL_COMMAND\\\" in rsync*) eval exec $SSH_ORIGINAL_COMMAND;; *) exit 1;; esac")
+        done = self.lab.add(self.target, check=1)
+        self.assertIn("not restricted as it must be", done.err)
+
+    def test_forwarding_and_terminal(self) -> None:
+        command = self.line.split(",no-port")[0]
+        write(self.target.keys, command + " " + self.line.split("restrict ")[1])
+        out = self.lab.offsync("doctor", check=1).out
+        for what in ("get a terminal", "forward a port", "forward an agent"):
+            self.assertRegex(out, "OPEN +" + what)
+        write(self.target.keys, self.line)
+        out = self.lab.offsync("doctor", check=0).out
+        for what in ("run a command", "read a file", "read files", "write to a path outside", "write to .. of", "get a terminal", "forward a port",
+                     "forward an agent", "write below the path"):
+            self.assertRegex(out, "ok +" + what)
+
+    def test_a_shell_that_prints_a_banner(self) -> None:
+        self.force("echo Welcome; " + self.line.split('"')[1])
+        self.assert_nothing_written("prints text where rrsync must be alone", "Welcome")
+
+    def test_a_directory_that_is_gone(self) -> None:
+        os.rmdir(self.target.path)
+        self.assertIn("is gone there", self.lab.offsync("plan", check=1).out)
+        write(self.target.path, "a file")
+        self.assertIn("is gone there or is no directory", self.lab.offsync("plan", check=1).out)
+
+    def test_the_agent_and_other_keys_are_not_used(self) -> None:
+        os.unlink(self.target.keys)
+        key = self.lab.base + "/agent_key"
+        subprocess.run([require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        write(self.target.keys, read(key + ".pub"))
+        agent = subprocess.run(["ssh-agent", "-s", "-a", self.lab.base + "/agent"], stdout=subprocess.PIPE, text=True, check=True).stdout
+        pid = agent.split("SSH_AGENT_PID=")[1].split(";")[0]
+        try:
+            env = {"SSH_AUTH_SOCK": self.lab.base + "/agent"}
+            subprocess.run(["ssh-add", "-q", key], env=dict(self.lab.env, **env), check=True)
+            self.assertIn("refused our key", self.lab.offsync("plan", env=env, check=1).out)
+        finally:
+            os.kill(int(pid), 15)
+
+
+if __name__ == "__main__":
+    unittest.main()
