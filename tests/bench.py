@@ -1,0 +1,176 @@
+"""Speed as ratios: offsync against one "rsync -rlptc --delete -i" over the same ssh, interleaved in one run, monotonic clock.
+
+usage: bench.py [ROW ...]; QUICK=1 for small trees, RUNS=n repetitions. The yardstick neither plans nor verifies.
+"""
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+from lab import OFFSYNC, Lab, require, write
+
+QUICK = bool(os.environ.get("QUICK"))
+RUNS = int(os.environ.get("RUNS", "3" if QUICK else "5"))
+COLUMNS = "%-34s %9s %9s %8s %8s"
+
+
+def fill(root: str, count: int, size: int, per_directory: int = 200) -> None:
+    """Make count files of about size bytes each, incompressible and all different."""
+    block = os.urandom(size + 65536)
+    for number in range(count):
+        directory = "%s/d%05d" % (root, number // per_directory)
+        if number % per_directory == 0:
+            os.makedirs(directory, exist_ok=True)
+        with open("%s/f%07d" % (directory, number), "wb") as stream:
+            start = number % 65536
+            stream.write(block[start:start + size])
+
+
+def median(values: list) -> float:
+    """Return the middle value."""
+    return sorted(values)[len(values) // 2]
+
+
+class Bench:
+    """A laboratory whose source is rebuilt for each row."""
+
+    def __init__(self) -> None:
+        self.lab = Lab()
+        self.target = self.lab.joined("one")
+        # The bare yardstick goes through the same sshd, key and rrsync into the same directory.
+        self.rsh = "%s -F /dev/null -p %d -i %s/id_ed25519 -o BatchMode=yes -o UserKnownHostsFile=%s/known_hosts" % (
+            require("ssh"), self.target.port, self.lab.state, self.lab.state)
+
+    def rsync(self) -> float:
+        """Run the yardstick; return seconds."""
+        started = time.monotonic()
+        subprocess.run([require("rsync"), "-rlptc", "--delete", "-i", "-e", self.rsh, self.lab.source + "/", self.target.login + ":."],
+                       stdout=subprocess.DEVNULL, check=True)
+        return time.monotonic() - started
+
+    def offsync(self, *args: str) -> float:
+        """Run offsync; return seconds."""
+        started = time.monotonic()
+        subprocess.run([sys.executable, OFFSYNC, *args], env=self.lab.env, stdout=subprocess.DEVNULL, check=True)
+        return time.monotonic() - started
+
+    def measure(self, name: str, bound: str, commands: dict, prepare=lambda: None, runs: int = RUNS) -> None:
+        """Interleave the commands; print medians and the ratio of each to the first."""
+        times: dict = {key: [] for key in commands}
+        for _ in range(runs):
+            for key, command in commands.items():
+                prepare()
+                times[key].append(command())
+        base = median(times[next(iter(commands))])
+        for key, values in list(times.items())[1:]:
+            print(COLUMNS % (name + ": " + key, "%.2f s" % base, "%.2f s" % median(values), "%.2f x" % (median(values) / base), bound), flush=True)
+
+    def fresh(self, count: int, size: int) -> None:
+        """Fill the source, and deliver it once."""
+        for path in (self.lab.source, self.target.path):
+            shutil.rmtree(path)
+            os.mkdir(path)
+        fill(self.lab.source, count, size)
+
+    def touch(self, count: int) -> None:
+        """Change the content of count files, spread over the tree, size kept."""
+        paths = sorted(os.path.join(base, name) for base, _, names in os.walk(self.lab.source) for name in names)
+        for path in paths[::max(len(paths) // count, 1)][:count]:
+            with open(path, "r+b") as stream:
+                stream.write(os.urandom(16))
+
+    def row_small(self) -> None:
+        """20,000 files, 1 GB: first delivery, plan, nothing to do, 100 changed."""
+        count, size = (2000, 50000) if QUICK else (20000, 50000)
+        self.fresh(count, size)
+
+        def empty() -> None:
+            shutil.rmtree(self.target.path)
+            os.mkdir(self.target.path)
+
+        self.measure("%d files, first" % count, "1.6", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, empty, max(RUNS // 2, 1))
+        self.offsync("apply")
+        self.measure("%d files, equal" % count, "1.3", {"rsync": self.rsync, "plan": lambda: self.offsync("plan"), "apply": lambda: self.offsync("apply")})
+        self.measure("%d files, 100 changed" % count, "2.1", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, lambda: self.touch(100))
+
+    def row_large(self) -> None:
+        """8 GB in 200 files, 10 changed."""
+        count, size = (20, 10_000_000) if QUICK else (200, 40_000_000)
+        self.fresh(count, size)
+        self.offsync("apply")
+        self.measure("%d large files, 10 changed" % count, "1.15", {"rsync -n": lambda: self.dry(), "plan": lambda: self.offsync("plan")}, lambda: self.touch(10), 3)
+        self.measure("%d large files, 10 changed" % count, "2.1", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, lambda: self.touch(10), 3)
+
+    def dry(self) -> float:
+        """The yardstick as a dry run, so that what plan sees stays changed."""
+        started = time.monotonic()
+        subprocess.run([require("rsync"), "-nrlptc", "--delete", "-i", "-e", self.rsh, self.lab.source + "/", self.target.login + ":."],
+                       stdout=subprocess.DEVNULL, check=True)
+        return time.monotonic() - started
+
+    def row_many(self) -> None:
+        """16 targets, 50 ms away each, nothing to do, against one such target."""
+        delay = "%s %s %%h %%p 0.025" % (sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "delay.py"))
+        targets = [self.target] + [self.lab.joined("far%d" % number) for number in range(4 if QUICK else 15)]
+        write(self.lab.ssh_config, "ProxyCommand %s\n" % delay)
+        self.fresh(200, 1000)
+        self.offsync("apply")
+        self.measure("%d targets, 50 ms" % len(targets), "3", {"one": lambda: self.offsync("plan", targets[0].login), "plan": lambda: self.offsync("plan")}, runs=3)
+        write(self.lab.ssh_config, "")
+
+    def row_million(self) -> None:
+        """1,000,000 entries: own peak memory and CPU, and rsync's CPU, nothing to do and all new."""
+        count = 20000 if QUICK else 1_000_000
+        self.fresh(count, 1)
+        subprocess.run(["cp", "-a", self.lab.source + "/.", self.target.path], check=True)
+        before = self.usage(self.rsync)
+        own = self.usage(lambda: self.offsync("plan"), own=True)
+        print("%d entries, equal: rsync alone %.1f s CPU; offsync itself %.1f s CPU (%.2f of it; bound 0.25), %d MB peak (bound 100)"
+              % (count, before[0], own[0], own[0] / before[0], own[1]), flush=True)
+        shutil.rmtree(self.target.path)
+        os.mkdir(self.target.path)
+        own = self.usage(lambda: self.offsync("plan"), own=True)
+        print("%d entries, all new: offsync itself %.1f s CPU, %d MB peak (bound 500)" % (count, own[0], own[1]), flush=True)
+
+    def usage(self, command, own: bool = False) -> tuple:
+        """Return (CPU seconds, peak MB) of a command's children, or of offsync.py alone (which reports it to us)."""
+        if own:
+            report = self.lab.base + "/usage"
+            code = ("import atexit, resource, runpy, sys\n"
+                    "def say():\n u = resource.getrusage(resource.RUSAGE_SELF)\n open(%r, 'w').write('%%f %%d' %% (u.ru_utime + u.ru_stime, u.ru_maxrss))\n"
+                    "atexit.register(say)\nsys.argv = ['offsync', 'plan']\nrunpy.run_path(%r, run_name='__main__')\n" % (report, OFFSYNC))
+            subprocess.run([sys.executable, "-c", code], env=self.lab.env, stdout=subprocess.DEVNULL, check=True)
+            cpu, peak = open(report).read().split()
+            return float(cpu), int(peak) // 1024
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 0
+
+    def row_help(self) -> None:
+        """offsync --help against importing argparse."""
+        def run(*words: str) -> float:
+            started = time.monotonic()
+            subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True, env=self.lab.env)
+            return time.monotonic() - started
+        self.measure("start", "2", {"import argparse": lambda: run("-c", "import argparse"), "--help": lambda: run(OFFSYNC, "--help")}, runs=15)
+
+
+def main() -> None:
+    """Run the named rows, or all."""
+    bench = Bench()
+    try:
+        print("%d cores; medians of %d runs" % (os.cpu_count() or 1, RUNS))
+        print(COLUMNS % ("row", "yardstick", "offsync", "ratio", "bound"))
+        for name in sys.argv[1:] or ("help", "small", "large", "many", "million"):
+            getattr(bench, "row_" + name)()
+    finally:
+        bench.lab.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""What a plan refuses, shows and identifies: scope, policies, plan IDs, JSON, manifests, excludes."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import socket
+import stat
+import subprocess
+import unittest
+
+from lab import Lab, read, snapshot, write
+from test_job import LabCase
+
+
+class SharedLab(LabCase):
+    """One laboratory for the class; source, target and policies are reset for each test."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.lab = Lab()
+        cls.addClassCleanup(cls.lab.close)
+        cls.target = cls.lab.joined("one")
+        cls.config = read(cls.lab.state + "/config.yaml")
+
+    def setUp(self) -> None:
+        write(self.lab.state + "/config.yaml", self.config)
+        for path in (self.lab.source, self.target.path):
+            for directory, _, _ in os.walk(path):
+                os.chmod(directory, 0o755)
+            shutil.rmtree(path)
+            os.mkdir(path)
+        self.source, self.there = self.lab.source, self.target.path
+
+    def plan(self, *args, check=0) -> dict:
+        return json.loads(self.lab.offsync("plan", "--json", *args, check=check).out)
+
+    def unchanged(self) -> tuple:
+        """Return all that a refusal must leave as it was."""
+        return snapshot(self.source), snapshot(self.there), self.lab.records()
+
+
+class Scope(SharedLab):
+    def test_what_cannot_be_delivered_is_refused_before_any_target_is_contacted(self) -> None:
+        write(self.source + "/d/inside")
+        os.symlink("/etc/passwd", self.source + "/absolute")
+        os.symlink("../outside", self.source + "/leaves")
+        os.symlink("d/../../source/d", self.source + "/leaves-and-returns")
+        os.symlink("d", self.source + "/fine")
+        os.symlink("nowhere", self.source + "/dangling")
+        os.mkdir(self.source + "/e")
+        os.symlink("../fine/inside", self.source + "/e/fine-too")
+        os.symlink("..", self.lab.base + "/up") if not os.path.lexists(self.lab.base + "/up") else None
+        os.mkfifo(self.source + "/fifo")
+        write(self.source + "/d/.~tmp~/x")
+        with socket.socket(socket.AF_UNIX) as listener:
+            here = os.getcwd()
+            os.chdir(self.source)
+            listener.bind("socket")
+            os.chdir(here)
+        connections = self.target.read_log().count("Connection from")
+        done = self.lab.offsync("plan")
+        self.assert_refused(done, 1, "absolute: it is a symlink to an absolute path", "leaves: it is a symlink that leaves the source", "leaves-and-returns",
+                            "fifo: it is a device", "socket: it is a device", "d/.~tmp~: rsync reserves", "6 entries")
+        for fine in ("fine", "dangling", "fine-too", "inside"):
+            self.assertNotIn(" %s:" % fine, done.err)
+        self.assertEqual(self.target.read_log().count("Connection from"), connections)
+        self.lab.configure(exclude=[".git/", "absolute", "leaves*", "fifo", "/socket", ".~tmp~"])
+        self.assertEqual([entry["path"] for entry in self.plan()["targets"][0]["added"]],
+                         ["d", "d/inside", "dangling", "e", "e/fine-too", "fine"])
+
+    def test_through_other_symlinks(self) -> None:
+        outside = self.lab.base + "/outside"
+        os.makedirs(outside, exist_ok=True)
+        os.makedirs(self.source + "/a/b")
+        os.symlink("a/b", self.source + "/jump")
+        os.symlink("jump/../../../outside", self.source + "/via")
+        os.symlink("jump/../x", self.source + "/ok-lexically-and-really")
+        self.assert_refused(self.lab.offsync("plan"), 1, "via: it is a symlink that leaves", "1 entry")
+
+    def test_the_first_offenders_and_then_a_count(self) -> None:
+        for number in range(30):
+            os.symlink("/x", "%s/%02d" % (self.source, number))
+        done = self.lab.offsync("plan", check=1)
+        self.assertIn("30 entries", done.err)
+        self.assertIn(" 19: it is", done.err)
+        self.assertNotIn(" 20: it is", done.err)
+        self.assertIn("and 10 more", done.err)
+
+    @unittest.skipIf(os.geteuid() == 0, "root reads everything")
+    def test_unreadable_entries(self) -> None:
+        write(self.source + "/secret", "x", 0o000)
+        os.mkdir(self.source + "/closed", 0o000)
+        done = self.lab.offsync("plan")
+        os.chmod(self.source + "/closed", 0o755)
+        self.assert_refused(done, 1, "secret: it cannot be read", "closed: it cannot be read", "2 entries")
+
+
+class Reasons(SharedLab):
+    def test_every_reason(self) -> None:
+        when = 1_600_000_000
+        for name, ours, theirs in (("content", b"aaaa", b"bbbb"), ("same", b"same", b"same"), ("size", b"a", b"aa")):
+            write(self.source + "/" + name, ours, 0o644, when)
+            write(self.there + "/" + name, theirs, 0o644, when)
+        write(self.source + "/mode", b"m", 0o640, when)
+        write(self.there + "/mode", b"m", 0o644, when + 5)
+        write(self.source + "/both", b"m", 0o640)
+        write(self.there + "/both", b"n", 0o600)
+        write(self.source + "/time-only", b"t", 0o644, when)
+        write(self.there + "/time-only", b"t", 0o644, when + 9)
+        os.symlink("a", self.source + "/link")
+        os.symlink("b", self.there + "/link")
+        write(self.source + "/file-for-directory", b"f")
+        write(self.there + "/file-for-directory/below/deep", b"x")
+        write(self.source + "/directory-for-file/new", b"f")
+        write(self.there + "/directory-for-file", b"x")
+        os.symlink("x", self.source + "/link-for-file")
+        write(self.there + "/link-for-file", b"x")
+        write(self.source + "/file-for-link", b"f")
+        os.symlink("same", self.there + "/file-for-link")
+        write(self.source + "/directory-for-link/new", b"f")
+        os.symlink(".", self.there + "/directory-for-link")
+        os.mkdir(self.source + "/file-for-empty-directory-not")
+        os.mkdir(self.there + "/mode-of-directory", 0o700)
+        os.mkdir(self.source + "/mode-of-directory", 0o755)
+        os.mkdir(self.there + "/extra")
+        os.symlink("nowhere", self.there + "/extra-link")
+        target = self.plan()["targets"][0]
+        self.assertEqual({e["path"]: e["changes"] for e in target["modified"]}, {
+            "content": ["content"], "size": ["content"], "mode": ["mode"], "both": ["content", "mode"], "link": ["link"], "file-for-directory": ["type"],
+            "directory-for-file": ["type"], "link-for-file": ["type"], "file-for-link": ["type"], "directory-for-link": ["type"], "mode-of-directory": ["mode"]})
+        self.assertEqual([e["path"] for e in target["added"]], ["directory-for-file/new", "directory-for-link/new", "file-for-empty-directory-not"])
+        self.assertEqual([(e["path"], e["type"]) for e in target["missing"]], [
+            ("extra", "directory"), ("extra-link", "non-directory"), ("file-for-directory/below", "directory"), ("file-for-directory/below/deep", "non-directory")])
+        entry = next(e for e in target["modified"] if e["path"] == "both")
+        self.assertEqual(entry, {"path": "both", "type": "file", "size": 1, "mode": "0640", "sha256": hashlib.sha256(b"m").hexdigest(), "changes": ["content", "mode"]})
+        before = os.stat(self.there + "/mode")
+        self.lab.configure(delete="true")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+        self.assertEqual((os.stat(self.there + "/mode").st_ino, os.stat(self.there + "/time-only").st_mtime), (before.st_ino, when + 9))
+
+    def test_a_read_only_directory_on_the_target(self) -> None:
+        write(self.source + "/ro/f", b"new")
+        write(self.there + "/ro/f", b"old")
+        for root in (self.source, self.there):
+            os.chmod(root + "/ro", 0o555)
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(read(self.there + "/ro/f"), "new")
+        self.assertEqual(stat.S_IMODE(os.stat(self.there + "/ro").st_mode), 0o555)
+
+    def test_quick_compares_size_and_time(self) -> None:
+        write(self.source + "/f", b"aaaa", when=1_600_000_000)
+        write(self.there + "/f", b"bbbb", when=1_600_000_000)
+        write(self.source + "/g", b"aaaa", when=1_600_000_000)
+        write(self.there + "/g", b"aaaa", when=1_600_000_007)
+        self.lab.configure(verify='"quick"')
+        self.assertEqual([e["path"] for e in self.plan()["targets"][0]["modified"]], ["g"])
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(self.plan()["targets"][0]["modified"], [])
+        self.assertEqual(self.lab.offsync("verify", check=3).out.count("modified  content"), 1)
+
+    def test_excluded_entries_are_invisible_on_both_sides(self) -> None:
+        self.lab.configure(exclude=[".git/", "*.log", "/top"], delete="true")
+        for root in (self.source, self.there):
+            write(root + "/.git/" + os.path.basename(root))
+            write(root + "/d/x.log", os.path.basename(root))
+            write(root + "/top", os.path.basename(root))
+        write(self.there + "/old/kept.log")
+        write(self.there + "/old/gone")
+        write(self.source + "/new/top")
+        target = self.plan()["targets"][0]
+        self.assertEqual([e["path"] for e in target["added"]], ["new", "new/top"])
+        self.assertEqual([e["path"] for e in target["missing"]], ["old/gone"])
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(sorted(snapshot(self.there)), [b".git", b".git/data", b"d", b"d/x.log", b"new", b"new/top", b"old", b"old/kept.log", b"top"])
+
+    def test_five_thousand_random_names(self) -> None:
+        rng = random.Random(7)
+        count = int(os.environ.get("NAMES", "1000"))
+        names = set()
+        while len(names) < count:
+            name = bytes(rng.choice([b for b in range(1, 256) if b != 47]) for _ in range(rng.randint(1, 40)))
+            if name not in (b".", b"..", b".~tmp~"):
+                names.add(name)
+        for name in names:
+            write(os.path.join(os.fsencode(self.source), name), name)
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+        self.lab.offsync("verify", check=0)
+        for name in list(names)[::2]:
+            os.unlink(os.path.join(os.fsencode(self.source), name))
+        self.lab.configure(delete="true")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+
+class Policies(SharedLab):
+    def test_delete_false_and_overwrite_false_refuse_the_whole_run(self) -> None:
+        other = self.lab.joined("other")
+        self.addCleanup(lambda: self.lab.offsync("target", "remove", other.login, check=0))
+        write(self.source + "/f", b"new")
+        write(self.there + "/f", b"old")
+        write(self.there + "/mine", b"x")
+        before = self.unchanged(), snapshot(other.path)
+        done = self.lab.offsync("apply")
+        self.assert_refused(done, 1, "nothing was sent", "delete is false", "mine", self.target.login, '"delete: true"')
+        self.assertEqual((self.unchanged(), snapshot(other.path)), before)
+        self.lab.configure(delete="true", overwrite="false")
+        self.assert_refused(self.lab.offsync("apply"), 1, "nothing was sent", "overwrite is false", "f", '"overwrite: true"')
+        self.assertEqual((self.unchanged(), snapshot(other.path)), before)
+        self.lab.configure(overwrite="true")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual([snapshot(self.there), snapshot(other.path)], [snapshot(self.source)] * 2)
+
+    def test_an_empty_source_never_deletes(self) -> None:
+        write(self.there + "/precious")
+        self.lab.configure(delete="true")
+        self.assert_refused(self.lab.offsync("apply"), 1, "an empty source never deletes")
+        write(self.source + "/.git/only")
+        self.assert_refused(self.lab.offsync("apply"), 1, "an empty source never deletes")
+        self.assertIn(b"precious", snapshot(self.there))
+        write(self.source + "/f")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(list(snapshot(self.there)), [b"f"])
+
+    def test_something_new_at_that_moment_stops_the_deletion(self) -> None:
+        """The target's rsync is wrapped: after the transfer a user's file appears."""
+        write(self.source + "/f", b"new")
+        write(self.there + "/old")
+        self.lab.configure(delete="true")
+        rrsync = self.lab.base + "/racing-rrsync"
+        write(rrsync, '#!/bin/sh\n/usr/bin/rrsync "$@"\nstatus=$?\ncase "$SSH_ORIGINAL_COMMAND" in *--delay-updates*) echo mine > %s/appeared;; esac\nexit $status\n'
+              % self.there, 0o755)
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
+        done = self.lab.offsync("apply", check=1)
+        self.assertIn("nothing was deleted", done.err)
+        self.assertIn("appeared", done.err)
+        self.assertEqual(sorted(snapshot(self.there)), [b"appeared", b"f", b"old"])
+        self.assertEqual((self.lab.records()[-1]["result"], self.lab.records()[-1]["files_changed"]), ("failed", ["f"]))
+
+
+class PlanIds(SharedLab):
+    def refused(self, plan_id: str, *words: str) -> None:
+        before = self.unchanged()
+        self.assert_refused(self.lab.offsync("apply", "--plan", plan_id), 1, "not the plan of now", *words)
+        self.assertEqual(self.unchanged(), before)
+
+    def test_what_changed_since_the_review_is_named(self) -> None:
+        write(self.source + "/f", b"aaaa", when=1_600_000_000)
+        write(self.source + "/g", b"gggg")
+        write(self.there + "/g", b"hhhh")
+        plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
+        self.assertEqual(self.plan()["plan"], plan_id)
+        write(self.source + "/f", b"bbbb", when=1_600_000_000)
+        self.refused(plan_id[:8], "f: was added")
+        write(self.source + "/f", b"aaaa", when=1_600_000_000)
+        write(self.source + "/new", b"n")
+        self.refused(plan_id, "new: was equal, is added")
+        os.unlink(self.source + "/new")
+        write(self.there + "/g", b"gggg", os.stat(self.source + "/g").st_mode & 0o777)
+        self.refused(plan_id, "g: was modified, is equal")
+        write(self.there + "/g", b"hhhh")
+        other = self.lab.joined("other")
+        self.refused(plan_id, "new: target " + other.login)
+        self.lab.offsync("target", "remove", other.login, check=0)
+        self.lab.configure(delete="true")
+        self.refused(plan_id, "policy")
+        self.lab.configure(delete="false")
+        self.refused("0" * 8, "not among the plans kept")
+        self.lab.offsync("apply", "--plan", plan_id[:8], check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+        self.assertEqual(self.lab.records()[-1]["plan"], plan_id)
+        self.refused(plan_id)
+
+    def test_exit_code_and_identical_json(self) -> None:
+        write(self.source + "/f")
+        self.lab.offsync("plan", check=0)
+        self.lab.offsync("plan", "--exit-code", check=3)
+        one, two = (self.lab.offsync("plan", "--json", check=0).stdout for _ in range(2))
+        self.assertEqual(one, two)
+        document = json.loads(one)
+        self.assertEqual(sorted(document), ["plan", "source", "targets", "version"])
+        self.assertEqual(sorted(document["targets"][0]), ["added", "error", "host", "leftover", "login", "missing", "modified", "remote_path"])
+        applied = json.loads(self.lab.offsync("apply", "--json", check=0).out)
+        self.assertEqual([t["result"] for t in applied["targets"]], ["ok"])
+        self.lab.offsync("plan", "--exit-code", check=0)
+
+
+class Manifests(SharedLab):
+    def test_sha256sum_reads_it_and_the_target_agrees(self) -> None:
+        for name in (b"plain", b"new\nline", b"back\\slash", b"\xff", b"d/ deep", b"cr\rx"):
+            write(os.path.join(os.fsencode(self.source), name), name)
+        write(self.source + "/.git/no")
+        os.symlink("plain", self.source + "/link")
+        done = self.lab.offsync("manifest", check=0)
+        self.assertIn(hashlib.sha256(done.stdout).hexdigest(), done.err.replace(" ", ""))
+        self.assertEqual(done.stdout.count(b"\n"), 6)
+        write(self.lab.base + "/list", done.stdout)
+        subprocess.run(["sha256sum", "-c", "--quiet", "--strict", self.lab.base + "/list"], cwd=self.source, check=True)
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(self.lab.offsync("manifest", self.there, check=0).stdout, done.stdout)
+        self.lab.offsync("manifest", self.there, "--check", self.lab.base + "/list", check=0)
+        write(self.there + "/plain", "other")
+        write(self.there + "/more", "other")
+        os.unlink(self.there + "/d/ deep")
+        differing = self.lab.offsync("manifest", self.there, "--check", "-", input=done.stdout, check=3)
+        self.assertEqual([line.split(None, 1)[0] for line in differing.out.splitlines()], ["missing", "added", "modified"])
+        self.assert_refused(self.lab.offsync("manifest", self.there, "--check", "-", input=b"nonsense\n"), 2, ":1")
+
+
+if __name__ == "__main__":
+    unittest.main()
