@@ -28,7 +28,9 @@ import argparse
 import base64
 import fcntl
 import fnmatch
+import glob
 import hashlib
+import itertools
 import json
 import os
 import posixpath
@@ -45,8 +47,10 @@ import subprocess
 import tempfile
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional, Sequence, Union
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional, Sequence, TypeVar, Union
+
+_Item = TypeVar("_Item")
+_Value = TypeVar("_Value")
 
 # --- Version and constants: policy before code ------------------------------------------------------------------
 
@@ -58,8 +62,6 @@ SSH_OPTIONS = (
     "-o", "IdentitiesOnly=yes",             # the dedicated key, no agent ...
     "-o", "IdentityAgent=none",
     "-o", "PreferredAuthentications=publickey",
-    "-o", "PasswordAuthentication=no",
-    "-o", "KbdInteractiveAuthentication=no",
     "-o", "PubkeyAuthentication=yes",
     "-o", "NoHostAuthenticationForLocalhost=no",
     "-o", "VerifyHostKeyDNS=no",            # DNS is no proof of a host key
@@ -79,6 +81,9 @@ SSH_OPTIONS = (
     "-o", "ServerAliveCountMax=3",          # ... because rsync's own --timeout kills healthy checksum passes
     "-o", "LogLevel=ERROR",                 # no banner on stderr, but every reason
 )
+# Of OpenSSH 8.7; an unknown option is fatal to an older ssh, which has no such settings either.
+SSH_NEWER_OPTIONS = ("-o", "KnownHostsCommand=none", "-o", "SessionType=default", "-o", "StdinNull=no",
+                     "-o", "ForkAfterAuthentication=no")
 SSH_STRICT = ("-o", "StrictHostKeyChecking=yes")
 # A session over the open connection only: were the master gone, "false" keeps ssh from connecting afresh, unproved.
 SSH_SESSION = ("-o", "ControlMaster=no", "-o", "ProxyCommand=false", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR")
@@ -87,8 +92,8 @@ MASTER_IDLE = 600
 # A host without multiplexing support gets one connection per session instead.
 SSH_NO_MULTIPLEXING = ("-o", "ControlMaster=no", "-o", "ControlPath=none")
 # Asking for the host key without authenticating at all: safe against whoever answers.
-SSH_FETCH_HOST_KEY = ("-o", "StrictHostKeyChecking=no", "-o", "PubkeyAuthentication=no",
-                      "-o", "PreferredAuthentications=none", "-o", "ControlPath=none")
+SSH_FETCH_HOST_KEY = ("-o", "StrictHostKeyChecking=no", "-o", "PubkeyAuthentication=no", "-o", "PreferredAuthentications=none",
+                      "-o", "GlobalKnownHostsFile=none", "-o", "ControlPath=none")
 HOST_KEY_FAMILIES = ("ssh-ed25519", "ecdsa-sha2-nistp256,ecdsa-sha2-nistp384,ecdsa-sha2-nistp521",
                      "rsa-sha2-512,rsa-sha2-256")
 
@@ -111,7 +116,8 @@ RSYNC_LIST = ("-n", "-rlD")
 RSYNC_OLDEST = (3, 1, 0)
 RSYNC_SAFER = (3, 4, 0)                     # CVE-2024-12084 to 12088 and 12747: remote code execution
 STAGING = b".~tmp~"                         # where --delay-updates collects files
-TEMPORARY_NAME = re.compile(rb"\.(.+)\.[A-Za-z0-9]{6}\Z", re.DOTALL)   # a killed receiver leaves .NAME.XXXXXX
+# A killed receiver leaves .NAME.XXXXXX. Words and numbers are no random letters and digits (1 of 100 of rsync's look like that).
+TEMPORARY_NAME = re.compile(rb"\.(.+)\.(?![A-Za-z]?[a-z]+\Z|[A-Z]+\Z|[0-9]+\Z)[A-Za-z0-9]{6}\Z", re.DOTALL)
 
 CONNECT_DEADLINE = 60.0                     # seconds for connection and proof
 SESSION_DEADLINE = 60.0                     # seconds for a session that hashes nothing
@@ -119,8 +125,11 @@ RESCAN_DEADLINE = 15.0                      # seconds to learn what arrived afte
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)    # seconds; for MaxStartups drops and rrsync's lock
 SOCKET_PATH_LIMIT = 104 - 17                # bytes: sun_path on macOS, less what ssh appends while binding
 MAX_NAME_BYTES = 1 << 16                    # one line of rsync's; names are at most 4096 bytes, times 5 when escaped
-MAX_TARGET_ONLY = 5_000_000                 # entries: a hostile target must not fill our memory
-STDERR_KEPT = 1 << 15                       # bytes of a program's stderr that are kept, head and tail
+MAX_TARGET_ONLY = 1 << 30                   # bytes that a target's own entries may take: it must not fill our memory
+STDERR_KEPT = 1 << 15                       # bytes of a program's stderr that are kept, of its head and of its tail
+STDOUT_LIMIT = 1 << 22                      # bytes of a program's stdout, where it is not read line by line
+FILE_LIMIT = 1 << 30                        # bytes of a config, key file, manifest ... that are read
+KILL_AFTER = 3.0                            # seconds from SIGTERM to SIGKILL
 PLANS_KEPT = 10                             # reviewed plans kept so that "apply --plan" can name differences
 LISTED = 20                                 # offenders, differences: the first ones, then a count
 DEFAULT_JOBS = 8
@@ -141,9 +150,12 @@ RRSYNC_PLACES = (DEFAULT_RRSYNC, "/usr/local/bin/rrsync", "/opt/homebrew/bin/rrs
                  "/usr/share/doc/rsync/scripts/rrsync", "/usr/share/doc/rsync/scripts/rrsync.gz")
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"    # where sshd lives; often not in a user's PATH
 BREW_BIN = ("/opt/homebrew/bin", "/usr/local/bin", "/home/linuxbrew/.linuxbrew/bin")
-# Writing into one of these themselves (not below them) is as good as a shell.
-SYSTEM_DIRECTORIES = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/opt", "/proc", "/root", "/run", "/sbin",
-                      "/sys", "/usr", "/usr/bin", "/usr/lib", "/usr/local", "/usr/local/bin", "/usr/sbin", "/var")
+# A key that can write into one of these, or into a directory that contains one, is as good as a shell.
+SHELL_PLACES = ("/bin", "/boot", "/dev", "/etc/cron.d", "/etc/cron.daily", "/etc/cron.hourly", "/etc/init.d", "/etc/ld.so.conf.d",
+                "/etc/pam.d", "/etc/profile.d", "/etc/ssh", "/etc/sudoers.d", "/etc/systemd", "/lib", "/lib64", "/proc",
+                "/root/.ssh", "/run/systemd", "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/sbin", "/usr/sbin",
+                "/var/spool/cron")
+SHELL_PLACES_AT_HOME = (".ssh", ".config/systemd", ".config/autostart", ".local/bin", "bin")
 # Login shells in which single quotes mean what POSIX says; others get only paths that need no quoting.
 POSIX_SHELLS = ("sh", "bash", "dash", "ash", "ksh", "ksh93", "mksh", "zsh", "busybox", "rbash")
 NO_LOGIN_SHELLS = ("nologin", "false", "true", "sync")
@@ -180,76 +192,65 @@ PACKAGE_MANAGERS = {                        # in the order of preference; brew l
 }
 
 
-class Symptom(NamedTuple):
-    """One way in which ssh, rrsync or rsync says that something is wrong, and what we say instead."""
-    kind: str
-    pattern: re.Pattern[bytes]
-    meaning: str                            # "why; what to do next", formatted with the target's fields
-
-
-def _symptom(kind: str, pattern: str, meaning: str) -> Symptom:
-    """Return one compiled row of the table below."""
-    return Symptom(kind, re.compile(pattern.encode()), meaning)
-
-
-# Searched in order in stderr: exit statuses say little (12 and 255 are interchangeable, and 0 proves nothing).
+# How ssh, rrsync and rsync say that something is wrong, and what we say instead: (kind, pattern, "why; what to do next").
+# Searched in this order in stderr: exit statuses say little (12 and 255 are interchangeable, and 0 proves nothing).
 SYMPTOMS = (
-    _symptom("host-key-changed", r"REMOTE HOST IDENTIFICATION HAS CHANGED",
+    ("host-key-changed", r"REMOTE HOST IDENTIFICATION HAS CHANGED",
              "its host key changed; if that is expected, confirm the new one with: offsync target add {add}"),
-    _symptom("host-key-unknown", r"host key is known for|Host key verification failed|no matching host key type",
+    ("host-key-unknown", r"host key is known for|Host key verification failed|no matching host key type",
              "its host key is not trusted yet; confirm it with: offsync target add {add}"),
-    _symptom("name", r"Could not resolve hostname", "the name {host} does not resolve; check it, or DNS"),
-    _symptom("refused", r"connect to .*: Connection refused|port \d+: Connection refused",
+    ("name", r"Could not resolve hostname", "the name {host} does not resolve; check the name and DNS"),
+    ("refused", r"connect to .*: Connection refused|port \d+: Connection refused",
              "the connection was refused; is sshd running there, on this port?"),
-    _symptom("unreachable", r"No route to host|Network is unreachable|Host is down",
+    ("unreachable", r"No route to host|Network is unreachable|Host is down",
              "there is no route to it; check the network"),
-    _symptom("timeout", r"timed out|Timeout, server|not responding", "it did not answer in time; check host and network"),
-    _symptom("key-file", r"UNPROTECTED PRIVATE KEY|Load key .*(?:Permission denied|invalid format|error in libcrypto)",
+    ("timeout", r"timed out|Timeout, server|not responding", "it did not answer in time; check host and network"),
+    ("key-file", r"UNPROTECTED PRIVATE KEY|Load key .*(?:Permission denied|invalid format|error in libcrypto)",
              "ssh cannot use our private key; run: offsync doctor"),
-    _symptom("key-refused", r"Permission denied \(|Too many authentication failures",
+    ("key-refused", r"Permission denied \(|Too many authentication failures",
              "it refused our key; run there: offsync link --path {path}, with the key that 'offsync init' prints"),
-    _symptom("busy-sshd", r"kex_exchange_identification|ssh_exchange_identification|Connection (?:closed|reset) by",
+    ("busy-sshd", r"kex_exchange_identification|ssh_exchange_identification|Connection (?:closed|reset) by",
              "sshd closed the connection before logging in; it is overloaded (MaxStartups) or blocks us"),
-    _symptom("session-refused", r"[Ss]ession open refused|session request failed|open failed: connect failed",
+    ("session-refused", r"[Ss]ession open refused|session request failed|open failed: connect failed",
              "sshd allows no further session (MaxSessions); raise it, or try again"),
-    _symptom("nologin", r"account is currently not available|not allowed to login",
+    ("nologin", r"account is currently not available|not allowed to login",
              "the login's shell refuses commands; give {user} a real shell on the target"),
-    _symptom("locked", r"Another instance of rrsync is already accessing",
+    ("locked", r"Another instance of rrsync is already accessing",
              "another rsync is using {path} there; try again when it has finished"),
-    _symptom("no-rrsync", r"rrsync: (?:\d+: )?(?:command )?not found|rrsync: No such file|rrsync: Permission denied"
+    ("no-rrsync", r"rrsync: (?:\d+: )?(?:command )?not found|rrsync: No such file|rrsync: Permission denied"
              r"|can't open file '[^']*rrsync|Can't open perl script|rrsync: cannot execute"
              r"|Unknown command:? [^\n]*rrsync|not found: [^\n]*rrsync|rrsync: inaccessible or not found|rrsync: not found",
              "rrsync is not at {rrsync} there; run on the target: offsync install-deps --role target, then link again"),
-    _symptom("read-only-key", r"sending to read-only server|read-only server is not allowed",
+    ("read-only-key", r"sending to read-only server|read-only server is not allowed",
              "its key is for reading only (rrsync -ro); run there: offsync link --path {path}"),
-    _symptom("perl-refusal", r"is not rsync|Not invoked via sshd|does not run rsync",
+    ("perl-refusal", r"is not rsync|Not invoked via sshd|does not run rsync",
              "rrsync did not accept the command; is it of the same release as rsync there?"),
-    _symptom("no-directory", r"Restricted directory does not exist|FileNotFoundError: [^\n]*No such file or directory: "
+    ("no-directory", r"Restricted directory does not exist|FileNotFoundError: [^\n]*No such file or directory: "
              r"'(?!/usr/bin/rsync)|NotADirectoryError|chdir\(\)? [^\n]*failed",
              "{path} is gone there or is no directory; create it again with: offsync link --path {path}"),
-    _symptom("no-rsync", r"/usr/bin/rsync'?: [^\n]*No such file|No such file or directory: '/usr/bin/rsync'"
+    ("no-rsync", r"/usr/bin/rsync'?: [^\n]*No such file|No such file or directory: '/usr/bin/rsync'"
              r"|rsync: (?:\d+: )?(?:command )?not found|/usr/bin/rsync[^\n]*not found",
              "rsync is missing there; run on the target: offsync install-deps --role target"),
-    _symptom("openrsync", r"openrsync|rsync 2\.6\.9 compatible",
+    ("openrsync", r"openrsync|rsync 2\.6\.9 compatible",
              "openrsync answers there instead of rsync; install the real rsync on the target"),
-    _symptom("option", r"has been disabled on this server|invalid rsync-command syntax|option is not supported"
+    ("option", r"has been disabled on this server|invalid rsync-command syntax|option is not supported"
              r"|unknown option|unrecognized (?:option|arguments)",
              "its rrsync refused an option; are rrsync and rsync there of the same release, 3.1.2 or newer?"),
-    _symptom("noise", r"is your shell clean|unexpected tag \d+|protocol incompatibility",
+    ("noise", r"is your shell clean|unexpected tag \d+|protocol incompatibility",
              "something other than rsync answered; is the forced command rrsync, and do shell start files of {user} "
              "there print nothing?"),
-    _symptom("space", r"No space left on device", "the disk is full there; free some space, then apply again"),
-    _symptom("quota", r"Disk quota exceeded", "a disk quota is used up there; raise it, then apply again"),
-    _symptom("read-only-disk", r"Read-only file system", "the file system is mounted read-only there; remount it"),
-    _symptom("source-unreadable", r"\[sender\][^\n]*(?:Permission denied|No such file or directory)"
+    ("space", r"No space left on device", "the disk is full there; free some space, then apply again"),
+    ("quota", r"Disk quota exceeded", "a disk quota is used up there; raise it, then apply again"),
+    ("read-only-disk", r"Read-only file system", "the file system is mounted read-only there; remount it"),
+    ("source-unreadable", r"\[sender\][^\n]*(?:Permission denied|No such file or directory)"
              r"|send_files failed to open|file has vanished|link_stat [^\n]* failed|readlink_stat",
              "the source changed while it was read; plan again"),
-    _symptom("in-the-way", r"could not make way for|cannot delete non-empty directory",
+    ("in-the-way", r"could not make way for|cannot delete non-empty directory",
              "a directory that holds excluded or new files is in the way of a planned entry; move it, then plan again"),
-    _symptom("permission", r"Permission denied \(13\)|Operation not permitted \(1\)",
+    ("permission", r"Permission denied \(13\)|Operation not permitted \(1\)",
              "{user} may not write everywhere below {path} there; mend owner and modes, then apply again"),
-    _symptom("not-a-directory", r"Not a directory \(20\)", "{path} there, or something in it, is no directory any more"),
-    _symptom("lost", r"connection unexpectedly closed|unexpected(?:ly)? (?:EOF|close)|Broken pipe|error in rsync protocol"
+    ("not-a-directory", r"Not a directory \(20\)", "{path} there, or something in it, is no directory any more"),
+    ("lost", r"connection unexpectedly closed|unexpected(?:ly)? (?:EOF|close)|Broken pipe|error in rsync protocol"
              r"|[Cc]onnection to [^\n]* closed|error in socket IO|mux_client|client_loop",
              "the connection was lost; apply again finishes the job"),
 )
@@ -281,7 +282,7 @@ class Interrupted(BaseException):
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
-        self.status = 128 + signum
+        self.signum, self.status = signum, 128 + signum
 
 
 # --- Values -----------------------------------------------------------------------------------------------------
@@ -384,7 +385,8 @@ class Outcome(NamedTuple):
     target: Target
     result: str                             # "ok", "failed", "interrupted"
     error: Optional[str]
-    changed: list[bytes]
+    delivered: list[bytes]
+    deleted: list[bytes]
     bytes_sent: int
     seconds: float
 
@@ -500,10 +502,9 @@ def diagnose(target: Target, stderr: bytes) -> TargetError:
     fields = target._asdict()
     fields.update(path=shlex.quote(target.remote_path), add=target.add_arguments)
     answer = quote_answer(stderr)
-    for symptom in SYMPTOMS:
-        if symptom.pattern.search(stderr):
-            meaning = symptom.meaning.format(**fields)
-            return TargetError("%s: %s (it said: %s)" % (target.login, meaning, answer), symptom.kind)
+    for kind, pattern, meaning in SYMPTOMS:
+        if re.search(pattern.encode(), stderr):
+            return TargetError("%s: %s (it said: %s)" % (target.login, meaning.format(**fields), answer), kind)
     return TargetError("%s: it failed in an unknown way; run: offsync doctor %s (it said: %s)"
                        % (target.login, target.login, answer or "nothing"))
 
@@ -631,8 +632,7 @@ def _parse_yaml_value(text: str, number: int) -> Any:
     if re.fullmatch(r"0|[1-9][0-9]{0,8}", text):
         return int(text)
     if text[0].isdigit() or text.lower() in _YAML_WORDS:
-        raise YamlError(number + 1, "%s means different things to different YAML parsers; write true, false, a decimal "
-                                    "number, or quote it" % text)
+        raise YamlError(number + 1, "%s is not supported; write true, false, a decimal number, or text in quotes" % text)
     return text
 
 
@@ -677,7 +677,7 @@ def _target_block(target: Target, dash: int) -> list[str]:
     """Return the lines of one target; dash is the column of its dash."""
     pairs: list[tuple[str, Any]] = [("login", target.login), ("user", target.user), ("host", target.host),
                                     ("remote_path", target.remote_path), ("rrsync", target.rrsync)]
-    if target.port and target.port != 22:
+    if target.port:
         pairs.append(("port", target.port))
     return [" " * dash + ("  " if index else "- ") + key + ": " + format_yaml(value)
             for index, (key, value) in enumerate(pairs)]
@@ -713,16 +713,19 @@ def _dash_gap(lines: Sequence[str], item: dict[str, Scalar]) -> int:
 def _replace_target(document: Document, item: dict[str, Scalar], target: Target) -> list[str]:
     """Return the lines with an existing target's values replaced in place; comments and order stay."""
     lines = document.lines
-    for key in ("user", "host", "remote_path", "rrsync"):
-        if key in item and item[key].value != getattr(target, key):
+    for key in ("user", "host", "remote_path", "rrsync", "port"):
+        if key in item and getattr(target, key) not in (None, item[key].value):
             lines = replace_scalar(document._replace(lines=lines), item[key], getattr(target, key))
     extra = [" " * item[""].start + "%s: %s" % (key, format_yaml(getattr(target, key)))
-             for key in ("rrsync", "port") if key not in item and getattr(target, key) not in (None, 22, DEFAULT_RRSYNC)]
-    port = item.get("port")
-    if port and port.value != (target.port or 22):
-        lines = replace_scalar(document._replace(lines=lines), port, target.port or 22)
+             for key in ("rrsync", "port") if key not in item and getattr(target, key) not in (None, DEFAULT_RRSYNC)]
     end = max(scalar.line for scalar in item.values()) + 1
-    return lines[:end] + extra + lines[end:]
+    lines = lines[:end] + extra + lines[end:]
+    port = item.get("port")
+    if port and target.port is None:        # a port is not given any more; beside the dash, 22 takes its place
+        if port.line == item[""].line:
+            return replace_scalar(document._replace(lines=lines), port, 22)
+        del lines[port.line]
+    return lines
 
 
 def remove_target_lines(text: str, login: str) -> str:
@@ -847,9 +850,9 @@ def name_plan_differences(reviewed: str, current: str) -> list[str]:
         old = before.get(section, now[section])
         for name in sorted(set(old) | set(now[section])):
             if old.get(name) != now[section].get(name):
-                differences.append("%s: %s: was %s, is %s" % (
-                    section.partition(" ")[2].split(" ")[0] or section, name, *(
-                        head.split(" ")[0] if head else "equal" for head in (old.get(name), now[section].get(name)))))
+                was, is_now = (head.split(" ")[0] if head else "equal" for head in (old.get(name), now[section].get(name)))
+                change = "was %s, is %s" % (was, is_now) if was != is_now else "is %s, but with other content, mode or size" % was
+                differences.append("%s: %s: %s" % (section.split(" ")[1], name, change))
     return differences
 
 
@@ -905,7 +908,7 @@ def validate_absolute_path(path: str, what: str) -> str:
 
 def validate_port(port: Any) -> int:
     """Return a TCP port number."""
-    if isinstance(port, bool) or not str(port).isascii() or not str(port).isdigit() or not 1 <= int(port) <= 65535:
+    if not re.fullmatch("[1-9][0-9]{0,4}", str(port)) or int(port) > 65535:
         raise UsageError("port %s: it must be a number from 1 to 65535" % show_text(str(port)))
     return int(port)
 
@@ -986,8 +989,8 @@ def _validate_target(item: Any, refuse: Callable[[int, str], NoReturn]) -> Targe
                 user, host = validate_login(fields[key].value)
             elif key == "port":
                 validate_port(fields[key].value)
-            elif key in ("remote_path", "rrsync"):
-                validate_absolute_path(fields[key].value, key)
+            elif key in ("remote_path", "rrsync") and validate_absolute_path(fields[key].value, key) != fields[key].value:
+                raise UsageError("%s must be written without .. and double or trailing slashes" % key)
     except UsageError as error:
         refuse(line, str(error))
     if (user, host) != (fields["user"].value, fields["host"].value):
@@ -1031,41 +1034,30 @@ def validate_public_key(text: str) -> PublicKey:
         raise UsageError("key: it is not a public key of a known type (%s, ...); give the line that 'offsync init' "
                          "prints on the controller, without options" % KEY_TYPES[0])
     key = PublicKey(match[1], match[2], (match[3] or "").strip())
-    with tempfile.TemporaryDirectory(prefix="offsync-") as scratch:
-        path = os.path.join(scratch, "key.pub")
-        with open(path, "w", encoding="ascii") as stream:
-            stream.write("%s %s\n" % (key.type, key.blob))
-        result = run([program("ssh-keygen"), "-l", "-f", path])
-    bits = result.stdout.split(b" ")[0]
-    if result.status != 0 or not bits.isdigit():
+    accepted = fingerprints(["%s %s" % (key.type, key.blob)])
+    if not accepted:
         raise UsageError("key: ssh-keygen does not accept it; copy the whole line that 'offsync init' prints")
-    if key.type == "ssh-rsa" and int(bits) < RSA_BITS:
-        raise UsageError("key: an RSA key of %s bits is too weak; use the ed25519 key of 'offsync init'" % bits.decode())
+    if key.type == "ssh-rsa" and accepted[0][0] < RSA_BITS:
+        raise UsageError("key: an RSA key of %d bits is too weak; use the ed25519 key of 'offsync init'" % accepted[0][0])
     return key
 
 
-def validate_link_path(path: str, protected: dict[str, str]) -> str:
-    """Return the real path that the key may write below. protected: path -> why a key that writes there is a shell."""
+def validate_link_path(path: str, protected: Iterable[str]) -> str:
+    """Return the real path that the key may write below; protected paths, like SHELL_PLACES, may not lie in it or above it."""
     real = os.path.realpath(validate_absolute_path(path, "path"))
     validate_absolute_path(real, "path")
-
-    def refuse(why: str) -> NoReturn:
-        raise UsageError("path %s: %s, so a key that writes there would be as good as a shell; choose a directory "
-                         "that holds only delivered files" % (show_text(real), why))
-
-    if real == "/" or real in SYSTEM_DIRECTORIES or real.startswith(("/proc/", "/sys/", "/dev/")):
-        refuse("it is a system directory")
-    home = os.path.realpath(os.path.expanduser("~"))
-    if real == home:
-        refuse("it is the home directory")
-    ssh = os.path.realpath(os.path.join(home, ".ssh"))
-    for directory in {ssh, os.path.join(home, ".ssh")}:
-        if (real + "/").startswith(directory + "/"):
-            refuse("it lies in ~/.ssh")
-        protected = {**protected, directory: "it contains ~/.ssh"}
-    for inside, why in protected.items():
-        if (os.path.realpath(inside) + "/").startswith(real + "/") or (inside + "/").startswith(real + "/"):
-            refuse(why)
+    home = os.path.expanduser("~")
+    homes = [entry.pw_dir for entry in pwd.getpwall() if os.path.basename(entry.pw_shell) not in NO_LOGIN_SHELLS]
+    at_home = [os.path.join(directory, name) for directory in {home, *homes} for name in SHELL_PLACES_AT_HOME]
+    named = [*SHELL_PLACES, *at_home, *protected]
+    for place in {*named, *map(os.path.realpath, named)}:
+        inside, above = (real + "/").startswith(place + "/"), (place + "/").startswith(real.rstrip("/") + "/")
+        if inside or above:
+            raise UsageError("path %s: it %s %s, so a key that writes there would be as good as a shell; choose a directory that "
+                             "holds only delivered files" % (show_text(real), "lies in" if inside else "contains", place))
+    if real == os.path.realpath(home):
+        raise UsageError("path %s: it is the home directory, so a key that writes there would be as good as a shell; choose a "
+                         "directory below it" % show_text(real))
     if os.path.lexists(real) and not os.path.isdir(real):
         raise UsageError("path %s: it is no directory; choose another, or move it away" % show_text(real))
     return real
@@ -1095,11 +1087,10 @@ def validate_from_pattern(pattern: str) -> str:
 # --- Effects: the only functions that touch the outside ---------------------------------------------------------
 
 class Children:
-    """The programs that are running now, so that a signal can end them all, and the trace of -v."""
+    """What must be known of all programs that run: the trace of -v, whether all is stopping, and the guard."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
         self.verbose = False
         self.guard: Optional[int] = None    # the guard process hears here which programs run
@@ -1107,15 +1098,11 @@ class Children:
     def started(self, process: subprocess.Popen[bytes]) -> None:
         """Register a program; the guard ends it should offsync be killed."""
         with self.lock:
-            self.running.add(process)
             self._tell_guard(b"+%d\n" % process.pid)
-            if self.stopping:
-                _signal_process(process, signal.SIGTERM)
 
     def ended(self, process: subprocess.Popen[bytes]) -> None:
         """Forget a program."""
         with self.lock:
-            self.running.discard(process)
             self._tell_guard(b"-%d\n" % process.pid)
 
     def _tell_guard(self, message: bytes) -> None:
@@ -1127,14 +1114,12 @@ class Children:
             self.guard = None
 
     def stop(self) -> None:
-        """End every running program, and let no further one start."""
-        with self.lock:
-            self.stopping = True
-            for process in self.running:
-                _signal_process(process, signal.SIGTERM)
+        """Have every running program ended (where its output is read), and let no further one start."""
+        self.stopping = True
 
 
 CHILDREN = Children()
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _signal_process(process: subprocess.Popen[bytes], signum: int) -> None:
@@ -1153,12 +1138,12 @@ def program(name: str) -> str:
     return found
 
 
-def run(argv: Sequence[Union[str, bytes]], *, stdin: Optional[int] = None, deadline: Optional[float] = None,
+def run(argv: Sequence[Union[str, bytes]], *, stdin: Union[int, bytes] = b"", deadline: Optional[float] = None,
         on_line: Optional[Callable[[bytes], None]] = None, show_output: bool = False, last_words: bool = False) -> Result:
     """Start a program, the only place that does, and return how it ended.
 
-    stdin is a file descriptor (else /dev/null); deadline is in seconds. stdout is returned, or given line by line to
-    on_line (\\r ends a line too), or shown on stderr. last_words lets it run although everything else is stopping.
+    stdin is a file descriptor or data; deadline is in seconds. stdout is returned, or given line by line to on_line
+    (\\r ends a line too), or shown on stderr. last_words lets it run although everything else is stopping.
     """
     if CHILDREN.verbose:
         emit("+ " + shlex.join(os.fsdecode(word) for word in argv), error=True)
@@ -1166,50 +1151,59 @@ def run(argv: Sequence[Union[str, bytes]], *, stdin: Optional[int] = None, deadl
         return Result(None, b"", b"interrupted")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RSYNC_")}
     environment["LC_ALL"] = "C"
-    pipe = None if show_output else subprocess.PIPE
+    with open(os.devnull, "rb") if isinstance(stdin, int) or not stdin else tempfile.TemporaryFile() as given:
+        if isinstance(stdin, bytes) and stdin:
+            given.write(stdin)
+            given.seek(0)
+        try:
+            process = subprocess.Popen(argv, stdin=stdin if isinstance(stdin, int) else given, env=environment,
+                                       stdout=2 if show_output else subprocess.PIPE,
+                                       stderr=None if show_output else subprocess.PIPE, start_new_session=not show_output)
+        except OSError as error:
+            raise OffsyncError("%s: it cannot be started: %s; run: offsync install-deps"
+                               % (show_text(os.fsdecode(argv[0])), error.strerror)) from None
     try:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL if stdin is None else stdin, env=environment,
-                                   stdout=2 if show_output else pipe, stderr=pipe, start_new_session=not show_output)
-    except OSError as error:
-        raise OffsyncError("%s: it cannot be started: %s; run: offsync install-deps"
-                           % (show_text(os.fsdecode(argv[0])), error.strerror)) from None
-    if not last_words:
         CHILDREN.started(process)
-    try:
-        out, err, timed_out = ([], b"", False) if show_output else _read_output(process, deadline, on_line)
+        out, err, timed_out = ([], b"", False) if show_output else _read_output(process, deadline, on_line, last_words)
         status = process.wait()
     except BaseException:
         _signal_process(process, signal.SIGKILL)
         process.wait()
         raise
     finally:
-        if not last_words:
-            CHILDREN.ended(process)
+        CHILDREN.ended(process)
         for stream in (process.stdout, process.stderr):
             if stream:
                 stream.close()
     return Result(None if timed_out else status, b"".join(out), err)
 
 
-def _read_output(process: subprocess.Popen[bytes], deadline: Optional[float],
-                 on_line: Optional[Callable[[bytes], None]]) -> tuple[list[bytes], bytes, bool]:
+def _read_output(process: subprocess.Popen[bytes], deadline: Optional[float], on_line: Optional[Callable[[bytes], None]],
+                 last_words: bool) -> tuple[list[bytes], bytes, bool]:
     """Read both pipes until the program ends; return (stdout, stderr shortened, whether the deadline passed).
 
-    The end is that of the program, not of the pipes: a master ssh in the background may hold them open.
+    The end is that of the program, not of the pipes: a master ssh in the background may hold them open. A program that
+    does not end KILL_AFTER seconds after SIGTERM, for its deadline or because all is stopping, is killed.
     """
     assert process.stdout and process.stderr
     end = None if deadline is None else time.monotonic() + deadline
+    kill: Optional[float] = None
     out: list[bytes] = []
-    head, tail, rest, timed_out = b"", b"", b"", False
+    size, head, tail, rest, timed_out = 0, b"", b"", b"", False
     with selectors.DefaultSelector() as selector:
         for stream in (process.stdout, process.stderr):
             os.set_blocking(stream.fileno(), False)
             selector.register(stream, selectors.EVENT_READ)
-        while selector.get_map():
+        while True:
             ended = process.poll() is not None
-            ready = selector.select(0 if ended else 0.1)
+            ready = selector.select(0 if ended else 0.1) if selector.get_map() else []
             if ended and not ready:
                 break
+            if not selector.get_map():
+                try:
+                    process.wait(0.1)
+                except subprocess.TimeoutExpired:
+                    pass                    # it closed its pipes and goes on
             for key, _ in ready:
                 chunk = os.read(key.fd, 1 << 18)
                 if not chunk:
@@ -1221,12 +1215,14 @@ def _read_output(process: subprocess.Popen[bytes], deadline: Optional[float],
                     rest = _feed_lines(rest + chunk, on_line)
                 else:
                     out.append(chunk)
-                    if sum(map(len, out)) > 64 * STDERR_KEPT:
+                    size += len(chunk)
+                    if size > STDOUT_LIMIT:
                         raise OffsyncError("a program prints without end; nothing more is read from it")
-            if end is not None and time.monotonic() > end and not timed_out:
-                timed_out, end = True, time.monotonic() + 2
+            now = time.monotonic()
+            if kill is None and (end is not None and now > end or CHILDREN.stopping and not last_words):
+                timed_out, kill = not CHILDREN.stopping, now + KILL_AFTER
                 _signal_process(process, signal.SIGTERM)
-            elif timed_out and end is not None and time.monotonic() > end:
+            elif kill is not None and now > kill:
                 _signal_process(process, signal.SIGKILL)
     if rest and on_line:
         on_line(rest)
@@ -1245,12 +1241,19 @@ def _feed_lines(data: bytes, on_line: Callable[[bytes], None]) -> bytes:
     return lines[-1]
 
 
-def emit(text: str, error: bool = False) -> None:
-    """Print a line: a result on stdout, anything else on stderr. A reader who went away is no error."""
+def emit(text: Union[str, bytes], error: bool = False) -> None:
+    """Print a line (or bytes as they are): a result on stdout, anything else on stderr. A reader who went away is no error."""
     PROGRESS.clear()
     stream = sys.stderr if error else sys.stdout
+    if stream is None:                      # closed before we began
+        return
     try:
-        print(text, file=stream, flush=error)
+        if isinstance(text, bytes):
+            stream.flush()
+            stream.buffer.write(text)
+        else:
+            stream.write(text + "\n")
+        stream.flush()
     except BrokenPipeError:
         _mute(stream)
     except OSError as problem:
@@ -1264,6 +1267,13 @@ def _mute(stream: Any) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
+
+
+def fingerprints(lines: Iterable[str]) -> list[tuple[int, str, str]]:
+    """Return (bits, SHA256 fingerprint, type) of each known_hosts or public key line, as ssh-keygen reads them."""
+    result = run([program("ssh-keygen"), "-l", "-E", "sha256", "-f", "-"], stdin=("\n".join(lines) + "\n").encode())
+    found = [line.split() for line in result.stdout.decode("utf-8", "replace").splitlines()]
+    return [(int(words[0]), words[1], words[-1].strip("()")) for words in found if len(words) > 2 and words[0].isdigit()]
 
 
 class Progress:
@@ -1354,20 +1364,22 @@ def has_terminal() -> bool:
         return False
 
 
-def read_file(path: str, what: str, missing: str) -> bytes:
-    """Return a small file's contents; missing says what to do where it does not exist."""
+def read_file(path: str, what: str, missing: str, regular: bool = True) -> bytes:
+    """Return a small file's contents; missing says what to do where it does not exist. regular refuses pipes and devices."""
     try:
-        with open(path, "rb") as stream:
-            data = stream.read(64 << 20)
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if regular else 0)), "rb") as stream:
+            if regular and not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise UsageError("%s %s: it is not a regular file; replace it by one" % (what, show_text(path)))
+            return stream.read(FILE_LIMIT)
     except FileNotFoundError:
         raise UsageError("%s %s: it does not exist; %s" % (what, show_text(path), missing)) from None
     except OSError as error:
         raise OffsyncError("%s %s: %s; mend that, then try again" % (what, show_text(path), error.strerror)) from None
-    return data
 
 
 def write_atomically(path: str, data: bytes, mode: int) -> None:
-    """Replace a file: a temporary neighbour, mode first, fsync, rename. An existing file's owner stays."""
+    """Replace a file: a temporary neighbour, mode first, fsync, rename. A symlink and an existing file's owner stay."""
+    path = os.path.realpath(path)
     directory = os.path.dirname(path)
     temporary = os.path.join(directory, ".offsync-%d-%s" % (os.getpid(), os.path.basename(path)))
     try:
@@ -1387,9 +1399,6 @@ def write_atomically(path: str, data: bytes, mode: int) -> None:
             if os.path.lexists(temporary):
                 os.unlink(temporary)
             raise
-        directory_descriptor = os.open(directory, os.O_RDONLY)
-        os.fsync(directory_descriptor)
-        os.close(directory_descriptor)
     except OSError as error:
         raise OffsyncError("%s: it cannot be written: %s; nothing was changed" % (show_text(path), error.strerror)) \
             from None
@@ -1431,9 +1440,9 @@ class Home:
             try:
                 fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = show_text(os.read(self.locked, 200).decode("utf-8", "replace").strip()) or "another offsync"
-                raise OffsyncError("%s is running: %s; try again when it has finished"
-                                   % (holder, "it holds the lock " + path)) from None
+                holder = quote_answer(os.read(self.locked, 200)) or "another offsync"
+                raise OffsyncError("%s is running and holds the lock %s; try again when it has finished"
+                                   % (holder, path)) from None
             os.ftruncate(self.locked, 0)
             os.pwrite(self.locked, b"offsync %s (process %d)\n" % (what.encode(), os.getpid()), 0)
         except OSError as error:
@@ -1495,7 +1504,7 @@ def start_guard(scratch: str, ssh: str) -> tuple[int, int]:
         return pid, writer
     try:
         os.setsid()
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
         os.closerange(3, reader)            # the lock, among others: it ends with offsync
         os.closerange(reader + 1, 1024)
@@ -1511,19 +1520,24 @@ def start_guard(scratch: str, ssh: str) -> tuple[int, int]:
                 os.killpg(pid, signal.SIGTERM)
             except OSError:
                 pass
-        close_masters(scratch, ssh)
-        shutil.rmtree(scratch, ignore_errors=True)
+        clean_up(scratch, ssh)
     finally:
         os._exit(0)
 
 
-def close_masters(scratch: str, ssh: str) -> None:
-    """End every ssh master whose control socket lies in scratch."""
+def close_master(path: str, ssh: str) -> None:
+    """End the ssh master that listens on this control socket, if one does."""
+    if os.path.exists(path):
+        run([ssh, "-F", "/dev/null", "-o", "ControlPath=" + path, "-O", "exit", "--", "offsync"],
+            deadline=SESSION_DEADLINE, last_words=True)
+
+
+def clean_up(scratch: str, ssh: str) -> None:
+    """End every ssh master whose control socket lies in scratch, and remove scratch."""
     for entry in sorted(os.listdir(scratch)) if os.path.isdir(scratch) else ():
-        path = os.path.join(scratch, entry)
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            run([ssh, "-F", "/dev/null", "-o", "ControlPath=" + path, "-O", "exit", "--", "offsync"],
-                deadline=SESSION_DEADLINE, last_words=True)
+        if stat.S_ISSOCK(os.lstat(os.path.join(scratch, entry)).st_mode):
+            close_master(os.path.join(scratch, entry), ssh)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def make_scratch() -> str:
@@ -1535,8 +1549,8 @@ def make_scratch() -> str:
     raise OffsyncError("there is no writable temporary directory with a short, plain name; set TMPDIR to one")
 
 
-def find_rsync() -> str:
-    """Return a real rsync, new enough: $OFFSYNC_RSYNC, the one in PATH, or brew's (macOS ships openrsync)."""
+def find_rsync() -> tuple[str, tuple[int, int, int]]:
+    """Return (path, version) of a real rsync, new enough: $OFFSYNC_RSYNC, PATH's, or brew's (macOS ships openrsync)."""
     named = os.environ.get("OFFSYNC_RSYNC")
     candidates = [named] if named else [shutil.which("rsync"), *(os.path.join(place, "rsync") for place in BREW_BIN)]
     problem = "the program is not installed"
@@ -1545,16 +1559,16 @@ def find_rsync() -> str:
             continue
         version = parse_rsync_version(run([path, "--version"], deadline=SESSION_DEADLINE).stdout)
         if version and version >= RSYNC_OLDEST:
-            return path
+            return path, version
         problem = "%s is %s" % (path, "rsync %d.%d.%d, too old" % version if version else "openrsync or no rsync at all")
     raise OffsyncError("rsync: %s; offsync needs rsync 3.1.0 or newer: run offsync install-deps, or set OFFSYNC_RSYNC"
                        % problem)
 
 
-def warn_of_old_rsync(rsync: str) -> None:
+def warn_of_old_rsync() -> None:
     """Say so where the version suggests known vulnerabilities; distributions back-port, so it is only a hint."""
-    version = parse_rsync_version(run([rsync, "--version"], deadline=SESSION_DEADLINE).stdout)
-    if version and version < RSYNC_SAFER and not (version[:2] == (3, 2) and version[2] >= 8):
+    version = find_rsync()[1]
+    if version < RSYNC_SAFER:
         warn("rsync %d.%d.%d: releases before 3.4.0 have known vulnerabilities (CVE-2024-12084 and others), unless your "
              "distribution patched them; update it" % version)
 
@@ -1569,7 +1583,6 @@ def find_rrsync(wanted: Optional[str]) -> tuple[str, list[str]]:
 
     A script that is not executable is run through the interpreter that its first line names.
     """
-    import glob
     places = [wanted] if wanted else [path for place in RRSYNC_PLACES for path in sorted(glob.glob(place))]
     for place in places:
         path = validate_absolute_path(place, "rrsync")
@@ -1595,10 +1608,9 @@ def find_rrsync(wanted: Optional[str]) -> tuple[str, list[str]]:
 
 # --- Operations: the source -------------------------------------------------------------------------------------
 
-def scan_source(source: bytes) -> tuple[int, list[tuple[bytes, str]]]:
-    """Walk the source once; return (number of entries, [(path, why it cannot be delivered)]), excludes not applied."""
+def scan_source(source: bytes) -> list[tuple[bytes, str]]:
+    """Walk the source once; return [(path, why it cannot be delivered)], sorted, excludes not applied."""
     offenders: list[tuple[bytes, str]] = []
-    count = 0
     real_source = os.path.realpath(source)
     check_access = os.geteuid() != 0        # root reads everything
     pending = [b""]
@@ -1608,7 +1620,6 @@ def scan_source(source: bytes) -> tuple[int, list[tuple[bytes, str]]]:
             with os.scandir(os.path.join(source, directory)) as entries:
                 for entry in entries:
                     path = os.path.join(directory, entry.name)
-                    count += 1
                     if entry.name == STAGING:
                         offenders.append((path, "rsync reserves the name .~tmp~ for itself; rename it"))
                     if entry.is_symlink():
@@ -1626,7 +1637,7 @@ def scan_source(source: bytes) -> tuple[int, list[tuple[bytes, str]]]:
                 raise OffsyncError("source %s: %s; name a readable directory: offsync init --source DIR"
                                    % (show(source), error.strerror)) from None
             offenders.append((directory, "it cannot be read: %s" % error.strerror))
-    return count, sorted(offenders)
+    return sorted(offenders)
 
 
 def _symlink_offence(source: bytes, real_source: bytes, path: bytes) -> str:
@@ -1652,28 +1663,24 @@ class SourceReader:
         self.source = source
         self.entries: dict[bytes, Optional[SourceEntry]] = {}
         self.errors: dict[bytes, str] = {}
-        self.wanted: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
-        self.threads: list[threading.Thread] = []
+        self.wanted: queue.Queue[bytes] = queue.Queue()
+        self.threads = 0
         self.lock = threading.Lock()
 
-    def want(self, path: bytes) -> bytes:
-        """Have an entry described in the background; return the one object that stands for this path."""
+    def want(self, path: bytes) -> None:
+        """Have an entry described in the background."""
         with self.lock:
-            if path not in self.entries:
-                self.entries[path] = None
-                self.wanted.put(path)
-                if len(self.threads) < min(os.cpu_count() or 1, 4):
-                    self.threads.append(threading.Thread(target=self._work, daemon=True))
-                    self.threads[-1].start()
-        return path
+            if path in self.entries:
+                return
+            self.entries[path] = None
+            self.wanted.put(path)
+            if self.threads < min(os.cpu_count() or 1, 4):
+                self.threads += 1
+                threading.Thread(target=self._work, daemon=True).start()
 
     def wait(self) -> None:
         """Return when every wanted entry is described; raise for those that vanished or cannot be read."""
-        for _ in self.threads:
-            self.wanted.put(None)
-        for thread in self.threads:
-            thread.join()
-        self.threads = []
+        self.wanted.join()
         if self.errors:
             raise OffsyncError("source: it changed during the plan: %s; plan again"
                                % some_of(["%s: %s" % (show(p), e) for p, e in sorted(self.errors.items())]))
@@ -1696,15 +1703,15 @@ class SourceReader:
             return True
 
     def _work(self) -> None:
-        """Describe wanted entries until told to stop."""
+        """Describe wanted entries, in a daemon thread."""
         while True:
             path = self.wanted.get()
-            if path is None:
-                return
             try:
                 self.entries[path] = describe_entry(self.source, path)
             except (OSError, ValueError) as error:
                 self.errors[path] = getattr(error, "strerror", None) or str(error)
+            finally:
+                self.wanted.task_done()
 
 
 def describe_entry(source: bytes, path: bytes) -> SourceEntry:
@@ -1738,20 +1745,22 @@ def hash_file(path: bytes) -> tuple[bytes, int]:
         os.close(descriptor)
 
 
-def included_names(rsync: str, source: bytes, exclude: Sequence[str]) -> Iterator[bytes]:
-    """Yield the paths that the excludes leave, as rsync itself applies them."""
+def included_names(rsync: str, source: bytes, exclude: Sequence[str], complete: bool = True) -> set[bytes]:
+    """Return the paths that the excludes leave, as rsync itself applies them; complete raises if any is unreadable."""
     marker = _new_marker()
-    names: list[bytes] = []
+    names: set[bytes] = set()
 
     def on_line(line: bytes) -> None:
         if line.startswith(marker):
-            names.append(parse_rsync_name(line[len(marker):]).rstrip(b"/"))
+            names.add(parse_rsync_name(line[len(marker):]).rstrip(b"/"))
 
-    with tempfile.TemporaryDirectory(prefix="offsync-") as empty:
-        run([rsync, *RSYNC_ALWAYS, *RSYNC_LIST, *("--exclude=" + pattern for pattern in exclude),
-             b"--out-format=" + marker + b"%n", "--", source.rstrip(b"/") + b"/", os.path.join(empty, "none", "")],
-            on_line=on_line)
-    return (name for name in names if name and name != b".")
+    result = run([rsync, *RSYNC_ALWAYS, *RSYNC_LIST, *("--exclude=" + pattern for pattern in exclude),
+                  b"--out-format=" + marker + b"%n", "--", source.rstrip(b"/") + b"/", "/nonexistent/%s/" % os.urandom(8).hex()],
+                 on_line=on_line)
+    if complete and result.status != 0:
+        raise OffsyncError("%s: it cannot be read completely; mend that, then try again (rsync said: %s)"
+                           % (show(source), quote_answer(result.stderr)))
+    return names - {b".", b""}
 
 
 def _new_marker() -> bytes:
@@ -1765,20 +1774,17 @@ def check_source(rsync: str, config: Config) -> None:
     if not os.path.isdir(source):
         raise OffsyncError("source %s: it is not a readable directory; name one: offsync init --source DIR"
                            % show(source))
-    _, offenders = scan_source(source)
+    if (os.path.realpath(os.fsencode(Home().path)) + b"/").startswith(os.path.realpath(source).rstrip(b"/") + b"/"):
+        raise OffsyncError("source %s: it contains %s with the private key; choose a directory that holds only what is to be "
+                           "delivered: offsync init --source DIR" % (show(source), Home().path))
+    offenders = scan_source(source)
     if offenders and config.exclude:
-        included = set(included_names(rsync, source, config.exclude))
+        included = included_names(rsync, source, config.exclude, complete=False)
         offenders = [(path, why) for path, why in offenders if path in included]
     if offenders:
         raise OffsyncError("source %s: %s cannot be delivered: %s; remove or exclude them, then plan again"
                            % (show(source), plural(len(offenders), "entry", "entries"),
                               some_of(["%s: %s" % (show(path), why) for path, why in offenders], ", ")))
-
-
-def source_is_empty(rsync: str, config: Config) -> bool:
-    """Return whether nothing is left of the source after the excludes: then nothing is ever deleted."""
-    source = os.fsencode(config.source)
-    return next(included_names(rsync, source, config.exclude), None) is None
 
 
 # --- Operations: the connection ---------------------------------------------------------------------------------
@@ -1790,9 +1796,12 @@ class Run:
         self.home, self.config = home, config
         self.jobs = jobs or config.jobs
         self.source = os.fsencode(config.source)
-        self.ssh, self.rsync = program("ssh"), find_rsync()
+        self.ssh, self.rsync = program("ssh"), find_rsync()[0]
         home.check_key()
         self.reader = SourceReader(self.source)
+        self.numbers = itertools.count()
+        newer = run([self.ssh, *SSH_NEWER_OPTIONS, "-G", "--", "localhost"], deadline=SESSION_DEADLINE).status == 0
+        self.ssh_options = [*(SSH_NEWER_OPTIONS if newer else ()), *SSH_OPTIONS]
         self.scratch = make_scratch()
         self.guard_pid, CHILDREN.guard = start_guard(self.scratch, self.ssh)
 
@@ -1800,7 +1809,8 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the guard clean up, and wait for it: nothing of ours is left when offsync ends."""
+        """Leave nothing of ours behind; the guard has nothing to do then."""
+        clean_up(self.scratch, self.ssh)
         guard, CHILDREN.guard = CHILDREN.guard, None
         if guard is not None:
             os.close(guard)
@@ -1812,8 +1822,7 @@ class Connection:
 
     def __init__(self, shared: Run, target: Target, known_hosts: Optional[str] = None) -> None:
         self.shared, self.target = shared, target
-        digest = hashlib.sha256(target.login.encode()).hexdigest()[:8]
-        self.socket = os.path.join(shared.scratch, digest)
+        self.socket = os.path.join(shared.scratch, "%d" % next(shared.numbers))      # a name of its own
         self.known_hosts = known_hosts
         self.direct = False                 # True: no multiplexing, one connection for each session
 
@@ -1821,7 +1830,7 @@ class Connection:
         """Return the options of a connection of its own."""
         home, port = self.shared.home, self.target.port
         files = '"%s" ~/.ssh/known_hosts ~/.ssh/known_hosts2' % home.known_hosts
-        return [*SSH_OPTIONS, *SSH_STRICT, "-o", "UserKnownHostsFile=" + (self.known_hosts or files),
+        return [*self.shared.ssh_options, *SSH_STRICT, "-o", "UserKnownHostsFile=" + (self.known_hosts or files),
                 "-o", 'IdentityFile="%s"' % home.key, *(["-o", "Port=%d" % port] if port else [])]
 
     def session_options(self) -> list[str]:
@@ -1841,22 +1850,29 @@ class Connection:
         connections under load (MaxStartups in sshd_config(5)): these are tried again.
         """
         for delay in (*RETRY_DELAYS, None):
-            result = run([self.shared.ssh, *self.options(), "-o", "ControlMaster=yes", "-o",
-                          "ControlPath=" + self.socket, "-o", "ControlPersist=%d" % MASTER_IDLE,
-                          *self.destination(), PROOF_COMMAND], deadline=CONNECT_DEADLINE)
-            self._judge_proof(result)
-            if os.path.exists(self.socket):
-                return
+            result = self._try_command("-o", "ControlMaster=yes", "-o", "ControlPath=" + self.socket,
+                                       "-o", "ControlPersist=%d" % MASTER_IDLE)
             failure = diagnose(self.target, result.stderr)
-            if result.status not in (255, None) or failure.kind in ("perl-refusal", "session-refused"):
+            # A proof that was cut off is none. 255 is ssh's own failure, and how Perl's rrsync refuses.
+            answered = result.status is not None and 0 < result.status < 255 or failure.kind == "perl-refusal"
+            if answered and os.path.exists(self.socket):
+                return
+            self.close()
+            if answered or failure.kind == "session-refused":
                 self._open_directly()
                 return
-            if result.status is None:
+            if result.status is None and not CHILDREN.stopping:
                 failure = TargetError("%s: it accepted the connection, then did not answer within %d seconds; look at "
                                       "sshd and the login's shell there" % (self.target.login, CONNECT_DEADLINE), "timeout")
             if failure.kind not in RETRIED or delay is None or CHILDREN.stopping:
                 raise failure
             time.sleep(delay)
+
+    def _try_command(self, *options: str) -> Result:
+        """Connect and ask for a command, which must be refused; raises TargetError if it was not."""
+        result = run([self.shared.ssh, *options, *self.options(), *self.destination(), PROOF_COMMAND], deadline=CONNECT_DEADLINE)
+        self._judge_proof(result)
+        return result
 
     def _judge_proof(self, result: Result) -> None:
         """Raise unless the attempt to run a command was refused, silently on stdout, as rrsync does."""
@@ -1876,12 +1892,16 @@ class Connection:
                               % (login, shlex.quote(self.target.remote_path)), "not-rrsync")
 
     def _open_directly(self) -> None:
-        """Go on without multiplexing; refused where another key of ssh_config could be used instead of the proved one."""
+        """Prove and go on without multiplexing; refused where ssh_config has other keys, since each session connects anew."""
         result = run([self.shared.ssh, *self.options(), "-G", *self.destination()], deadline=SESSION_DEADLINE)
         keys = re.findall(rb"^identityfile (.*)$", result.stdout, re.MULTILINE)
         if len(keys) != 1:
             raise TargetError("%s: ssh cannot share one connection there, and ~/.ssh/config adds other keys (IdentityFile), so "
                               "it would not be sure which is used; remove IdentityFile for this host" % self.target.login)
+        result = self._try_command(*SSH_NO_MULTIPLEXING)
+        failure = diagnose(self.target, result.stderr)
+        if not (result.status is not None and 0 < result.status < 255 or failure.kind == "perl-refusal"):
+            raise failure
         self.direct = True
 
     def ensure_open(self) -> None:
@@ -1889,11 +1909,10 @@ class Connection:
         if not self.direct and not os.path.exists(self.socket):
             self.open()
 
-    def session(self, options: Sequence[str], command: Sequence[str] = (), stdin: Optional[int] = None) -> Result:
+    def session(self, options: Sequence[str], command: str) -> Result:
         """Run one ssh session for a proof."""
         self.ensure_open()
-        return run([self.shared.ssh, *self.session_options(), *options, *self.destination(), *command],
-                   stdin=stdin, deadline=SESSION_DEADLINE)
+        return run([self.shared.ssh, *self.session_options(), *options, *self.destination(), command], deadline=SESSION_DEADLINE)
 
     def rsync(self, options: Sequence[str], *, source: Optional[bytes] = None, stdin: Optional[BinaryIO] = None,
               on_item: Callable[[bytes], None] = lambda line: None, item_format: str = "%i %n", path: str = ".",
@@ -1925,7 +1944,7 @@ class Connection:
             result = run([self.shared.rsync, *RSYNC_ALWAYS, *options, b"--out-format=" + marker + item_format.encode(),
                           "-e", " ".join(quote_for_rsync(word) for word in words), "--",
                           (source or self.shared.source).rstrip(b"/") + b"/", "%s@%s:%s" % (self.target.user, host, path)],
-                         stdin=stdin.fileno() if stdin else None, on_line=on_line, deadline=deadline, last_words=last_words)
+                         stdin=stdin.fileno() if stdin else b"", on_line=on_line, deadline=deadline, last_words=last_words)
             if result.status == 0 or seen or delay is None or last_words or CHILDREN.stopping \
                     or diagnose(self.target, result.stderr).kind not in RETRIED:
                 return result
@@ -1934,9 +1953,7 @@ class Connection:
 
     def close(self) -> None:
         """End the connection."""
-        if os.path.exists(self.socket):
-            run([self.shared.ssh, "-F", "/dev/null", "-o", "ControlPath=" + self.socket, "-O", "exit", "--", "offsync"],
-                deadline=SESSION_DEADLINE, last_words=True)
+        close_master(self.socket, self.shared.ssh)
 
 
 def quote_for_rsync(word: str) -> str:
@@ -1952,15 +1969,12 @@ def fetch_host_keys(shared: Run, target: Target) -> list[str]:
     ssh connects without authenticating, so ProxyJump, HostKeyAlias and Port of ssh_config hold (ssh-keyscan knows none).
     """
     lines = []
-    connection = Connection(shared, target)
+    path = os.path.join(shared.scratch, "fetched")
+    connection = Connection(shared, target, path)
     stderr = b""
-    for index, family in enumerate(HOST_KEY_FAMILIES):
-        path = os.path.join(shared.scratch, "fetched-%d" % index)
-        options = [word for word in connection.options() if not word.startswith(("UserKnownHostsFile=", "PreferredAuth"))]
-        options = _drop_empty_options(options)
-        result = run([shared.ssh, *SSH_FETCH_HOST_KEY, "-o", "HostKeyAlgorithms=" + family, "-o", "GlobalKnownHostsFile=none",
-                      "-o", "UserKnownHostsFile=" + path, *options, *connection.destination(), "true"],
-                     deadline=CONNECT_DEADLINE)
+    for family in HOST_KEY_FAMILIES:        # ssh takes the first value of each option
+        result = run([shared.ssh, *SSH_FETCH_HOST_KEY, "-o", "HostKeyAlgorithms=" + family, *connection.options(),
+                      *connection.destination(), "true"], deadline=CONNECT_DEADLINE)
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as stream:
                 lines += [line.strip() for line in stream if line.strip()]
@@ -1974,84 +1988,59 @@ def fetch_host_keys(shared: Run, target: Target) -> list[str]:
     return lines
 
 
-def _drop_empty_options(words: Sequence[str]) -> list[str]:
-    """Return words without any -o that lost its value."""
-    return [word for index, word in enumerate(words)
-            if word != "-o" or (index + 1 < len(words) and words[index + 1] != "-o")]
-
-
-def fingerprints(lines: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (SHA256 fingerprint, type) of each known_hosts or public key line, from ssh-keygen -l."""
-    found = []
-    with tempfile.TemporaryDirectory(prefix="offsync-") as scratch:
-        for line in lines:
-            path = os.path.join(scratch, "key")
-            with open(path, "w", encoding="utf-8") as stream:
-                stream.write(line + "\n")
-            result = run([program("ssh-keygen"), "-l", "-E", "sha256", "-f", path])
-            words = result.stdout.decode("utf-8", "replace").split()
-            if result.status != 0 or len(words) < 3:
-                raise OffsyncError("ssh-keygen cannot read a host key (it said: %s)" % quote_answer(result.stderr))
-            found.append((words[1], words[-1].strip("()")))
-    return found
-
-
-def known_fingerprints(shared: Run, target: Target, name: str) -> list[tuple[str, str]]:
-    """Return the fingerprints that the known_hosts files hold for a host name."""
+def known_host_keys(shared: Run, name: str) -> list[str]:
+    """Return the lines that the known_hosts files hold for a host name, hashed ones too."""
     lines = []
     for path in (shared.home.known_hosts, os.path.expanduser("~/.ssh/known_hosts")):
         result = run([program("ssh-keygen"), "-F", name, "-f", path], deadline=SESSION_DEADLINE)
         lines += [line for line in result.stdout.decode("utf-8", "replace").splitlines() if line and line[0] != "#"]
-    return fingerprints(lines)
+    return lines
 
 
 def explain_changed_host_key(shared: Run, target: Target, error: TargetError) -> TargetError:
     """Return the error with the fingerprints that were known and that the host shows now."""
     try:
         shown = fetch_host_keys(shared, target)
-        known = known_fingerprints(shared, target, shown[0].split()[0])
+        known = known_host_keys(shared, shown[0].split()[0])
     except OffsyncError:
         return error
-    described = [", ".join(sorted({"%s (%s)" % pair for pair in pairs})) or "none" for pairs in (known, fingerprints(shown))]
+    described = [", ".join(sorted({"%s (%s)" % key[1:] for key in fingerprints(lines)})) or "none" for lines in (known, shown)]
     return TargetError("%s: its host key CHANGED: known %s; shown now %s; if that is expected, confirm the new one with: offsync "
                        "target add %s" % (target.login, *described, target.add_arguments), error.kind)
 
 
 def choose_host_keys(target: Target, lines: Sequence[str], wanted: Optional[str]) -> list[str]:
     """Return the known_hosts lines to store: the one with the wanted fingerprint, or all, after a typed "yes"."""
-    described = list(zip(lines, fingerprints(lines)))
+    described = [(line, "%s (%s)" % key[1:]) for line in lines for key in fingerprints([line])]
     if wanted:
-        chosen = [line for line, (fingerprint, _) in described if fingerprint == wanted]
+        chosen = [line for line, text in described if text.split(" ")[0] == wanted]
         if not chosen:
             raise OffsyncError("%s: its host key is NOT the expected one: expected %s, it shows %s; somebody else may answer at "
                                "this address: compare with the fingerprint that 'offsync link' printed on the target's console"
-                               % (target.login, wanted, ", ".join("%s (%s)" % pair for _, pair in described)))
+                               % (target.login, wanted, ", ".join(text for _, text in described)))
         return chosen
     emit("The host key of %s is not trusted yet. It shows:" % target.login, error=True)
-    for _, (fingerprint, kind) in described:
-        emit("  %s (%s)" % (fingerprint, kind), error=True)
+    for _, text in described:
+        emit("  " + text, error=True)
     emit("Compare with what 'offsync link' printed on the target's own console.", error=True)
-    answer = ask("Trust %s? Type yes or no: " % plural(len(lines), "this key", "these %d keys" % len(lines)).split(" ", 1)[1],
+    answer = ask("Trust %s? Type yes or no: " % ("this key" if len(described) == 1 else "these keys"),
                  "give the fingerprint that 'offsync link' printed on the target: --host-key SHA256:...")
     if answer != "yes":
-        raise OffsyncError("%s: the host key was not confirmed; nothing was saved" % target.login)
-    return list(lines)
+        raise OffsyncError("%s: the host key was not confirmed (only a full \"yes\" does); nothing was saved" % target.login)
+    return [line for line, _ in described]
 
 
-def store_host_keys(home: Home, lines: Sequence[str]) -> None:
+def store_host_keys(shared: Run, lines: Sequence[str]) -> None:
     """Put these lines into known_hosts in place of what it has for their host name (which ssh-keygen finds, hashed too)."""
     name = lines[0].split()[0]
-    with tempfile.TemporaryDirectory(prefix="offsync-") as scratch:
-        path = os.path.join(scratch, "known_hosts")
-        if os.path.exists(home.known_hosts):
-            shutil.copyfile(home.known_hosts, path)
-            run([program("ssh-keygen"), "-R", name, "-f", path], deadline=SESSION_DEADLINE)
-        with open(path, "ab+") as stream:
-            stream.seek(0)
-            old = stream.read()
+    path, old = os.path.join(shared.scratch, "known_hosts"), b""
+    if os.path.exists(shared.home.known_hosts):
+        shutil.copyfile(shared.home.known_hosts, path)
+        run([program("ssh-keygen"), "-R", name, "-f", path], deadline=SESSION_DEADLINE)
+        old = read_file(path, "known_hosts", "")
     if old and not old.endswith(b"\n"):
         old += b"\n"
-    write_atomically(home.known_hosts, old + "".join(line + "\n" for line in lines).encode(), 0o600)
+    write_atomically(shared.home.known_hosts, old + "".join(line + "\n" for line in lines).encode(), 0o600)
 
 
 # --- Operations: proofs -----------------------------------------------------------------------------------------
@@ -2063,31 +2052,64 @@ class Proof(NamedTuple):
     answer: str
 
 
+def empty_directory(shared: Run) -> bytes:
+    """Return an empty directory: the source of dry runs that only ask."""
+    path = os.path.join(shared.scratch, "empty")
+    os.makedirs(path, exist_ok=True)
+    return os.fsencode(path)
+
+
+def prove_path(connection: Connection) -> Proof:
+    """Try, as a dry run, to write to an absolute path whose parent does not exist.
+
+    rsync's complaint names the directory in which it looked for our random name: that must be the configured one.
+    """
+    expected = os.fsencode(connection.target.remote_path)
+    marker = os.urandom(8).hex().encode()
+    result = connection.rsync(("-n", "-r"), source=empty_directory(connection.shared), path="/%s/x" % marker.decode(),
+                              deadline=SESSION_DEADLINE)
+    complaint = parse_rsync_name(result.stderr)
+    found = re.search(rb' "(/[^\n]*?)/*' + marker, complaint)
+    tried = "write to a path outside"
+    if result.status == 0:
+        return Proof(tried, False, "it writes anywhere")
+    if b' "%s/%s' % (expected, marker) in complaint:
+        return Proof(tried, True, "it stays below " + show(expected))
+    if found:
+        return Proof(tried, False, "its key writes below %s, not below %s" % (show(found.group(1)), show(expected)))
+    return Proof(tried, None, "it does not tell where it writes (%s)" % (quote_answer(result.stderr) or "no answer"))
+
+
 def prove_restriction(connection: Connection) -> list[Proof]:
     """Try on an open connection what the key must not do, and that it can write; return what happened, no file sent."""
-    target, scratch = connection.target, connection.shared.scratch
-    empty = os.path.join(scratch, "empty-" + os.path.basename(connection.socket)).encode()
-    os.makedirs(empty, exist_ok=True)
-    proofs = [Proof("run a command", True, "refused")]      # open() raised otherwise
-
-    answer = connection.session((), ["cat /etc/passwd"])
-    proofs.append(Proof("read a file with cat", not answer.stdout, quote_answer(answer.stderr)))
-    pulled = _pull(connection, empty)
-    proofs.append(Proof("read files with rsync", pulled.status != 0, quote_answer(pulled.stderr)))
-    marker = "offsync-%s" % os.urandom(8).hex()
-    proofs.append(_prove_path(connection, empty, marker))
+    target, empty = connection.target, empty_directory(connection.shared)
+    read, pulled = connection.session((), "cat /etc/passwd"), _pull(connection, empty)
+    marker = os.urandom(8).hex()
     above = connection.rsync(("-n", "-r"), source=empty, path="../" + marker, deadline=SESSION_DEADLINE)
-    proofs.append(Proof("write to .. of the path", above.status != 0 and b"/" + marker.encode() + b'"' not in above.stderr,
-                        quote_answer(above.stderr)))
-    terminal = connection.session(("-tt",), [PROOF_COMMAND])
     # With a terminal the refusal would come back on stdout, since a terminal has one stream only.
-    proofs.append(Proof("get a terminal (PTY)", not terminal.stdout.strip(), quote_answer(terminal.stderr or terminal.stdout)))
-    proofs += _prove_forwarding(connection)
+    terminal = connection.session(("-tt",), PROOF_COMMAND)
+    proofs = [
+        Proof("run a command", True, "refused"),            # open() would have raised
+        Proof("read a file with cat", not read.stdout, quote_answer(read.stdout) or "refused"),
+        Proof("read files with rsync", pulled.status != 0, "refused" if pulled.status else "it sends them"),
+        prove_path(connection),
+        Proof("write to .. of the path", above.status != 0 and marker.encode() + b'"' not in above.stderr,
+              "refused" if above.status else "accepted"),
+        Proof("get a terminal (PTY)", not terminal.stdout.strip(), "given" if terminal.stdout.strip() else "refused"),
+        *_prove_forwarding(connection)]
     written = connection.rsync(("-n", "-r"), source=empty, deadline=SESSION_DEADLINE)
-    if written.status != 0:
+    if written.status != 0:                 # a dead connection, for example, would have "refused" all of the above
         raise diagnose(target, written.stderr)
-    proofs.append(Proof("write below the path (dry run)", True, "possible"))
-    return proofs
+    return [*proofs, Proof("write below the path (dry run)", True, "possible")]
+
+
+def raise_if_open(target: Target, proofs: Sequence[Proof]) -> None:
+    """Raise if a proof found anything open: then nothing is sent."""
+    found = ["%s: %s" % (proof.tried, proof.answer) for proof in proofs if proof.closed is False]
+    if found:
+        raise TargetError("%s: the key is not restricted as the config says, so nothing is sent: %s; run there: offsync link "
+                          "--path %s, or here, if only the path is another: offsync target add with that path"
+                          % (target.login, "; ".join(found), shlex.quote(target.remote_path)), "open")
 
 
 def _pull(connection: Connection, into: bytes) -> Result:
@@ -2097,25 +2119,6 @@ def _pull(connection: Connection, into: bytes) -> Result:
     remote = " ".join(quote_for_rsync(word) for word in [connection.shared.ssh, *connection.session_options()])
     return run([connection.shared.rsync, "-n", "-r", "-e", remote, "--", "%s@%s:." % (target.user, host), into + b"/"],
                deadline=SESSION_DEADLINE)
-
-
-def _prove_path(connection: Connection, empty: bytes, marker: str) -> Proof:
-    """Try, as a dry run, an absolute path outside whose parent does not exist.
-
-    rsync's complaint names the directory that it looked in: it must be the configured one, not the root. The complaint
-    is recognised by our own random name in it.
-    """
-    result = connection.rsync(("-n", "-r"), source=empty, path="/%s/x" % marker, deadline=SESSION_DEADLINE)
-    tried, complaint = "write to a path outside", parse_rsync_name(result.stderr)
-    expected = os.fsencode(connection.target.remote_path)
-    found = re.search(rb' "(/[^\n]*?)/*' + marker.encode(), complaint)
-    if result.status == 0:
-        return Proof(tried, False, "accepted")
-    if b' "%s/%s' % (expected, marker.encode()) in complaint:
-        return Proof(tried, True, "it stays below " + show(expected))
-    if found:
-        return Proof(tried, False, "the key writes below %s, not below %s" % (show(found.group(1)), show(expected)))
-    return Proof(tried, None, quote_answer(result.stderr))
 
 
 def _prove_forwarding(connection: Connection) -> list[Proof]:
@@ -2128,11 +2131,11 @@ def _prove_forwarding(connection: Connection) -> list[Proof]:
                   *connection.options(), "-W", "127.0.0.1:%d" % (connection.target.port or 22), *connection.destination()],
                  deadline=CONNECT_DEADLINE)
     told = re.findall(rb"Remote: [^\n]*key options:([^\r\n]*)", result.stderr)[-1:]    # a bastion's come before
-    said = "sshd says of the key: %s" % quote_answer(told[0]) if told else "sshd does not tell"
     agent = b"agent-forwarding" not in told[0] if told else None
     port = False if result.stdout or told and b"port-forwarding" in told[0] \
         else True if told or b"administratively prohibited" in result.stderr else None
-    return [Proof("forward a port", port, said), Proof("forward an agent", agent, said)]
+    answers = {True: "refused", False: "allowed", None: "sshd does not tell"}
+    return [Proof("forward a port", port, answers[port]), Proof("forward an agent", agent, answers[agent])]
 
 
 # --- Operations: plan -------------------------------------------------------------------------------------------
@@ -2157,37 +2160,54 @@ class TargetPlan:
 
 
 class Leftovers:
-    """Recognises what rsync leaves on a target when it is killed: .~tmp~ everywhere, and .NAME.XXXXXX beside NAME for the
-    names that an unfinished apply of this controller was sending (its journal)."""
+    """Recognises what rsync leaves on a target when it is killed, and never takes a user's file for it.
+
+    .~tmp~/NAME is one if NAME is in the source or in the journal of an unfinished apply of this controller; .NAME.XXXXXX is
+    one if NAME is in that journal, and XXXXXX looks random.
+    """
 
     def __init__(self, home: Home, target: Target) -> None:
-        self.path = os.path.join(home.unfinished, target.login.replace("/", "_"))
+        self.path = os.path.join(home.unfinished, target.login)
         self.names: set[bytes] = set()
-        self.header: dict[str, Any] = {}
         for path in (self.path, self.path + ".logged"):
             try:
                 with open(path, "rb") as stream:
-                    self.header = json.loads(stream.readline())
-                    self.names.update(base64.b64decode(name) for name in self.header["leftover"])
-                    self.names.update(stream.read().split(b"\0"))
+                    header = json.loads(stream.readline())
+                    self.names.update(base64.b64decode(name) for name in header["leftover"])
+                    self.names.update(name[2:] for name in stream.read().split(b"\0"))
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 warn("%s: an unfinished apply's journal cannot be read (%s)" % (path, error))
 
-    def match(self, path: bytes) -> bool:
-        """Return whether an entry that only the target has was left by a killed run."""
+    def original(self, path: bytes) -> Optional[bytes]:
+        """Return the path that rsync was going to give to this temporary file, None if it has no such name."""
         directory, name = os.path.split(path)
-        if STAGING in path.split(b"/"):
-            return True
+        if os.path.basename(directory) == STAGING:
+            return os.path.join(os.path.dirname(directory), name)
         match = TEMPORARY_NAME.fullmatch(name)
-        return bool(match and os.path.join(directory, match.group(1)) in self.names)
+        return os.path.join(directory, match.group(1)) if match else None
+
+    def among(self, source: bytes, paths: Iterable[bytes]) -> set[bytes]:
+        """Return those of the target's own paths that are leftovers; .~tmp~ itself if all below it is."""
+        found, foreign, staging = set(), set(), set()
+        for path in paths:
+            original = self.original(path)
+            staged = os.path.basename(os.path.dirname(path)) == STAGING
+            if os.path.basename(path) == STAGING:
+                staging.add(path)
+            elif original and (original in self.names or staged and os.path.lexists(os.path.join(source, original))):
+                found.add(path)
+            else:
+                foreign.add(path)
+        return found | {directory for directory in staging if not any(path.startswith(directory + b"/") for path in foreign)}
 
 
 class Collector:
-    """Collects itemized lines; an odd line is kept as the error, to be raised where exceptions may fly."""
+    """Collects itemized lines, and has the changed source entries hashed while rsync is still comparing."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: Target, reader: Optional[SourceReader] = None) -> None:
+        self.target, self.reader = target, reader
         self.items: list[Itemized] = []
         self.target_only = 0
 
@@ -2195,60 +2215,43 @@ class Collector:
         try:
             item = parse_itemized(line)
         except ValueError as error:
-            raise TargetError("rsync printed %s; is the file of a kind that rsync cannot send?" % error) from None
-        if item:
-            self.items.append(item)
-            self.target_only += item.action == "delete"
-            if self.target_only > MAX_TARGET_ONLY:
-                raise TargetError("it reports more than %d files of its own; check its path" % MAX_TARGET_ONLY)
+            raise TargetError("%s: rsync printed %s; update rsync here and there" % (self.target.login, error)) from None
+        if not item:
+            return
+        self.items.append(item)
+        if item.action != "delete":
+            if self.reader:
+                self.reader.want(item.path)
+            return
+        self.target_only += sys.getsizeof(item.path) + 150
+        if self.target_only > MAX_TARGET_ONLY:
+            raise TargetError("%s: it reports too many entries of its own; is its path the right one?" % self.target.login)
 
 
-def compare(connection: Connection, mode: str, collector: Collector, **more: Any) -> None:
-    """Compare the whole tree in one dry run of rsync. Raises TargetError if rsync did not come through."""
-    config = connection.shared.config
-    result = connection.rsync((*RSYNC_PLAN[mode], *("--exclude=" + pattern for pattern in config.exclude)),
-                              on_item=collector, **more)
+def name_list(shared: Run, paths: Iterable[bytes]) -> BinaryIO:
+    """Return an open file with the NUL-terminated names, at its beginning."""
+    stream = tempfile.TemporaryFile(dir=shared.scratch)
+    for path in paths:
+        stream.write(b"./" + path + b"\0")  # a bare name that begins with # or ; would be a comment to rsync
+    stream.flush()
+    stream.seek(0)
+    return stream
+
+
+def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iterable[bytes]] = None,
+            **more: Any) -> list[Itemized]:
+    """Return what one run of rsync itemizes, for the whole tree or for the given paths. Raises TargetError if it failed."""
+    collector = more.pop("collector", None) or Collector(connection.target)
+    if paths is None:
+        excludes = ["--exclude=" + pattern for pattern in connection.shared.config.exclude]
+        result = connection.rsync((*options, *excludes), on_item=collector, **more)
+    else:
+        with name_list(connection.shared, paths) as names:
+            result = connection.rsync(options, stdin=names, on_item=collector, **more)
     if result.status != 0:
         raise diagnose(connection.target, result.stderr)
-
-
-def plan_target(shared: Run, target: Target, mode: str, describe: bool = True) -> TargetPlan:
-    """Return the plan of one target, errors included. describe has the source entries hashed for it."""
-    plan = TargetPlan(target)
-    PROGRESS.update(target.login, "connecting")
-    try:
-        plan.connection = Connection(shared, target)
-        plan.connection.open()
-        PROGRESS.update(target.login, "comparing")
-        collector = PlanCollector(shared.reader if describe else None)
-        compare(plan.connection, mode, collector)
-        plan.changes = classify(plan.connection, collector.items, Leftovers(shared.home, target))
-        if not plan.changes:
-            plan.connection.close()
-    except TargetError as error:
-        if error.kind == "host-key-changed":
-            error = explain_changed_host_key(shared, target, error)
-        message = str(error)
-        plan.error = message if message.startswith(target.login) else "%s: %s" % (target.login, message)
-    except OffsyncError as error:
-        plan.error = "%s: %s" % (target.login, error)
-    finally:
-        PROGRESS.update(target.login, None)
-    return plan
-
-
-class PlanCollector(Collector):
-    """A collector that has changed source entries hashed while rsync is still comparing."""
-
-    def __init__(self, reader: Optional[SourceReader]) -> None:
-        super().__init__()
-        self.reader = reader
-
-    def __call__(self, line: bytes) -> None:
-        count = len(self.items)
-        super().__call__(line)
-        if self.reader and len(self.items) > count and self.items[-1].action != "delete":
-            self.reader.want(self.items[-1].path)
+    items: list[Itemized] = collector.items
+    return items
 
 
 def classify(connection: Connection, items: list[Itemized], leftovers: Leftovers) -> list[Change]:
@@ -2259,13 +2262,13 @@ def classify(connection: Connection, items: list[Itemized], leftovers: Leftovers
     """
     new = {item.path: item for item in items if item.action == "new"}
     doubtful = [path for path in new if os.path.dirname(path) not in new]
-    absent = absent_entries(connection, doubtful) if doubtful else set()
-    replaced = {path for path in doubtful if path not in absent}
+    absent = {item.path for item in itemize(connection, RSYNC_ABSENT, doubtful)} if doubtful else set()
+    replaced = set(doubtful) - absent
     changes = []
+    left = leftovers.among(connection.shared.source, [item.path for item in items if item.action == "delete"])
     for item in items:
         if item.action == "delete":
-            kind = "leftover" if leftovers.match(item.path) else "missing"
-            changes.append(Change(kind, item.path, item.directory))
+            changes.append(Change("leftover" if item.path in left else "missing", item.path, item.directory))
         elif item.action == "change":
             changes.append(Change("modified", item.path, item.directory, item.changes, item.quick))
         elif item.path in replaced:
@@ -2275,36 +2278,45 @@ def classify(connection: Connection, items: list[Itemized], leftovers: Leftovers
     return sorted(changes, key=lambda change: change.path)
 
 
-def absent_entries(connection: Connection, paths: Iterable[bytes]) -> set[bytes]:
-    """Return those of the paths at which the target has nothing."""
-    collector = Collector()
-    with name_list(connection.shared, paths) as names:
-        result = connection.rsync(RSYNC_ABSENT, stdin=names, on_item=collector)
-    if result.status != 0:
-        raise diagnose(connection.target, result.stderr)
-    return {item.path for item in collector.items}
+def plan_target(shared: Run, target: Target, mode: str) -> TargetPlan:
+    """Return the plan of one target, errors included.
+
+    Where there is something to do, the key must really write below the configured path: it is proved then.
+    """
+    plan = TargetPlan(target)
+    connection = Connection(shared, target)
+    PROGRESS.update(target.login, "connecting")
+    try:
+        connection.open()
+        PROGRESS.update(target.login, "comparing")
+        items = itemize(connection, RSYNC_PLAN[mode], collector=Collector(target, shared.reader))
+        plan.changes = classify(connection, items, Leftovers(shared.home, target))
+        if plan.changes:
+            raise_if_open(target, [prove_path(connection)])
+            plan.connection = connection
+    except (OffsyncError, OSError) as error:
+        if isinstance(error, TargetError) and error.kind == "host-key-changed":
+            error = explain_changed_host_key(shared, target, error)
+        plan.error, plan.changes = str(error), []
+    finally:
+        if plan.connection is None:
+            connection.close()
+        PROGRESS.update(target.login, None)
+    return plan
 
 
-def name_list(shared: Run, paths: Iterable[bytes]) -> BinaryIO:
-    """Return an open file with the NUL-terminated names, at its beginning."""
-    stream = tempfile.TemporaryFile(dir=shared.scratch)
-    for path in paths:
-        stream.write(path + b"\0")
-    stream.flush()
-    stream.seek(0)
-    return stream
+def in_parallel(jobs: int, function: Callable[[_Item], _Value], items: Sequence[_Item]) -> Iterator[_Value]:
+    """Yield function(item) for each item, in order, while up to jobs of them are at work.
 
-
-def plan_targets(shared: Run, targets: Sequence[Target], mode: str, describe: bool = True) -> Iterator[TargetPlan]:
-    """Yield the plan of each target in the given order, while up to jobs of them are at work."""
-    with ThreadPoolExecutor(max_workers=shared.jobs) as pool:
-        futures = [pool.submit(plan_target, shared, target, mode, describe) for target in targets]
+    Whatever stops the consumer stops the rest: what was not begun is given to function with CHILDREN.stopping set.
+    """
+    from concurrent.futures import ThreadPoolExecutor       # here, since it is slow to import
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        futures = [pool.submit(function, item) for item in items]
         try:
             for future in futures:
                 yield future.result()
         except BaseException:
-            for future in futures:
-                future.cancel()
             CHILDREN.stop()
             raise
 
@@ -2342,7 +2354,7 @@ def check_plan_id(home: Home, wanted: str, plan_id: str, canonical: str) -> None
     differences = ["it is not among the plans kept in " + home.plans]
     names = [name for name in (os.listdir(home.plans) if os.path.isdir(home.plans) else []) if name.startswith(wanted)]
     if names:
-        reviewed = read_file(os.path.join(home.plans, names[0]), "plan", "plan again").decode()
+        reviewed = read_file(os.path.join(home.plans, names[0]), "plan", "plan again").decode("utf-8", "replace")
         differences = name_plan_differences(reviewed, canonical)
     raise OffsyncError("plan %s: it is not the plan of now (%s): %s; review the new plan, then apply that one"
                        % (wanted, plan_id[:16], some_of(differences, "; ")))
@@ -2356,9 +2368,8 @@ def open_journal(home: Home, plan: TargetPlan, plan_id: str, timestamp: str) -> 
     It is the list that rsync reads (--files-from) and, should everything be killed, what the next run knows.
     """
     make_directory(home.unfinished, 0o700)
-    path = Leftovers(home, plan.target).path
-    matches = [TEMPORARY_NAME.fullmatch(os.path.basename(c.path)) for c in plan.of("leftover")]
-    old = [os.path.join(os.path.dirname(c.path), m.group(1)) for c, m in zip(plan.of("leftover"), matches) if m]
+    leftovers = Leftovers(home, plan.target)
+    path, old = leftovers.path, filter(None, map(leftovers.original, [change.path for change in plan.of("leftover")]))
     header = {"login": plan.target.login, "host": plan.target.host, "plan": plan_id, "timestamp": timestamp,
               "leftover": [base64.b64encode(name).decode() for name in old]}
     try:
@@ -2368,7 +2379,7 @@ def open_journal(home: Home, plan: TargetPlan, plan_id: str, timestamp: str) -> 
         stream.flush()
         start = stream.tell()
         for change in plan.of("added", "modified"):
-            stream.write(change.path + b"\0")
+            stream.write(b"./" + change.path + b"\0")
         stream.flush()
         stream.seek(start)
     except OSError as error:
@@ -2379,7 +2390,7 @@ def open_journal(home: Home, plan: TargetPlan, plan_id: str, timestamp: str) -> 
 
 def close_journal(home: Home, target: Target, finished: bool) -> None:
     """Drop the journal of a finished apply; that of a failed one stays, marked as logged, for its leftovers."""
-    path = Leftovers(home, target).path
+    path = os.path.join(home.unfinished, target.login)
     try:
         for name in (path, path + ".logged"):
             if os.path.exists(name) and finished:
@@ -2404,7 +2415,7 @@ def log_killed_runs(home: Home, log: int) -> None:
                              "result": "interrupted", "bytes_sent": 0, "seconds": 0,
                              "error": "offsync was killed; what arrived is unknown; the next apply finishes the job"})
             warn("an apply to %s was killed at %s; this run finishes its job" % (header["login"], header["timestamp"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             warn("%s: a journal cannot be read (%s); it is dropped" % (path, error))
         os.replace(path, path + ".logged")
 
@@ -2414,145 +2425,139 @@ def log_killed_runs(home: Home, log: int) -> None:
 class Delivery:
     """Carries one target's plan out and verifies it."""
 
-    def __init__(self, shared: Run, plan: TargetPlan, plan_id: str, timestamp: str, may_delete: bool) -> None:
-        assert plan.connection
-        self.shared, self.plan, self.connection = shared, plan, plan.connection
-        self.plan_id, self.timestamp = plan_id, timestamp
+    def __init__(self, shared: Run, plan: TargetPlan, journal: Callable[[TargetPlan], BinaryIO]) -> None:
+        self.shared, self.plan, self.journal = shared, plan, journal
+        self.login = plan.target.login
         self.sent = plan.of("added", "modified")
-        self.deletable = {c.path: c.directory for c in plan.of(*(("missing", "leftover") if may_delete else ("leftover",)))}
+        kinds = ("missing", "leftover") if shared.config.delete else ("leftover",)
+        self.deletable = {change.path: change.directory for change in plan.of(*kinds)}
         self.bytes_sent = 0
         self.different: Optional[set[bytes]] = None     # after the transfer; None: not known
 
     def carry_out(self) -> Outcome:
         """Send, delete and verify; return the outcome, also for a failure or an interruption."""
-        login, started = self.plan.target.login, time.monotonic()
-        result, error = "ok", None
+        started, result, error = time.monotonic(), "ok", None
         try:
+            if self.plan.error:
+                raise TargetError(self.plan.error)
+            if CHILDREN.stopping:
+                raise TargetError("%s: interrupted before anything was sent" % self.login)
             if self.plan.changes:
                 self._deliver()
-        except OffsyncError as problem:
+        except (OffsyncError, OSError) as problem:
             result, error = "failed", str(problem)
-            if not error.startswith(login):
-                error = "%s: %s" % (login, error)
-        if CHILDREN.stopping and result != "ok":
-            result, error = "interrupted", "%s: interrupted; apply again finishes the job" % login
-        if result != "ok" and self.different is None:
-            self._find_out()
-        if self.different is None and self.plan.changes:
-            error = "%s (what arrived is unknown; run: offsync verify)" % error
-        self.connection.close()
-        PROGRESS.update(login, None)
-        return Outcome(self.plan.target, result, error, self._changed(), self.bytes_sent, time.monotonic() - started)
-
-    def _changed(self) -> list[bytes]:
-        """Return the planned paths that really changed, as far as the last comparison tells."""
-        if self.different is None:
-            return []
-        planned = {change.path for change in self.sent} | set(self.deletable)
-        return sorted(planned - self.different)
+            if self.plan.connection and self.different is None:
+                self._find_out()
+                if self.different is None:
+                    error += " (what arrived is unknown; run: offsync verify)"
+            if CHILDREN.stopping:
+                result, error = "interrupted", "%s: interrupted; apply again finishes the job" % self.login
+        if self.plan.connection:
+            self.plan.connection.close()
+        PROGRESS.update(self.login, None)
+        different = self.different if self.different is not None else {change.path for change in self.plan.changes}
+        return Outcome(self.plan.target, result, error, sorted({change.path for change in self.sent} - different),
+                       sorted(set(self.deletable) - different), self.bytes_sent, time.monotonic() - started)
 
     def _deliver(self) -> None:
         """Do what the plan lists, in this order: what stands in the way goes, files are sent, the rest is deleted."""
         replaced = {c.path for c in self.sent if "type" in c.changes and not c.directory}
         blocking = {path: directory for path, directory in self.deletable.items() if _lies_below(path, replaced)}
+        wanted, leftovers = {change.path for change in self.sent}, Leftovers(self.shared.home, self.plan.target)
+        for change in self.plan.of("leftover"):     # what does not help to resume only takes room
+            if not change.directory and leftovers.original(change.path) not in wanted:
+                blocking[change.path] = False
+        surprises: set[bytes] = set()
         if blocking:
-            self._delete(blocking, self._compare_quickly()[1])
-        with open_journal(self.shared.home, self.plan, self.plan_id, self.timestamp) as journal:
-            if self.sent:
-                self._send(journal)
+            surprises = self._delete(blocking, self._compare_quickly()[1])
+        if self.sent and not surprises:
+            self._send()
         different, extraneous = self._compare_quickly()
-        refused = ""
-        if extraneous and self.deletable:
-            try:
-                self._delete(self.deletable, extraneous)
-                different, extraneous = self._compare_quickly()
-            except TargetError as error:
-                refused = str(error)
-        self._verify(different | {change.path for change in self.sent}, extraneous)
-        if refused:
-            raise TargetError(refused)
+        if extraneous & set(self.deletable) and not surprises:
+            surprises = self._delete(self.deletable, extraneous)
+            different, extraneous = self._compare_quickly()
+        PROGRESS.update(self.login, "verifying")
+        suspects = different | {change.path for change in self.sent}
+        self.different = {item.path for item in itemize(self.connection, RSYNC_COMPARE, sorted(suspects))} if suspects else set()
+        self.different |= extraneous
+        if surprises:
+            raise TargetError("%s: nothing was deleted, since new entries appeared there after the plan: %s; plan again"
+                              % (self.login, some_of(list(map(show, sorted(surprises))))))
+        if self.different:
+            raise TargetError("%s: verification found %s: %s; apply again, or look for what changes them there"
+                              % (self.login, plural(len(self.different), "difference"),
+                                 some_of(list(map(show, sorted(self.different))))))
+        moved = [show(change.path) for change in self.sent if self.shared.reader.changed(change.path)]
+        if moved:
+            raise TargetError("%s: the source changed during the run: %s; plan and apply again" % (self.login, some_of(moved)))
 
-    def _send(self, journal: BinaryIO) -> None:
+    @property
+    def connection(self) -> Connection:
+        """Return the plan's connection; only a plan without changes has none."""
+        assert self.plan.connection
+        return self.plan.connection
+
+    def _send(self) -> None:
         """Send exactly the planned entries. How rsync ends says little; verification decides."""
-        shared, login = self.shared, self.plan.target.login
-        total = self.plan.size(shared.reader)
+        config, total = self.shared.config, self.plan.size(self.shared.reader)
         options = list(RSYNC_SEND)
-        if not all(change.quick for change in self.sent):
-            options.insert(0, "-c")         # a quick check would overlook content or send for nothing
-        if not shared.config.overwrite:
-            options.insert(0, "--ignore-existing")
-        if shared.config.bwlimit:
-            options.insert(0, "--bwlimit=%d" % shared.config.bwlimit)
-        if shared.config.compress:
-            options.insert(0, "-z")
-        if PROGRESS.enabled():
-            options.insert(0, "--info=progress2")
+        # A quick check would overlook content, or send for a difference of time alone.
+        options += ["-c"] if not all(change.quick for change in self.sent) else []
+        options += ["--ignore-existing"] if not config.overwrite else []
+        options += ["--bwlimit=%d" % config.bwlimit] if config.bwlimit else []
+        options += ["-z"] if config.compress else []
+        options += ["--info=progress2"] if PROGRESS.enabled() else []
 
         def on_item(line: bytes) -> None:
             self.bytes_sent += int(line.split(b" ", 1)[0])
 
         def on_other(line: bytes) -> None:
-            match = re.match(rb" *([0-9][0-9,.]*) +[0-9]+% +(\S+/s)", line)
+            match = re.match(rb" *([0-9][0-9,.]*) +[0-9]+% +([0-9.,]+[kMGT]?B/s)", line)
             if match:
                 done = int(re.sub(rb"[,.]", b"", match.group(1)))
-                PROGRESS.update(login, "sending %d%% of %s, %s" % (min(100 * done // max(total, 1), 100),
-                                                                   format_bytes(total), match.group(2).decode()))
+                PROGRESS.update(self.login, "sending %d%% of %s, %s" % (
+                    min(100 * done // max(total, 1), 100), format_bytes(total), match.group(2).decode()))
 
-        PROGRESS.update(login, "sending %s" % format_bytes(total))
-        result = self.connection.rsync(options, stdin=journal, on_item=on_item, on_other=on_other, item_format="%b %i %n")
+        PROGRESS.update(self.login, "sending %s" % format_bytes(total))
+        with self.journal(self.plan) as names:
+            result = self.connection.rsync(options, stdin=names, on_item=on_item, on_other=on_other, item_format="%b %i %n")
         if result.status != 0:
             raise diagnose(self.plan.target, result.stderr)
 
-    def _compare_quickly(self) -> tuple[set[bytes], dict[bytes, bool]]:
-        """Return (paths that differ by a quick check, entries that only the target has: path -> directory)."""
-        PROGRESS.update(self.plan.target.login, "verifying")
-        collector = Collector()
-        compare(self.connection, "quick", collector)
-        return ({item.path for item in collector.items if item.action != "delete"},
-                {item.path: item.directory for item in collector.items if item.action == "delete"})
+    def _compare_quickly(self, **more: Any) -> tuple[set[bytes], set[bytes]]:
+        """Return (paths that differ by a quick check, paths that only the target has)."""
+        PROGRESS.update(self.login, "comparing again")
+        items = itemize(self.connection, RSYNC_PLAN["quick"], **more)
+        extraneous = {item.path for item in items if item.action == "delete"}
+        return {item.path for item in items} - extraneous, extraneous
 
-    def _delete(self, paths: dict[bytes, bool], extraneous: dict[bytes, bool]) -> None:
-        """Delete these planned entries, unless others have appeared since the plan: then nothing."""
-        surprises = sorted(set(extraneous) - {change.path for change in self.plan.of("missing", "leftover")})
+    def _delete(self, paths: dict[bytes, bool], extraneous: set[bytes]) -> set[bytes]:
+        """Delete these planned entries, unless others have appeared since the plan: then nothing; return those others."""
+        surprises = extraneous - {change.path for change in self.plan.of("missing", "leftover")}
         if surprises:
-            raise TargetError("%s: nothing was deleted, since new entries appeared there after the plan: %s; plan again"
-                              % (self.plan.target.login, some_of([show(path) for path in surprises])))
+            return surprises
+        PROGRESS.update(self.login, "deleting %s" % plural(len(paths), "entry", "entries"))
         rules = {format_include_rule(path, directory): None for path, directory in paths.items()}
         for path in paths:                  # rsync must be let into the directories above
             while b"/" in path:
                 path = os.path.dirname(path)
                 rules[format_include_rule(path, True)] = None
         with tempfile.TemporaryFile(dir=self.shared.scratch) as stream:
-            for rule in rules:
-                stream.write(rule + b"\0")
-            stream.flush()
+            stream.writelines(rule + b"\0" for rule in rules)
             stream.seek(0)
             result = self.connection.rsync(RSYNC_DELETE, stdin=stream)
         if result.status != 0:
             raise diagnose(self.plan.target, result.stderr)
-
-    def _verify(self, suspects: set[bytes], extraneous: dict[bytes, bool]) -> None:
-        """Compare the suspects by content; raise unless the target equals the source, and the source the plan."""
-        self.different = different_entries(self.connection, suspects)
-        login = self.plan.target.login
-        unexpected = self.different | set(extraneous)
-        if unexpected:
-            self.different = unexpected
-            raise TargetError("%s: verification found %s: %s; apply again, or look at what changes them"
-                              % (login, plural(len(unexpected), "difference"), some_of(list(map(show, sorted(unexpected))))))
-        moved = [show(change.path) for change in self.sent if self.shared.reader.changed(change.path)]
-        if moved:
-            raise TargetError("%s: the source changed during the run: %s; plan and apply again" % (login, some_of(moved)))
+        return set()
 
     def _find_out(self) -> None:
         """After a failure or an interruption, learn what arrived nevertheless, within a bounded time."""
+        more: dict[str, Any] = {"deadline": RESCAN_DEADLINE, "last_words": True}
         try:
-            collector = Collector()
-            compare(self.connection, "quick", collector, deadline=RESCAN_DEADLINE, last_words=True)
-            suspects = {change.path for change in self.sent}
-            different = different_entries(self.connection, suspects, deadline=RESCAN_DEADLINE, last_words=True)
-            self.different = different | {item.path for item in collector.items if item.action == "delete"}
-        except OffsyncError:
+            extraneous = self._compare_quickly(**more)[1]
+            sent = [change.path for change in self.sent]
+            self.different = extraneous | {item.path for item in itemize(self.connection, RSYNC_COMPARE, sent, **more)}
+        except (OffsyncError, OSError):
             self.different = None
 
 
@@ -2565,27 +2570,14 @@ def _lies_below(path: bytes, directories: set[bytes]) -> bool:
     return False
 
 
-def different_entries(connection: Connection, paths: Iterable[bytes], **more: Any) -> set[bytes]:
-    """Return those of the source's paths that differ on the target, by content, type, mode or link."""
-    collector = Collector()
-    names = sorted(paths)
-    if not names:
-        return set()
-    with name_list(connection.shared, names) as stream:
-        result = connection.rsync(RSYNC_COMPARE, stdin=stream, on_item=collector, **more)
-    if result.status != 0:
-        raise diagnose(connection.target, result.stderr)
-    return {item.path for item in collector.items}
-
-
 # --- Commands: read arguments, call, print, return a status -----------------------------------------------------
 
 def missing_programs(role: str) -> list[str]:
     """Return the programs that this role needs and that are not here."""
     missing = []
-    checks: list[tuple[str, Callable[[], Any]]] = [("rsync", find_rsync)]
+    checks: list[tuple[str, Callable[[], Any]]] = [("rsync", find_rsync), ("ssh-keygen", lambda: program("ssh-keygen"))]
     if role in ("controller", "both"):
-        checks += [("ssh", lambda: program("ssh")), ("ssh-keygen", lambda: program("ssh-keygen"))]
+        checks.append(("ssh", lambda: program("ssh")))
     if role in ("target", "both"):
         checks += [("sshd", lambda: program("sshd")), ("rrsync", lambda: find_rrsync(None))]
     for name, check in checks:
@@ -2642,8 +2634,11 @@ def install_dependencies(role: str, assume_yes: bool) -> None:
 
 
 def require_programs(role: str) -> None:
-    """Make sure of the programs of a role: on a terminal offer to install them, else name the command."""
-    missing = missing_programs(role)
+    """Make sure of the programs of a role: on a terminal offer to install them, else name the command.
+
+    rrsync is not among them: link looks for it and knows better what to say.
+    """
+    missing = [name for name in missing_programs(role) if name != "rrsync"]
     if missing and has_terminal():
         install_dependencies(role, False)
     elif missing:
@@ -2663,8 +2658,8 @@ def cmd_init(args: argparse.Namespace) -> int:
     source = None
     if args.source is not None:
         source = validate_absolute_path(os.path.abspath(args.source), "source")
-        if not os.path.isdir(source):
-            raise UsageError("source %s: it is not a directory; create it first" % show_text(source))
+        if not args.source or not os.path.isdir(source):
+            raise UsageError("source %s: it is not a directory; create it first" % show_text(args.source))
     make_directory(home.path, 0o700)
     home.lock("init")
     if os.path.lexists(home.config):
@@ -2690,12 +2685,12 @@ def cmd_init(args: argparse.Namespace) -> int:
             raise OffsyncError("key %s: ssh-keygen cannot read it; move it away and run init again (it said: %s)"
                                % (home.key, quote_answer(public.stderr)))
         write_atomically(home.key + ".pub", public.stdout, 0o644)
-    warn_of_old_rsync(find_rsync())
+    warn_of_old_rsync()
     config, _, _ = home.load()
     emit("source %s, config %s" % (show_text(config.source), show_text(home.config)), error=True)
-    emit("This line goes to each target:  offsync link --path DIR --key '...'  (or pipe it: offsync init | ssh LOGIN "
-         "offsync link --path DIR)", error=True)
-    emit(read_file(home.key + ".pub", "key", "run: offsync init").decode("utf-8", "replace").strip())
+    public_key = read_file(home.key + ".pub", "key", "run: offsync init").decode("utf-8", "replace").strip()
+    emit("Now run this on each target:  offsync link --path DIR --key %s" % shlex.quote(public_key), error=True)
+    emit(public_key)
     return 0
 
 
@@ -2704,7 +2699,7 @@ def read_key_argument(args: argparse.Namespace) -> PublicKey:
     if args.key is not None:
         return validate_public_key(args.key)
     if args.key_file is not None:
-        return validate_public_key(read_file(args.key_file, "key file", "name the file of the public key")
+        return validate_public_key(read_file(args.key_file, "key file", "name the file of the public key", False)
                                    .decode("utf-8", "replace"))
     program_on_stdin = sys.argv[0] in ("-", "")
     if not program_on_stdin and sys.stdin and not sys.stdin.isatty() and not stat.S_ISCHR(os.fstat(0).st_mode):
@@ -2718,28 +2713,38 @@ def authorized_keys_path() -> str:
     return os.path.realpath(os.path.expanduser("~/.ssh/authorized_keys"))
 
 
-def replace_authorized_key(key: PublicKey, line: Optional[str]) -> bool:
-    """Set or remove offsync's line for this key; return whether the file changed."""
-    path = authorized_keys_path()
-    old, mode = b"", 0o600
+def replace_authorized_key(key: PublicKey, line: Optional[str]) -> tuple[Callable[[], None], str]:
+    """Return (a function that sets or, for None, removes offsync's line for this key, that line as it is now or "")."""
+    path, old, mode = authorized_keys_path(), b"", 0o600
     if os.path.exists(path):
         old, mode = read_file(path, "authorized_keys", ""), stat.S_IMODE(os.stat(path).st_mode)
-    elif line is None:
-        return False
     try:
         new = edit_authorized_keys(old, key, line)
     except ValueError as error:
         raise OffsyncError("%s:%s: this key stands there in a line that offsync did not write, and sshd uses the first line "
                            "that has it; remove that line, then try again" % (path, error)) from None
-    if new == old:
-        return False
-    make_directory(os.path.dirname(path), 0o700)
-    write_atomically(path, new, mode)
-    return True
+
+    def write() -> None:
+        if new == old:
+            return
+        make_directory(os.path.dirname(path), 0o700)
+        directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(directory, fcntl.LOCK_EX)       # against another link or unlink: what was read must still be there
+        if (read_file(path, "authorized_keys", "") if os.path.exists(path) else b"") != old:
+            raise OffsyncError("%s: it was changed by somebody else at this moment; try again" % path)
+        write_atomically(path, new, mode)
+        os.close(directory)
+
+    lines, ours, _ = split_authorized_keys(old, key)
+    return write, lines[ours[0]].decode("utf-8", "replace").split(KEY_RESTRICTIONS)[0] if ours else ""
 
 
-def link_warnings(account: pwd.struct_passwd, sshd: dict[str, list[str]]) -> Iterator[str]:
-    """Yield what would make sshd ignore the key."""
+def link_warnings(account: pwd.struct_passwd, sshd: dict[str, list[str]], delivery: str) -> Iterator[str]:
+    """Yield what would make sshd ignore the key, and what is wrong with the directory that it may write to."""
+    if not os.access(delivery, os.W_OK):
+        yield "%s is not writable for %s; change its owner or mode" % (show_text(delivery), account.pw_name)
+    if os.stat(delivery).st_mode & 0o002:
+        yield "%s is writable by everybody: others can change what is delivered; choose another directory" % show_text(delivery)
     home = os.path.expanduser("~")
     if os.path.realpath(home) != os.path.realpath(account.pw_dir):
         yield "HOME is %s, but sshd reads the account's home %s; run link as the account itself" % (home, account.pw_dir)
@@ -2792,12 +2797,10 @@ def sshd_settings(user: str) -> dict[str, list[str]]:
 
 def own_host_key() -> str:
     """Return the SHA256 fingerprint of this host's ed25519 (else first) host key, "" if there is none."""
-    import glob
-    paths = sorted(glob.glob("/etc/ssh/ssh_host_*_key.pub"), key=lambda path: ("ed25519" not in path, path))
-    for path in paths:
-        result = run([program("ssh-keygen"), "-l", "-E", "sha256", "-f", path])
-        if result.status == 0:
-            return result.stdout.decode("utf-8", "replace").split()[1]
+    paths = glob.glob("/etc/ssh/ssh_host_*_key.pub")
+    for path in sorted(paths, key=lambda path: ("ed25519" not in path, path)):
+        for _, fingerprint, _ in fingerprints([read_file(path, "host key", "").decode("utf-8", "replace").strip()]):
+            return fingerprint
     return ""
 
 
@@ -2806,27 +2809,26 @@ def cmd_link(args: argparse.Namespace) -> int:
     require_programs("target")
     account = pwd.getpwuid(os.geteuid())
     rrsync, words = find_rrsync(args.rrsync)
-    key = read_key_argument(args)
     from_pattern = validate_from_pattern(args.from_pattern) if args.from_pattern is not None else ""
-    protected = {os.path.realpath(rrsync): "it contains rrsync", rrsync: "it contains rrsync",
-                 Home().path: "it contains the controller's files"}
-    if os.path.exists(sys.argv[0]):
-        protected[os.path.realpath(sys.argv[0])] = "it contains offsync itself"
-    path = validate_link_path(args.path or os.path.expanduser("~/.offsync/sync"), protected)
-    line = format_authorized_key(validate_forced_command(words, path, account.pw_shell), key, from_pattern)
-    replace_check = authorized_keys_path()
-    if os.path.exists(replace_check):       # refuse before anything is created
-        _, _, foreign = split_authorized_keys(read_file(replace_check, "authorized_keys", ""), key)
-        if foreign:
-            replace_authorized_key(key, line)
+    state = Home()                          # a controller's files, offsync itself and rrsync must not be replaced
+    protected = [rrsync, state.config, state.key, state.known_hosts, *([sys.argv[0]] if os.path.exists(sys.argv[0]) else [])]
+    path = validate_link_path(os.path.expanduser("~/.offsync/sync") if args.path is None else args.path, protected)
+    command_line = validate_forced_command(words, path, account.pw_shell)
+    key = read_key_argument(args)
+    write_keys, replaced = replace_authorized_key(key, format_authorized_key(command_line, key, from_pattern))
+    if path.startswith(os.path.realpath(os.path.expanduser("~/.offsync")) + "/"):
+        make_directory(os.path.expanduser("~/.offsync"), 0o700)
     make_directory(path, 0o755)
-    changed = replace_authorized_key(key, line)
-    emit("%s %s: the key may write below %s, nothing else" % ("linked in" if changed else "already linked in",
-                                                             authorized_keys_path(), show_text(path)), error=True)
+    write_keys()
+    same = command_line in replaced.replace('\\"', '"')
+    if replaced and not same:
+        warn("this key was linked to another command before, which is replaced: " + show_text(replaced))
+    emit("%s %s: the key may write below %s, nothing else"
+         % ("already linked in" if same else "linked in", authorized_keys_path(), show_text(path)), error=True)
     settings = sshd_settings(account.pw_name)
-    for warning in link_warnings(account, settings):
+    for warning in link_warnings(account, settings, path):
         warn(warning)
-    warn_of_old_rsync(find_rsync())
+    warn_of_old_rsync()
     connection = os.environ.get("SSH_CONNECTION", "").split()
     ports = [connection[3]] if len(connection) == 4 else settings.get("port", ["22"])
     command = ["offsync", "target", "add", "%s@%s" % (account.pw_name, socket.gethostname()), "--path", path]
@@ -2842,8 +2844,9 @@ def cmd_link(args: argparse.Namespace) -> int:
 def cmd_unlink(args: argparse.Namespace) -> int:
     """Remove the key's entry from authorized_keys."""
     key = read_key_argument(args)
-    changed = replace_authorized_key(key, None)
-    emit("%s %s" % ("removed the key from" if changed else "the key has no entry in", authorized_keys_path()), error=True)
+    write_keys, removed = replace_authorized_key(key, None)
+    write_keys()
+    emit("%s %s" % ("removed the key from" if removed else "the key has no entry in", authorized_keys_path()), error=True)
     return 0
 
 
@@ -2870,9 +2873,9 @@ def cmd_target_add(args: argparse.Namespace) -> int:
             connection = _open_trusted(shared, target, trusted)
         assert connection is not None
         proofs = prove_restriction(connection)
-        _raise_if_open(target, proofs)
+        raise_if_open(target, proofs)
         if trusted:
-            store_host_keys(home, trusted)
+            store_host_keys(shared, trusted)
         text = add_target_lines(home.load()[2], target)
         validate_config(text, home.config)
         write_atomically(home.config, text.encode(), 0o600)
@@ -2901,14 +2904,6 @@ def _open_trusted(shared: Run, target: Target, lines: Optional[list[str]]) -> Op
         return None
 
 
-def _raise_if_open(target: Target, proofs: Sequence[Proof]) -> None:
-    """Raise if a proof found anything open."""
-    open_ones = ["%s (%s)" % (proof.tried, proof.answer) for proof in proofs if proof.closed is False]
-    if open_ones:
-        raise TargetError("%s: the key is not restricted as it must be; it can: %s; run there: offsync link --path %s"
-                          % (target.login, "; ".join(open_ones), shlex.quote(target.remote_path)), "open")
-
-
 def cmd_target_list(args: argparse.Namespace) -> int:
     """List the targets."""
     config, _, _ = Home().load()
@@ -2930,9 +2925,8 @@ def cmd_target_remove(args: argparse.Namespace) -> int:
     home.lock("target remove")
     config, _, text = home.load()
     if args.login not in [target.login for target in config.targets]:
-        select_targets([], [args.login]) if not config.targets else None
         raise UsageError("target %s: unknown; known targets: %s" % (
-            show_text(args.login), ", ".join(sorted(target.login for target in config.targets))))
+            show_text(args.login), ", ".join(sorted(target.login for target in config.targets)) or "none"))
     write_atomically(home.config, remove_target_lines(text, args.login).encode(), 0o600)
     emit("removed %s here; to revoke the key, run there: offsync unlink" % args.login, error=True)
     return 0
@@ -2947,11 +2941,17 @@ def load_targets(home: Home, patterns: Sequence[str]) -> tuple[Config, list[Targ
     return config, select_targets(config.targets, patterns)
 
 
+def without_login(target: Target, error: Optional[str]) -> str:
+    """Return an error without the login that stands before it anyway."""
+    text = str(error)
+    return text[len(target.login) + 2:] if text.startswith(target.login + ": ") else text
+
+
 def print_target_plan(shared: Run, plan: TargetPlan) -> None:
     """Print one target's plan: a line an entry, then a summary."""
     emit("%s:%s" % (plan.target.login, show_text(plan.target.remote_path)))
     if plan.error:
-        emit("  " + colour("failed", "not planned") + ": " + plan.error)
+        emit("  %s: %s" % (colour("failed", "not compared"), without_login(plan.target, plan.error)))
         return
     for change in plan.changes:
         size = ""
@@ -2967,7 +2967,11 @@ def print_target_plan(shared: Run, plan: TargetPlan) -> None:
 
 def plan_summary(shared: Run, plan: TargetPlan) -> str:
     """Return the counts of a plan."""
-    counts = ["%d %s" % (len(plan.of(kind)), kind) for kind in ("added", "modified", "missing", "leftover") if plan.of(kind)]
+    config = shared.config
+    remarks = {"missing": " (apply will delete)" if config.delete else " (apply will refuse: delete is false)",
+               "modified": "" if config.overwrite else " (apply will refuse: overwrite is false)"}
+    counts = ["%d %s%s" % (len(plan.of(kind)), kind, remarks.get(kind, ""))
+              for kind in ("added", "modified", "missing", "leftover") if plan.of(kind)]
     if not counts:
         return "equal, nothing to do"
     return "%s; %s to send" % (", ".join(counts), format_bytes(plan.size(shared.reader)))
@@ -2983,30 +2987,48 @@ def json_plan(shared: Run, plan: TargetPlan) -> dict[str, Any]:
     return fields
 
 
+def plan_targets(shared: Run, targets: Sequence[Target], mode: str) -> Iterator[TargetPlan]:
+    """Yield the plan of each target in the given order, its source entries described."""
+    for plan in in_parallel(shared.jobs, lambda target: plan_target(shared, target, mode), targets):
+        shared.reader.wait()
+        yield plan
+
+
+def identify(shared: Run, plans: Sequence[TargetPlan]) -> tuple[str, str]:
+    """Return (canonical plan, its ID)."""
+    canonical = canonical_plan(shared, plans)
+    return canonical, hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def show_plans(shared: Run, args: argparse.Namespace, targets: Sequence[Target], mode: str, quiet: bool) -> list[TargetPlan]:
+    """Plan and print each target, as text or JSON; quiet prints no equal ones. Raises at the end if one has no plan."""
+    check_source(shared.rsync, shared.config)
+    plans = []
+    for plan in plan_targets(shared, targets, mode):
+        plans.append(plan)
+        if not args.json and (plan.changes or plan.error or not quiet):
+            print_target_plan(shared, plan)
+    document: dict[str, Any] = {"version": 1, "source": shared.config.source}
+    if not quiet:
+        canonical, document["plan"] = identify(shared, plans)
+        keep_plan(shared.home, document["plan"], canonical)
+    if args.json:
+        emit(json.dumps({**document, "targets": [json_plan(shared, plan) for plan in plans]}, sort_keys=True))
+    elif not quiet:
+        emit("plan %s" % document["plan"])
+    failed = [plan.target.login for plan in plans if plan.error]
+    if failed:
+        raise OffsyncError("%s could not be compared: %s; see the reasons above"
+                           % (plural(len(failed), "target"), some_of(failed)))
+    return plans
+
+
 def cmd_plan(args: argparse.Namespace) -> int:
     """Print the plan; change nothing."""
     home = Home()
     config, targets = load_targets(home, args.targets)
     with Run(home, config, args.jobs) as shared:
-        check_source(shared.rsync, config)
-        plans = []
-        for plan in plan_targets(shared, targets, config.verify):
-            shared.reader.wait()
-            plans.append(plan)
-            if not args.json:
-                print_target_plan(shared, plan)
-        canonical = canonical_plan(shared, plans)
-        plan_id = hashlib.sha256(canonical.encode()).hexdigest()
-        keep_plan(home, plan_id, canonical)
-        if args.json:
-            emit(json.dumps({"version": 1, "plan": plan_id, "source": config.source,
-                             "targets": [json_plan(shared, plan) for plan in plans]}, sort_keys=True))
-        else:
-            emit("plan %s" % plan_id)
-    failed = [plan.target.login for plan in plans if plan.error]
-    if failed:
-        raise OffsyncError("%s could not be planned: %s; see the reasons above"
-                           % (plural(len(failed), "target"), some_of(failed)))
+        plans = show_plans(shared, args, targets, config.verify, quiet=False)
     return 3 if args.exit_code and any(plan.changes for plan in plans) else 0
 
 
@@ -3016,12 +3038,12 @@ def refuse_by_policy(config: Config, plans: Sequence[TargetPlan], rsync: str) ->
         concerned = [plan for plan in plans if plan.of(kind)]
         if not allowed and concerned:
             described = ["%s: %s" % (plan.target.login, some_of([show(c.path) for c in plan.of(kind)])) for plan in concerned]
-            raise OffsyncError('refused, nothing was sent: %s is false in the config, and %s is %s on %s; allow it with "%s: '
-                               'true", or %s' % (key, plural(sum(len(p.of(kind)) for p in concerned), "entry", "entries"), kind,
+            raise OffsyncError('refused, nothing was sent: %s is false in the config, and the plan has %d %s: %s; allow it with '
+                               '"%s: true", or %s' % (key, sum(len(p.of(kind)) for p in concerned), kind,
                                                  "; ".join(described[:LISTED]), key,
                                                  "take them into the source, or exclude them" if kind == "missing" else
                                                  "exclude them, or remove them on the target"))
-    if any(plan.of("missing") for plan in plans) and source_is_empty(rsync, config):
+    if any(plan.of("missing") for plan in plans) and not included_names(rsync, os.fsencode(config.source), config.exclude):
         raise OffsyncError("refused, nothing was deleted: the source %s is empty (after the excludes), and an empty source never "
                            "deletes; check that it is mounted and filled" % show_text(config.source))
 
@@ -3039,57 +3061,38 @@ def cmd_apply(args: argparse.Namespace) -> int:
         check_source(shared.rsync, config)
         log = home.open_log()
         plans = list(plan_targets(shared, targets, config.verify))
-        shared.reader.wait()
-        canonical = canonical_plan(shared, plans)
-        plan_id = hashlib.sha256(canonical.encode()).hexdigest()
+        canonical, plan_id = identify(shared, plans)
         if args.plan:
             check_plan_id(home, args.plan, plan_id, canonical)
         refuse_by_policy(config, plans, shared.rsync)
         log_killed_runs(home, log)
-        outcomes = []
-        interrupted: Optional[Interrupted] = None
-        for outcome in deliver_all(shared, plans, plan_id, timestamp):
-            if isinstance(outcome, Interrupted):
-                interrupted = outcome
-                continue
-            outcomes.append(outcome)
-            append_log(log, log_record(outcome, plan_id, timestamp))
-            close_journal(home, outcome.target, outcome.result == "ok")
-            if not args.json:
-                print_outcome(outcome)
-    if args.json:
-        emit(json.dumps({"version": 1, "plan": plan_id, "targets": [log_record(o, plan_id, timestamp) for o in outcomes]},
-                        sort_keys=True))
-    failed = [outcome for outcome in outcomes if outcome.result != "ok"]
-    if interrupted:
-        emit("offsync: interrupted: %d of %d targets are delivered; apply again finishes the job"
-             % (len(outcomes) - len(failed), len(targets)), error=True)
-        return interrupted.status
-    if failed:
-        raise OffsyncError("%d of %d targets failed: %s" % (len(failed), len(targets),
-                                                           "; ".join(str(outcome.error) for outcome in failed)))
+        records: list[dict[str, Any]] = []
+        try:
+            for outcome in in_parallel(shared.jobs, lambda plan: deliver(shared, log, plan, plan_id, timestamp, records), plans):
+                if not args.json:
+                    print_outcome(outcome)
+        finally:                            # also after a signal: in_parallel has waited for every target
+            if args.json:
+                records.sort(key=lambda record: str(record["login"]))
+                emit(json.dumps({"version": 1, "plan": plan_id, "targets": records}, sort_keys=True))
+            unfinished = [record for record in records if record["result"] != "ok"]
+            if CHILDREN.stopping:
+                emit("offsync: interrupted: %d of %d targets are delivered and verified, not: %s" % (
+                    len(targets) - len(unfinished), len(targets), some_of([r["login"] for r in unfinished])), error=True)
+    if unfinished:
+        raise OffsyncError("%d of %d targets failed: %s" % (len(unfinished), len(targets),
+                                                           "; ".join(str(record["error"]) for record in unfinished)))
     return 0
 
 
-def deliver_all(shared: Run, plans: Sequence[TargetPlan], plan_id: str, timestamp: str) -> Iterator[Union[Outcome, Interrupted]]:
-    """Yield the outcome of each target in order; after a signal also the Interrupted, and what became of the rest."""
-    def deliver(plan: TargetPlan) -> Outcome:
-        if plan.error:
-            return Outcome(plan.target, "failed", plan.error, [], 0, 0.0)
-        if CHILDREN.stopping:
-            return Outcome(plan.target, "interrupted", plan.target.login + ": interrupted before anything was sent", [], 0, 0.0)
-        return Delivery(shared, plan, plan_id, timestamp, shared.config.delete).carry_out()
-
-    with ThreadPoolExecutor(max_workers=shared.jobs) as pool:
-        futures: list[Future[Outcome]] = [pool.submit(deliver, plan) for plan in plans]
-        for future in futures:
-            while True:
-                try:
-                    yield future.result()
-                    break
-                except Interrupted as signalled:
-                    CHILDREN.stop()
-                    yield signalled
+def deliver(shared: Run, log: int, plan: TargetPlan, plan_id: str, timestamp: str, records: list[dict[str, Any]]) -> Outcome:
+    """Carry out one target's plan and log it at once, whatever becomes of the others; return the outcome."""
+    outcome = Delivery(shared, plan, lambda plan: open_journal(shared.home, plan, plan_id, timestamp)).carry_out()
+    record = log_record(outcome, plan_id, timestamp)
+    records.append(record)
+    append_log(log, record)
+    close_journal(shared.home, outcome.target, outcome.result == "ok")
+    return outcome
 
 
 def log_record(outcome: Outcome, plan_id: str, timestamp: str) -> dict[str, Any]:
@@ -3097,7 +3100,7 @@ def log_record(outcome: Outcome, plan_id: str, timestamp: str) -> dict[str, Any]
     record: dict[str, Any] = {
         "timestamp": timestamp, "host": outcome.target.host, "login": outcome.target.login, "operation": "apply",
         "plan": plan_id, "result": outcome.result, "bytes_sent": outcome.bytes_sent, "seconds": round(outcome.seconds, 3),
-        "files_changed": sorted(path.decode("utf-8", "backslashreplace") for path in outcome.changed)}
+        "files_changed": sorted(path.decode("utf-8", "backslashreplace") for path in outcome.delivered + outcome.deleted)}
     if outcome.error:
         record["error"] = outcome.error
     return record
@@ -3105,14 +3108,14 @@ def log_record(outcome: Outcome, plan_id: str, timestamp: str) -> dict[str, Any]
 
 def print_outcome(outcome: Outcome) -> None:
     """Print what became of one target."""
-    if outcome.result == "ok" and not outcome.changed:
+    counts = [plural(len(outcome.delivered), "entry", "entries") + " delivered"] if outcome.delivered else []
+    counts += ["%d deleted" % len(outcome.deleted)] if outcome.deleted else []
+    if outcome.result == "ok" and not counts:
         what = "equal, nothing to do"
     elif outcome.result == "ok":
-        what = "%s delivered and verified, %s sent in %.1f s" % (plural(len(outcome.changed), "entry", "entries"),
-                                                                 format_bytes(outcome.bytes_sent), outcome.seconds)
+        what = "%s, verified; %s sent in %.1f s" % (", ".join(counts), format_bytes(outcome.bytes_sent), outcome.seconds)
     else:
-        what = "%s; %s changed before that" % (outcome.error, plural(len(outcome.changed), "entry", "entries"))
-        what = what[len(outcome.target.login) + 2:] if what.startswith(outcome.target.login + ": ") else what
+        what = "%s; %s before that" % (without_login(outcome.target, outcome.error), ", ".join(counts) or "nothing changed")
     emit("%s: %s: %s" % (outcome.target.login, colour(outcome.result, outcome.result), what))
 
 
@@ -3121,20 +3124,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
     home = Home()
     config, targets = load_targets(home, args.targets)
     with Run(home, config, args.jobs) as shared:
-        check_source(shared.rsync, config)
-        plans = []
-        for plan in plan_targets(shared, targets, "hash"):
-            shared.reader.wait()
-            plans.append(plan)
-            if not args.json and (plan.changes or plan.error):
-                print_target_plan(shared, plan)
-        if args.json:
-            emit(json.dumps({"version": 1, "source": config.source, "targets": [json_plan(shared, plan) for plan in plans]},
-                            sort_keys=True))
-    failed = [plan.target.login for plan in plans if plan.error]
-    if failed:
-        raise OffsyncError("%s could not be verified: %s; see the reasons above"
-                           % (plural(len(failed), "target"), some_of(failed)))
+        plans = show_plans(shared, args, targets, "hash", quiet=True)
     return 3 if any(plan.changes for plan in plans) else 0
 
 
@@ -3150,27 +3140,26 @@ def cmd_manifest(args: argparse.Namespace) -> int:
         raise UsageError("manifest: %s is not a directory; name one" % show(root))
     expected = None
     if args.check:
-        data = sys.stdin.buffer.read() if args.check == "-" else read_file(args.check, "manifest", "name the file")
+        data = sys.stdin.buffer.read(FILE_LIMIT) if args.check == "-" else read_file(args.check, "manifest", "name it", False)
         try:
             expected = parse_manifest(data)
         except ValueError as error:
             raise UsageError("manifest %s:%s: not a line of sha256sum; correct it" % (show_text(args.check), error)) from None
-    names = sorted(included_names(find_rsync(), root, exclude))
-    paths = [name for name in names if stat.S_ISREG(os.lstat(os.path.join(root, name)).st_mode)]
-    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 4)) as pool:
-        try:
-            found = dict(zip(paths, (digest.hex() for digest, _ in pool.map(lambda p: hash_file(os.path.join(root, p)), paths))))
-        except OSError as error:
-            raise OffsyncError("manifest: %s: %s; nothing was printed"
-                               % (show_text(os.fsdecode(error.filename or root)), error.strerror)) from None
+    names = sorted(included_names(find_rsync()[0], root, exclude))
+    paths = [name for name in names if os.path.isfile(os.path.join(root, name)) and not os.path.islink(os.path.join(root, name))]
+    try:
+        digests = in_parallel(min(os.cpu_count() or 1, 4), lambda path: hash_file(os.path.join(root, path))[0].hex(), paths)
+        found = dict(zip(paths, digests))
+    except OSError as error:
+        raise OffsyncError("manifest: %s: %s; nothing was printed"
+                           % (show_text(os.fsdecode(error.filename or root)), error.strerror)) from None
     if expected is not None:
         return print_manifest_differences(expected, found)
     manifest = b"".join(format_manifest_line(path, digest) for path, digest in found.items())
-    sys.stdout.flush()
-    sys.stdout.buffer.write(manifest)
-    sys.stdout.flush()
+    emit(manifest)
     digest = hashlib.sha256(manifest).hexdigest()
-    emit("%s, digest of the whole: %s" % (plural(len(found), "file"), " ".join(re.findall("....", digest))), error=True)
+    emit("%s; digest of the whole (sha256 of the manifest), to compare by voice: %s"
+         % (plural(len(found), "file"), " ".join(re.findall("....", digest))), error=True)
     return 0
 
 
@@ -3208,7 +3197,7 @@ def local_checks(home: Home) -> Iterator[tuple[str, Optional[str]]]:
         if os.path.exists(path):
             yield "permissions of " + path, attempt(lambda path=path: private(path))    # type: ignore[misc]
     yield "config " + home.config, attempt(home.load)
-    yield "source", attempt(lambda: check_source(find_rsync(), home.load()[0]))
+    yield "source", attempt(lambda: check_source(find_rsync()[0], home.load()[0]))
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
@@ -3221,7 +3210,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
                             ": " + problem if problem else ""))
     if not healthy:
         raise OffsyncError("doctor: this controller has problems; mend what is marked PROBLEM above, then run it again")
-    warn_of_old_rsync(find_rsync())
+    warn_of_old_rsync()
     config, _, _ = home.load()
     targets = select_targets(config.targets, args.targets)
     with Run(home, config) as shared:
@@ -3264,7 +3253,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but wrong usage is one line on stderr like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError("%s: %s; see: %s --help" % (self.prog, message, self.prog))
+        raise UsageError("%s; see: %s --help" % (message, self.prog))
 
 
 def version_text() -> str:
@@ -3366,19 +3355,30 @@ def _jobs(text: str) -> int:
 
 
 def _raise_interrupted(signum: int, _: object) -> NoReturn:
+    """Stop everything: the first signal ends the programs in an orderly way, all further ones are ignored meanwhile."""
+    CHILDREN.stop()
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
     raise Interrupted(signum)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command; return the exit status. The only place that prints errors."""
+    for descriptor in (0, 1, 2):            # one that is closed would be given to the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if stream:
             stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:      # nohup stays nohup
             signal.signal(signum, _raise_interrupted)
     status = 1
     try:
+        if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
+            raise UsageError("locale: file names are not UTF-8 here; run it with PYTHONUTF8=1")
         args = build_parser().parse_args(argv)
         CHILDREN.verbose = args.verbose
         if args.version:
@@ -3392,14 +3392,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OffsyncError as error:
         emit("offsync: " + str(error), error=True)
         status = error.status
+    except OSError as error:
+        where = show_text(os.fsdecode(error.filename)) + ": " if error.filename else ""
+        emit("offsync: %s%s; mend that, then try again" % (where, error.strerror or error), error=True)
     except Interrupted as interrupted:
         CHILDREN.stop()
-        emit("offsync: interrupted", error=True)
+        emit("offsync: interrupted by %s" % signal.Signals(interrupted.signum).name, error=True)
         status = interrupted.status
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _mute(sys.stdout)
     return status
 
 

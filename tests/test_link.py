@@ -34,7 +34,7 @@ class Linking(LabCase):
         self.assertEqual(os.stat(self.keys).st_ino, before.st_ino)
         other = self.lab.base + "/other"
         self.key = self.key.rsplit(" ", 1)[0] + " somebody else"
-        self.link(path=other, check=0)
+        self.assertIn("-wo " + self.path, self.link(path=other, check=0).err)      # says what it replaces
         self.assertEqual(read(self.keys).count("\n"), 1)
         self.assertIn("-wo %s\"" % other, read(self.keys))
         self.assertIn("somebody else", read(self.keys))
@@ -81,7 +81,7 @@ class Linking(LabCase):
         write(copy, read(OFFSYNC))
         controller = self.lab.base + "/state"
         os.makedirs(controller + "/in")
-        for path in ("/", "//", "/etc", "/usr", "/usr/bin", "/proc/self", "/dev/shm", self.target_home, self.target_home + "/.ssh",
+        for path in ("", "/", "//", "/etc", "/etc/cron.d/x", "/usr", "/home", "/var/spool", "/usr/lib/python3", self.target_home + "/bin", self.target_home + "/.config", "/usr/bin", "/proc/self", "/dev/shm", self.target_home, self.target_home + "/.ssh",
                      self.target_home + "/.ssh/sub", self.lab.base, self.lab.base + "/alias", self.lab.base + "/alias/.ssh",
                      self.target_home + "/x/../.ssh", self.lab.base + "/tool", controller, "relative", "/a\nb", "/a\x1b"):
             with self.subTest(path=path):
@@ -100,6 +100,12 @@ class Linking(LabCase):
         self.assert_refused(self.lab.offsync("unlink", "--key", self.key, home=self.target_home), 1, ":3")
         self.assertEqual(read(self.keys), text)
         self.assertFalse(os.path.exists(self.path))
+
+    def test_what_is_no_regular_file_is_left_alone(self) -> None:
+        os.makedirs(os.path.dirname(self.keys))
+        os.mkfifo(self.keys)
+        self.assert_refused(self.link(), 2, "not a regular file")
+        self.assertTrue(stat.S_ISFIFO(os.stat(self.keys).st_mode))
 
     def test_unlink_touches_no_other_line(self) -> None:
         others = "# a\nssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOther x\n\n"
@@ -200,7 +206,7 @@ class Rrsync(Linking):
     def test_a_path_that_contains_rrsync(self) -> None:
         script = self.lab.base + "/tools/bin/rrsync"
         write(script, read(require("rrsync")), 0o755)
-        self.assert_refused(self.link("--rrsync", script, path=self.lab.base + "/tools"), 2, "contains rrsync")
+        self.assert_refused(self.link("--rrsync", script, path=self.lab.base + "/tools"), 2, "it contains " + script)
 
 
 for name in list(vars(Linking)):

@@ -71,6 +71,10 @@ class Scope(SharedLab):
         self.assertEqual([entry["path"] for entry in self.plan()["targets"][0]["added"]],
                          ["d", "d/inside", "dangling", "e", "e/fine-too", "fine"])
 
+    def test_a_source_that_contains_the_private_key(self) -> None:
+        self.lab.configure(source='"%s"' % self.lab.home)
+        self.assert_refused(self.lab.offsync("plan"), 1, "it contains", "private key")
+
     def test_through_other_symlinks(self) -> None:
         outside = self.lab.base + "/outside"
         os.makedirs(outside, exist_ok=True)
@@ -177,6 +181,13 @@ class Reasons(SharedLab):
         self.lab.offsync("apply", check=0)
         self.assertEqual(sorted(snapshot(self.there)), [b".git", b".git/data", b"d", b"d/x.log", b"new", b"new/top", b"old", b"old/kept.log", b"top"])
 
+    def test_names_that_could_be_comments_or_options(self) -> None:
+        for name in ("#hash", ";semicolon", "#d/f", ";d/f", "+ plus", "- minus", "-n", "!"):
+            write(self.source + "/" + name, name)
+        self.assertEqual({kind: len(self.plan()["targets"][0][kind]) for kind in ("added", "modified")}, {"added": 10, "modified": 0})
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
     def test_five_thousand_random_names(self) -> None:
         rng = random.Random(7)
         count = int(os.environ.get("NAMES", "1000"))
@@ -257,7 +268,7 @@ class PlanIds(SharedLab):
         plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
         self.assertEqual(self.plan()["plan"], plan_id)
         write(self.source + "/f", b"bbbb", when=1_600_000_000)
-        self.refused(plan_id[:8], "f: was added")
+        self.refused(plan_id[:8], "f: is added, but with other content")
         write(self.source + "/f", b"aaaa", when=1_600_000_000)
         write(self.source + "/new", b"n")
         self.refused(plan_id, "new: was equal, is added")

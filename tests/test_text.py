@@ -92,7 +92,7 @@ class Config(unittest.TestCase):
         changed = offsync.add_target_lines(text, offsync.Target("u@web0", "u", "web0", "/y", "/usr/bin/rrsync", 2222))
         self.assertEqual(changed, text.replace("/x # r\n", '"/y" # r\n      port: 2222\n'))
         back = offsync.add_target_lines(changed, offsync.Target("u@web0", "u", "web0", "/y"))
-        self.assertEqual(offsync.validate_config(back, "c")[0].targets[0].port, 22)
+        self.assertEqual(offsync.validate_config(back, "c")[0].targets[0].port, None)
         gone = offsync.remove_target_lines(text, "u@web0")
         self.assertIn("targets: []   # all of them", gone)
         self.assertEqual(offsync.validate_config(gone, "c")[0].targets, ())
