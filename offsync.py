@@ -153,7 +153,8 @@ BREW_BIN = ("/opt/homebrew/bin", "/usr/local/bin", "/home/linuxbrew/.linuxbrew/b
 # A key that can write into one of these, or into a directory that contains one, is as good as a shell.
 SHELL_PLACES = ("/bin", "/boot", "/dev", "/etc/cron.d", "/etc/cron.daily", "/etc/cron.hourly", "/etc/init.d", "/etc/ld.so.conf.d",
                 "/etc/pam.d", "/etc/profile.d", "/etc/ssh", "/etc/sudoers.d", "/etc/systemd", "/lib", "/lib64", "/proc",
-                "/root/.ssh", "/run/systemd", "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/sbin", "/usr/sbin",
+                "/root/.ssh", "/run/systemd", "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/sbin",
+                "/usr/sbin",
                 "/var/spool/cron")
 SHELL_PLACES_AT_HOME = (".ssh", ".config/systemd", ".config/autostart", ".local/bin", "bin")
 # Login shells in which single quotes mean what POSIX says; others get only paths that need no quoting.
@@ -1245,8 +1246,6 @@ def emit(text: Union[str, bytes], error: bool = False) -> None:
     """Print a line (or bytes as they are): a result on stdout, anything else on stderr. A reader who went away is no error."""
     PROGRESS.clear()
     stream = sys.stderr if error else sys.stdout
-    if stream is None:                      # closed before we began
-        return
     try:
         if isinstance(text, bytes):
             stream.flush()
@@ -3369,9 +3368,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
-        if stream:
-            stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
+        stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:      # nohup stays nohup
             signal.signal(signum, _raise_interrupted)

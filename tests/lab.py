@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 OFFSYNC = os.path.join(os.path.dirname(HERE), "offsync.py")
@@ -283,3 +284,21 @@ class Lab:
             if not os.path.islink(directory):
                 os.chmod(directory, 0o700)
         shutil.rmtree(self.base)
+
+
+def wait_for(condition, what: str, seconds: float = 30.0):
+    """Return condition()'s first true value; looks often, and gives up loudly."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError("waited in vain for " + what)
+        time.sleep(0.005)
+
+
+def mentions(text: str) -> list:
+    """Return the command lines of all processes that mention a text."""
+    out = subprocess.run(["ps", "-A", "-ww", "-o", "args="], stdout=subprocess.PIPE, text=True, errors="replace", check=True).stdout
+    return [line for line in out.splitlines() if text in line and not line.startswith("ps ")]
