@@ -60,13 +60,17 @@ main() {
         printf 'removed %s\n' "$directory/offsync"
         return 0
         ;;
+    -h | --help)
+        printf 'usage: [PREFIX=DIR] [DESTDIR=DIR] install.sh [--uninstall]\n'
+        return 0
+        ;;
     '') ;;
     *) fail "unknown argument $1; usage: install.sh [--uninstall]" ;;
     esac
     [ -f "$here/offsync.py" ] || fail "$here/offsync.py is missing; put it beside this script"
     check_python
     check_sum "$here/offsync.py"
-    mkdir -p -- "$directory" || fail "$directory cannot be created; choose another PREFIX, or run this as root"
+    mkdir -p -- "$directory" 2>/dev/null || fail "$directory cannot be created; choose another PREFIX, or run this as root"
     temporary=$directory/.offsync.$$
     trap 'rm -f -- "$temporary"' EXIT
     trap 'exit 1' HUP INT TERM

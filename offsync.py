@@ -41,7 +41,6 @@ import selectors
 import shlex
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import tempfile
@@ -132,6 +131,7 @@ FILE_LIMIT = 1 << 30                        # bytes of a config, key file, manif
 KILL_AFTER = 3.0                            # seconds from SIGTERM to SIGKILL
 PLANS_KEPT = 10                             # reviewed plans kept so that "apply --plan" can name differences
 LISTED = 20                                 # offenders, differences: the first ones, then a count
+KINDS = ("added", "modified", "missing", "leftover")
 DEFAULT_JOBS = 8
 DEFAULT_EXCLUDE = (".git/",)
 
@@ -163,35 +163,30 @@ NO_LOGIN_SHELLS = ("nologin", "false", "true", "sync")
 
 
 class PackageManager(NamedTuple):
-    """How one package manager installs what each role needs; alternatives are tried in order."""
-    refresh: tuple[str, ...]
-    install: tuple[str, ...]
-    controller: tuple[tuple[str, ...], ...]
-    target: tuple[tuple[str, ...], ...]
-    extra: tuple[str, ...] = ()             # best effort, in a call of its own: one unknown name fails a whole call
+    """How one package manager installs what each role needs (names separated by blanks)."""
+    install: str
+    controller: str
+    target: str
+    extra: str = ""                         # best effort, in a call of its own: one unknown name fails a whole call
+    refresh: str = ""                       # before that; may fail
+    older: bool = False                     # older releases have one package openssh for both roles
     sudo: bool = True
     hint: str = ""
 
 
-_DNF_PACKAGES = ((("openssh-clients", "rsync"),), (("openssh-server", "rsync", "python3"),), ("rsync-rrsync",))
 PACKAGE_MANAGERS = {                        # in the order of preference; brew last because Linux has it too
-    "apt-get": PackageManager(("apt-get", "update"), ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install",
-                              "-y", "--no-install-recommends"),
-                              (("openssh-client", "rsync"),), (("openssh-server", "rsync", "python3"),)),
-    "dnf": PackageManager((), ("dnf", "-y", "install"), *_DNF_PACKAGES),
-    "yum": PackageManager((), ("yum", "-y", "install"), *_DNF_PACKAGES),
-    "pacman": PackageManager((), ("pacman", "-S", "--needed", "--noconfirm"),
-                             (("openssh", "rsync"),), (("openssh", "rsync", "python"),),
+    "apt-get": PackageManager("env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends",
+                              "openssh-client rsync", "openssh-server rsync python3", refresh="apt-get update"),
+    "dnf": PackageManager("dnf -y install", "openssh-clients rsync", "openssh-server rsync python3", "rsync-rrsync"),
+    "yum": PackageManager("yum -y install", "openssh-clients rsync", "openssh-server rsync python3", "rsync-rrsync"),
+    "pacman": PackageManager("pacman -S --needed --noconfirm", "openssh rsync", "openssh rsync python",
                              hint="if a package was not found (404), run: pacman -Syu"),
-    "zypper": PackageManager((), ("zypper", "--non-interactive", "install", "--no-recommends"),
-                             (("openssh-clients", "rsync"), ("openssh", "rsync")),
-                             (("openssh-server", "rsync", "python3"), ("openssh", "rsync", "python3"))),
-    "apk": PackageManager((), ("apk", "add", "--no-cache"), (("openssh-client", "openssh-keygen", "rsync"),),
-                          (("openssh-server", "rsync", "rrsync"),)),
-    "brew": PackageManager((), ("brew", "install"), (("rsync",),), (("rsync",),), sudo=False,
+    "zypper": PackageManager("zypper --non-interactive install --no-recommends", "openssh-clients rsync",
+                             "openssh-server rsync python3", older=True),
+    "apk": PackageManager("apk add --no-cache", "openssh-client openssh-keygen rsync", "openssh-server rsync rrsync"),
+    "brew": PackageManager("brew install", "rsync", "rsync", sudo=False,
                            hint="sshd on macOS is System Settings > General > Sharing > Remote Login"),
 }
-
 
 # How ssh, rrsync and rsync say that something is wrong, and what we say instead: (kind, pattern, "why; what to do next").
 # Searched in this order in stderr: exit statuses say little (12 and 255 are interchangeable, and 0 proves nothing).
@@ -806,55 +801,22 @@ def json_path(path: bytes) -> dict[str, str]:
         return {"path": path.decode("utf-8", "replace"), "path_b64": base64.b64encode(path).decode()}
 
 
-def json_entry(change: Change, entry: Optional[SourceEntry]) -> dict[str, Any]:
-    """Return one entry of a plan as JSON values."""
-    fields: dict[str, Any] = dict(json_path(change.path))
-    if entry is None:
-        fields["type"] = "directory" if change.directory else "non-directory"
-        return fields
-    fields.update(type=entry.type, size=entry.size, mode="%04o" % entry.mode,
-                  sha256=entry.digest.hex() if entry.digest is not None else None)
-    if entry.link is not None:
-        fields.update({key.replace("path", "link"): value for key, value in json_path(entry.link).items()})
-    if change.kind == "modified":
-        fields["changes"] = list(change.changes)
-    return fields
-
-
-def canonical_line(change: Change, entry: Optional[SourceEntry]) -> str:
-    """Return the line of a plan that its ID is made of."""
-    words = [change.kind, ",".join(change.changes) or "-"]
-    if entry is None:
-        words.append("directory" if change.directory else "non-directory")
-    else:
-        content = entry.digest.hex() if entry.digest is not None else show(entry.link) if entry.link is not None else "-"
-        words += [entry.type, "%04o" % entry.mode, str(entry.size), content]
-    return " ".join(words) + "\t" + show(change.path)
-
-
-def name_plan_differences(reviewed: str, current: str) -> list[str]:
+def name_plan_differences(reviewed: Iterable[str], current: Iterable[str]) -> list[str]:
     """Return what differs between two canonical plans, one sentence each."""
-    def sections(text: str) -> dict[str, dict[str, str]]:
-        found: dict[str, dict[str, str]] = {}
-        section: dict[str, str] = {}
-        for line in text.splitlines():
-            head, tab, name = line.partition("\t")
-            if tab:
-                section[name] = head
-            else:
-                section = found.setdefault(line, {})
-        return found
-    before, now = sections(reviewed), sections(current)
-    differences = ["no longer: " + line for line in before if line not in now]
-    differences += ["new: " + line for line in now if line not in before]
-    for section in now:
-        old = before.get(section, now[section])
-        for name in sorted(set(old) | set(now[section])):
-            if old.get(name) != now[section].get(name):
-                was, is_now = (head.split(" ")[0] if head else "equal" for head in (old.get(name), now[section].get(name)))
-                change = "was %s, is %s" % (was, is_now) if was != is_now else "is %s, but with other content, mode or size" % was
-                differences.append("%s: %s: %s" % (section.split(" ")[1], name, change))
-    return differences
+    before, now = ({json.dumps([fields.pop("login", ""), fields.pop("path"), fields.pop("path_b64", "")]): fields
+                    for fields in map(json.loads, lines)} for lines in (reviewed, current))
+    found = []
+    for key in sorted(set(before) | set(now)):
+        login, path, encoded = json.loads(key)
+        was, is_now = (plan[key]["kind"] if key in plan else "absent from the plan" for plan in (before, now))
+        shown = show(base64.b64decode(encoded)) if encoded else show_text(path) if path else "the target itself"
+        name = ": ".join(filter(None, (login, shown)))
+        if was != is_now:
+            found.append("%s: was %s, is %s" % (name, was, is_now))
+        elif before[key] != now[key]:
+            other = sorted(field for field in {**before[key], **now[key]} if before[key].get(field) != now[key].get(field))
+            found.append("%s: %s, with another %s" % (name, was, ", ".join(other)))
+    return found
 
 
 def format_manifest_line(path: bytes, digest: str) -> bytes:
@@ -2139,6 +2101,19 @@ def _prove_forwarding(connection: Connection) -> list[Proof]:
 
 # --- Operations: plan -------------------------------------------------------------------------------------------
 
+def json_entry(change: Change, reader: SourceReader) -> dict[str, Any]:
+    """Return one entry of a plan as JSON values."""
+    fields: dict[str, Any] = dict(json_path(change.path))
+    if change.kind in ("missing", "leftover"):
+        return {**fields, "type": "directory" if change.directory else "non-directory"}
+    entry = reader.entry(change.path)
+    fields.update(type=entry.type, size=entry.size, mode="%04o" % entry.mode,
+                  sha256=entry.digest.hex() if entry.digest is not None else None)
+    if entry.link is not None:
+        fields.update({key.replace("path", "link"): value for key, value in json_path(entry.link).items()})
+    return {**fields, "changes": list(change.changes)} if change.kind == "modified" else fields
+
+
 class TargetPlan:
     """The plan of one target; error says why there is none."""
 
@@ -2320,41 +2295,56 @@ def in_parallel(jobs: int, function: Callable[[_Item], _Value], items: Sequence[
             raise
 
 
-def canonical_plan(shared: Run, plans: Sequence[TargetPlan]) -> str:
-    """Return the text that the plan ID is the sha256 of: policies, targets, and every entry with its content."""
+def canonical_plan(shared: Run, plans: Sequence[TargetPlan]) -> Iterator[str]:
+    """Yield the lines that the plan ID is the sha256 of: policies, targets, and every entry with its content."""
     config = shared.config
     policy = {key: getattr(config, key) for key in ("source", "delete", "overwrite", "verify", "exclude")}
-    lines = ["policy " + json.dumps(policy, sort_keys=True)]
+    yield json.dumps({"path": "the config", "kind": "set", **policy}, sort_keys=True) + "\n"
     for plan in plans:
         target = plan.target
-        lines.append("target %s %s" % (target.login, json.dumps([target.host, target.port or 22, target.remote_path,
-                                                                 "unreachable" if plan.error else "planned"])))
-        lines += [canonical_line(change, shared.reader.entry(change.path) if change.kind in ("added", "modified") else None)
-                  for change in plan.changes]
-    return "\n".join(lines) + "\n"
+        yield json.dumps({"login": target.login, "path": "", "kind": "unreachable" if plan.error else "planned",
+                          "host": target.host, "port": target.port, "remote_path": target.remote_path}, sort_keys=True) + "\n"
+        for change in plan.changes:
+            fields = {"login": target.login, "kind": change.kind, **json_entry(change, shared.reader)}
+            yield json.dumps(fields, sort_keys=True) + "\n"
 
 
-def keep_plan(home: Home, plan_id: str, canonical: str) -> None:
-    """Keep a shown plan, so that "apply --plan" can name what changed since; best effort."""
+def identify(shared: Run, plans: Sequence[TargetPlan]) -> str:
+    """Return the plan ID."""
+    digest = hashlib.sha256()
+    for line in canonical_plan(shared, plans):
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def keep_plan(shared: Run, plans: Sequence[TargetPlan], plan_id: str) -> None:
+    """Keep a shown plan, so that "apply --plan" can name what changed since; best effort, the last PLANS_KEPT."""
+    directory = shared.home.plans
     try:
-        make_directory(home.plans, 0o700)
-        kept = sorted((os.stat(os.path.join(home.plans, name)).st_mtime_ns, name) for name in os.listdir(home.plans))
+        make_directory(directory, 0o700)
+        kept = sorted((os.stat(os.path.join(directory, name)).st_mtime_ns, name) for name in os.listdir(directory))
         for _, name in kept[:max(len(kept) - PLANS_KEPT + 1, 0)]:
-            os.unlink(os.path.join(home.plans, name))
-        write_atomically(os.path.join(home.plans, plan_id), canonical.encode(), 0o600)
+            os.unlink(os.path.join(directory, name))
+        descriptor = os.open(os.path.join(directory, plan_id), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.writelines(canonical_plan(shared, plans))
     except (OSError, OffsyncError):
         pass
 
 
-def check_plan_id(home: Home, wanted: str, plan_id: str, canonical: str) -> None:
+def check_plan_id(shared: Run, plans: Sequence[TargetPlan], wanted: str, plan_id: str) -> None:
     """Raise, naming the differences, unless the plan is the reviewed one."""
     if plan_id.startswith(wanted):
         return
-    differences = ["it is not among the plans kept in " + home.plans]
-    names = [name for name in (os.listdir(home.plans) if os.path.isdir(home.plans) else []) if name.startswith(wanted)]
+    directory = shared.home.plans
+    differences = ["it is not among the plans kept in " + directory]
+    names = [name for name in (os.listdir(directory) if os.path.isdir(directory) else []) if name.startswith(wanted)]
     if names:
-        reviewed = read_file(os.path.join(home.plans, names[0]), "plan", "plan again").decode("utf-8", "replace")
-        differences = name_plan_differences(reviewed, canonical)
+        reviewed = read_file(os.path.join(directory, names[0]), "plan", "plan again").decode("utf-8", "replace").splitlines()
+        try:
+            differences = name_plan_differences(reviewed, canonical_plan(shared, plans))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            differences = ["what %s kept of it cannot be read" % directory]
     raise OffsyncError("plan %s: it is not the plan of now (%s): %s; review the new plan, then apply that one"
                        % (wanted, plan_id[:16], some_of(differences, "; ")))
 
@@ -2587,24 +2577,20 @@ def missing_programs(role: str) -> list[str]:
     return missing
 
 
-def install_commands(role: str) -> tuple[str, list[list[list[str]]], str]:
-    """Return (manager, steps, hint) to install what a role needs; a step is a list of alternative commands."""
-    name = next((name for name in PACKAGE_MANAGERS if shutil.which(name)), None)
-    if not name:
-        raise OffsyncError("install-deps: no known package manager (%s) is here; install OpenSSH and rsync with rrsync by hand"
-                           % ", ".join(PACKAGE_MANAGERS))
+def install_commands(name: str, role: str) -> list[list[list[str]]]:
+    """Return the steps that install what a role needs; a step is a list of commands, each tried if the one before failed."""
     manager = PACKAGE_MANAGERS[name]
     sudo = ["sudo"] if manager.sudo and os.geteuid() != 0 else []
-    steps = [[sudo + list(manager.refresh)]] if manager.refresh else []
-    alternatives = {"controller": [manager.controller], "target": [manager.target],
-                    "both": [manager.controller, manager.target]}[role]
-    merged = [tuple(dict.fromkeys(p for packages in choice for p in packages))
-              for choice in zip(*(a if len(a) > 1 or len(alternatives) == 1 else a * max(map(len, alternatives))
-                                  for a in alternatives))]
-    steps.append([sudo + list(manager.install) + list(packages) for packages in merged])
+    install = sudo + manager.install.split()
+    roles = {"controller": manager.controller, "target": manager.target, "both": manager.controller + " " + manager.target}
+    packages = list(dict.fromkeys(roles[role].split()))
+    steps = [[sudo + manager.refresh.split()]] if manager.refresh else []
+    steps.append([install + packages])
+    if manager.older:
+        steps[-1].append(install + list(dict.fromkeys("openssh" if p.startswith("openssh") else p for p in packages)))
     if manager.extra and role != "controller":
-        steps.append([sudo + list(manager.install) + list(manager.extra)])
-    return name, steps, manager.hint
+        steps.append([install + manager.extra.split()])
+    return steps
 
 
 def install_dependencies(role: str, assume_yes: bool) -> None:
@@ -2613,20 +2599,22 @@ def install_dependencies(role: str, assume_yes: bool) -> None:
     if not missing:
         emit("install-deps: everything for the role %s is here" % role, error=True)
         return
-    name, steps, hint = install_commands(role)
+    name = next((name for name in PACKAGE_MANAGERS if shutil.which(name)), None)
+    if not name:
+        raise OffsyncError("install-deps: missing: %s, and no known package manager (%s) is here; install OpenSSH and rsync with "
+                           "rrsync by hand" % (", ".join(missing), ", ".join(PACKAGE_MANAGERS)))
+    steps = install_commands(name, role)
     emit("install-deps: missing here: %s. These commands install it:" % ", ".join(missing), error=True)
     for step in steps:
         emit("  " + "\n  or, if that fails: ".join(shlex.join(command) for command in step), error=True)
     if not assume_yes and ask("Run them now? Type y or n: ", "repeat with -y to run them without a question") not in ("y", "yes"):
         raise OffsyncError("install-deps: nothing was installed; missing: %s" % ", ".join(missing))
-    for index, step in enumerate(steps):
-        failed = all(run(command, show_output=True).status != 0 for command in step)
-        optional = len(step[0]) < 3 or step[0][-1] in PACKAGE_MANAGERS[name].extra or index < len(steps) - 1
-        if failed and not optional:
-            break
+    for step in steps:                      # what is missing afterwards tells whether it worked
+        any(run(command, show_output=True).status == 0 for command in step)
     still = missing_programs(role)
     if still:
-        raise OffsyncError("install-deps: still missing: %s; %s" % (", ".join(still), hint or "look at what %s printed" % name))
+        raise OffsyncError("install-deps: still missing: %s; %s"
+                           % (", ".join(still), PACKAGE_MANAGERS[name].hint or "look at what %s printed above" % name))
     if "sshd" in missing and name != "apt-get":
         command = "rc-update add sshd default && rc-service sshd start" if name == "apk" else "systemctl enable --now sshd"
         emit("install-deps: now start sshd, for example: " + command, error=True)
@@ -2673,7 +2661,7 @@ def cmd_init(args: argparse.Namespace) -> int:
             make_directory(source, 0o755)
         write_atomically(home.config, format_new_config(source).encode(), 0o600)
     if not os.path.lexists(home.key):
-        comment = "offsync@" + re.sub(r"[^A-Za-z0-9.-]", "", socket.gethostname())
+        comment = "offsync@" + re.sub(r"[^A-Za-z0-9.-]", "", os.uname().nodename)
         result = run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", home.key])
         if result.status != 0:
             raise OffsyncError("key %s: ssh-keygen failed; mend that (it said: %s)" % (home.key, quote_answer(result.stderr)))
@@ -2830,7 +2818,7 @@ def cmd_link(args: argparse.Namespace) -> int:
     warn_of_old_rsync()
     connection = os.environ.get("SSH_CONNECTION", "").split()
     ports = [connection[3]] if len(connection) == 4 else settings.get("port", ["22"])
-    command = ["offsync", "target", "add", "%s@%s" % (account.pw_name, socket.gethostname()), "--path", path]
+    command = ["offsync", "target", "add", "%s@%s" % (account.pw_name, os.uname().nodename), "--path", path]
     command += ["--rrsync", rrsync] if rrsync != DEFAULT_RRSYNC else []
     command += ["--port", ports[0]] if ports[0] != "22" else []
     host_key = own_host_key()
@@ -2970,20 +2958,30 @@ def plan_summary(shared: Run, plan: TargetPlan) -> str:
     remarks = {"missing": " (apply will delete)" if config.delete else " (apply will refuse: delete is false)",
                "modified": "" if config.overwrite else " (apply will refuse: overwrite is false)"}
     counts = ["%d %s%s" % (len(plan.of(kind)), kind, remarks.get(kind, ""))
-              for kind in ("added", "modified", "missing", "leftover") if plan.of(kind)]
+              for kind in KINDS if plan.of(kind)]
     if not counts:
         return "equal, nothing to do"
     return "%s; %s to send" % (", ".join(counts), format_bytes(plan.size(shared.reader)))
 
 
-def json_plan(shared: Run, plan: TargetPlan) -> dict[str, Any]:
-    """Return one target's plan as JSON values."""
-    fields: dict[str, Any] = {"login": plan.target.login, "host": plan.target.host, "remote_path": plan.target.remote_path,
-                              "error": plan.error}
-    for kind in ("added", "modified", "missing", "leftover"):
-        fields[kind] = [json_entry(change, shared.reader.entry(change.path) if kind in ("added", "modified") else None)
-                        for change in plan.of(kind)]
-    return fields
+def json_plan(shared: Run, plans: Sequence[TargetPlan], plan_id: str) -> Iterator[str]:
+    """Yield the JSON of plans in pieces (there may be a million entries), keys sorted; without an ID for ""."""
+    yield '{%s"source": %s, "targets": [' % ('"plan": "%s", ' % plan_id if plan_id else "", json.dumps(shared.config.source))
+    for number, plan in enumerate(plans):
+        target = plan.target
+        fields = {"error": plan.error, "host": target.host, "login": target.login, "remote_path": target.remote_path}
+        yield ", {" if number else "{"
+        for name in sorted([*fields, *KINDS]):
+            yield ('"%s": ' if name == "added" else ', "%s": ') % name
+            if name in fields:
+                yield json.dumps(fields[name])
+                continue
+            yield "["
+            for index, change in enumerate(plan.of(name)):
+                yield (", " if index else "") + json.dumps(json_entry(change, shared.reader), sort_keys=True)
+            yield "]"
+        yield "}"
+    yield '], "version": 1}\n'
 
 
 def plan_targets(shared: Run, targets: Sequence[Target], mode: str) -> Iterator[TargetPlan]:
@@ -2991,12 +2989,6 @@ def plan_targets(shared: Run, targets: Sequence[Target], mode: str) -> Iterator[
     for plan in in_parallel(shared.jobs, lambda target: plan_target(shared, target, mode), targets):
         shared.reader.wait()
         yield plan
-
-
-def identify(shared: Run, plans: Sequence[TargetPlan]) -> tuple[str, str]:
-    """Return (canonical plan, its ID)."""
-    canonical = canonical_plan(shared, plans)
-    return canonical, hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def show_plans(shared: Run, args: argparse.Namespace, targets: Sequence[Target], mode: str, quiet: bool) -> list[TargetPlan]:
@@ -3007,14 +2999,16 @@ def show_plans(shared: Run, args: argparse.Namespace, targets: Sequence[Target],
         plans.append(plan)
         if not args.json and (plan.changes or plan.error or not quiet):
             print_target_plan(shared, plan)
-    document: dict[str, Any] = {"version": 1, "source": shared.config.source}
+    plan_id = ""
     if not quiet:
-        canonical, document["plan"] = identify(shared, plans)
-        keep_plan(shared.home, document["plan"], canonical)
+        plan_id = identify(shared, plans)
+        keep_plan(shared, plans, plan_id)
     if args.json:
-        emit(json.dumps({**document, "targets": [json_plan(shared, plan) for plan in plans]}, sort_keys=True))
+        pieces = json_plan(shared, plans, plan_id)
+        for batch in iter(lambda: "".join(itertools.islice(pieces, 1000)), ""):
+            emit(batch.encode())
     elif not quiet:
-        emit("plan %s" % document["plan"])
+        emit("plan %s" % plan_id)
     failed = [plan.target.login for plan in plans if plan.error]
     if failed:
         raise OffsyncError("%s could not be compared: %s; see the reasons above"
@@ -3060,9 +3054,9 @@ def cmd_apply(args: argparse.Namespace) -> int:
         check_source(shared.rsync, config)
         log = home.open_log()
         plans = list(plan_targets(shared, targets, config.verify))
-        canonical, plan_id = identify(shared, plans)
+        plan_id = identify(shared, plans)
         if args.plan:
-            check_plan_id(home, args.plan, plan_id, canonical)
+            check_plan_id(shared, plans, args.plan, plan_id)
         refuse_by_policy(config, plans, shared.rsync)
         log_killed_runs(home, log)
         records: list[dict[str, Any]] = []

@@ -117,7 +117,8 @@ class LabTarget:
         if os.geteuid() == 0:
             os.makedirs("/run/sshd", exist_ok=True)      # sshd's empty privilege separation directory
         config = os.path.join(self.base, "sshd_config")
-        write(config, "%s\nPort %d\nListenAddress %s\nHostKey %s\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\n"
+        # SHLVL keeps bash from reading the account's own ~/.bashrc, which is not part of the laboratory.
+        write(config, "%s\nSetEnv SHLVL=2\nPort %d\nListenAddress %s\nHostKey %s\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\n"
                       "PidFile none\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
                       "LogLevel VERBOSE\nUseDNS no\n"
               % (self.options, self.port, self.address, self.host_key, self.keys))

@@ -181,8 +181,8 @@ class Missing(LabCase):
         target = self.lab.joined("one")
         self.assert_refused(self.lab.offsync("target", "add", "u@no-such-host.invalid", "--path", "/x"), 1, "does not resolve")
         target.stop()
-        self.assertRegex(self.lab.offsync("plan", check=1).out, "not planned: .*connection was refused; is sshd running")
-        self.assert_refused(self.lab.offsync("plan"), 1, "1 target could not be planned")
+        self.assertRegex(self.lab.offsync("plan", check=1).out, "not compared: .*connection was refused; is sshd running")
+        self.assert_refused(self.lab.offsync("plan"), 1, "1 target could not be compared")
 
     def test_a_wrong_key(self) -> None:
         target = self.lab.joined("one")

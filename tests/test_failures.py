@@ -1,0 +1,429 @@
+"""Kills, cuts, full disks, races and hostile answers: nothing lost, nothing left behind, everything said in one sentence."""
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import unittest
+
+from lab import OFFSYNC, descendants, mentions, read, snapshot, wait_for, write
+from test_job import LabCase
+from test_plan import SharedLab
+
+MEBIBYTE = 1 << 20
+
+
+class Kills(SharedLab):
+    """Each test stops a slow transfer of one large file while it is on its way."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.configure(bwlimit="1000")
+        self.big = os.urandom(3 * MEBIBYTE)
+        write(self.source + "/d/big", self.big)
+        write(self.source + "/d/small", "new")
+        write(self.there + "/d/small", "old")
+        shutil.rmtree(self.lab.state + "/unfinished", ignore_errors=True)
+
+    def arriving(self) -> list:
+        """Return rsync's temporary files of the large file that hold something."""
+        found = []
+        for directory, _, names in os.walk(self.there):
+            found += [os.path.join(directory, name) for name in names if "big" in name and name != "big"]
+        return [path for path in found if os.path.getsize(path) > 300_000]
+
+    def apply_until_it_sends(self) -> subprocess.Popen:
+        process = self.lab.start("apply")
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.stdout.close)
+        wait_for(self.arriving, "the large file to be on its way")
+        return process
+
+    def assert_clean(self) -> None:
+        """No process, socket or temporary directory of the run is left, and live files are whole."""
+        wait_for(lambda: not mentions(self.lab.tmp) and not os.listdir(self.lab.tmp), "processes and files to be gone")
+        self.assertIn(read(self.there + "/d/small"), ("old", "new"))
+        self.assertNotIn(b"d/big", snapshot(self.there))
+
+    def assert_finished_by_the_next_apply(self) -> None:
+        self.lab.configure(bwlimit="0")
+        planned = self.lab.offsync("plan", check=0).out
+        self.assertNotIn("missing", planned)
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+        self.assertIn("equal, nothing to do", self.lab.offsync("plan", check=0).out)
+        self.assertEqual(os.listdir(self.lab.state + "/unfinished"), [])
+
+    def test_signals_that_can_be_caught(self) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with self.subTest(signal=signum.name):
+                self.setUp()
+                process = self.apply_until_it_sends()
+                process.send_signal(signum)
+                out, err = process.communicate(timeout=60)
+                self.assertEqual(process.returncode, 128 + signum, err)
+                self.assertIn(b"interrupted", err)
+                self.assertNotIn(b"Traceback", err)
+                self.assert_clean()
+                record = self.lab.records()[-1]
+                self.assertEqual((record["result"], record["files_changed"]), ("interrupted", []))
+                self.assert_finished_by_the_next_apply()
+
+    def test_offsync_is_killed_and_the_next_run_resumes_and_says_so(self) -> None:
+        process = self.apply_until_it_sends()
+        process.kill()
+        process.wait()
+        self.assert_clean()
+        self.lab.configure(bwlimit="0")
+        self.assertRegex(self.lab.offsync("plan", check=0).out, "leftover")
+        done = self.lab.offsync("apply", check=0)
+        self.assertIn("was killed", done.err)
+        records = self.lab.records()
+        self.assertEqual([r["result"] for r in records[-2:]], ["interrupted", "ok"])
+        self.assertLess(records[-1]["bytes_sent"], len(self.big) - 250_000)      # what had arrived was not sent again
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+        self.assertEqual(os.listdir(self.lab.state + "/unfinished"), [])
+
+    def test_its_children_and_the_other_side_are_killed(self) -> None:
+        for name, victims in (("rsync here", lambda process: [p for p in descendants(process.pid) if "rsync" in comm(p)]),
+                              ("ssh", lambda process: [p for p in descendants(process.pid) if "ssh" in comm(p)]),
+                              ("rsync there", lambda process: [p for p in descendants(self.target.process.pid) if "rsync" in comm(p)]),
+                              ("sshd session", lambda process: descendants(self.target.process.pid))):
+            with self.subTest(victim=name):
+                self.setUp()
+                process = self.apply_until_it_sends()
+                for pid in victims(process):
+                    try:
+                        os.kill(pid, signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass
+                _, err = process.communicate(timeout=120)
+                self.assertEqual(process.returncode, 1, err)
+                self.assertNotIn(b"Traceback", err)
+                self.assert_clean()
+                self.assertEqual(self.lab.records()[-1]["result"], "failed")
+                self.assert_finished_by_the_next_apply()
+
+    def test_leftovers_are_no_users_files(self) -> None:
+        """.NAME.XXXXXX is rsync's only beside a name that an unfinished apply was sending; words are never taken for it."""
+        process = self.apply_until_it_sends()
+        for pid in [p for p in descendants(self.target.process.pid) if "rsync" in comm(p)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        process.communicate(timeout=60)
+        write(self.there + "/d/.big.aB3xY9", "like rsync's")
+        write(self.there + "/d/.big.backup", "a word")
+        write(self.there + "/d/.other.aB3xY9", "another name")
+        write(self.there + "/x/.~tmp~/precious", "not in the source")
+        self.lab.configure(bwlimit="0")
+        out = self.lab.offsync("plan", check=0).out
+        self.assertRegex(out, r"leftover +- +d/\.big\.aB3xY9\n")
+        for name in (r"d/\.big\.backup", r"d/\.other\.aB3xY9", r"x/\.~tmp~/precious"):
+            self.assertRegex(out, r"missing +- +%s\n" % name)
+        self.lab.offsync("apply", check=1)
+        for name in ("d/.big.backup", "d/.other.aB3xY9", "x/.~tmp~/precious"):
+            os.unlink(self.there + "/" + name)
+        shutil.rmtree(self.there + "/x")
+        self.assert_finished_by_the_next_apply()
+
+
+def comm(pid: int) -> str:
+    """Return the name of a process."""
+    return subprocess.run(["ps", "-p", str(pid), "-o", "comm="], stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+class Trouble(SharedLab):
+    def failing(self, *words: str) -> None:
+        """apply fails with these words, logs it, and works again when the trouble is over (the caller mends it)."""
+        done = self.lab.offsync("apply", check=1)
+        for word in words:
+            self.assertIn(word, done.err)
+
+    def test_log_not_writable_then_nothing_is_sent(self) -> None:
+        write(self.source + "/f")
+        log = self.lab.state + "/operations.log"
+        if os.path.lexists(log):
+            os.unlink(log)
+        os.mkdir(log)
+        self.addCleanup(lambda: os.path.isdir(log) and os.rmdir(log))
+        self.assert_refused(self.lab.offsync("apply"), 1, "operations.log", "nothing was sent")
+        self.assertEqual(snapshot(self.there), {})
+
+    def test_two_applies_and_apply_and_init(self) -> None:
+        import fcntl
+        with open(self.lab.state + "/lock", "w") as stream:
+            stream.write("offsync apply (process 4711)\n")
+            stream.flush()
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            for args in (["apply"], ["init", "--source", self.source], ["target", "remove", self.target.login]):
+                self.assert_refused(self.lab.offsync(*args), 1, "offsync apply (process 4711) is running")
+            self.lab.offsync("plan", check=0)
+        self.lab.offsync("apply", check=0)
+
+    def test_rrsyncs_lock_is_waited_for(self) -> None:
+        import fcntl
+        write(self.source + "/f")
+        held = os.open(self.there, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        process = self.lab.start("apply")
+        wait_for(lambda: self.target.read_log().count("Starting session") > 1 and len(mentions(self.lab.tmp)) > 0, "apply to begin")
+        fcntl.flock(held, fcntl.LOCK_UN)
+        os.close(held)
+        out, err = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 0, err)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_source_changes_under_the_run(self) -> None:
+        """The target's rrsync is wrapped: the source file changes after the transfer."""
+        write(self.source + "/f", "planned")
+        rrsync = self.lab.base + "/changing-rrsync"
+        write(rrsync, '#!/bin/sh\ncase "$SSH_ORIGINAL_COMMAND" in *--delay-updates*) echo changed > %s/f;; esac\nexec /usr/bin/rrsync "$@"\n' % self.source, 0o755)
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
+        done = self.lab.offsync("apply", check=1)
+        self.assertRegex(done.err, "the source changed during the run: f|verification found 1 difference: f")
+        self.assertEqual(self.lab.records()[-1]["result"], "failed")
+
+    def test_a_target_that_discards_what_it_gets(self) -> None:
+        """Exit status 0 proves nothing."""
+        write(self.source + "/f", "content")
+        rrsync = self.lab.base + "/discarding-rrsync"
+        write(rrsync, '#!/bin/sh\n/usr/bin/rrsync "$@"\nstatus=$?\ncase "$SSH_ORIGINAL_COMMAND" in *--delay-updates*) rm -f %s/f; exit 0;; esac\nexit $status\n' % self.there, 0o755)
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
+        self.failing("verification found 1 difference: f")
+        self.assertEqual((self.lab.records()[-1]["result"], self.lab.records()[-1]["files_changed"]), ("failed", []))
+
+    @unittest.skipUnless(os.geteuid() == 0, "mounting a small tmpfs needs root")
+    def test_disk_full(self) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", self.there], check=True)
+        self.addCleanup(subprocess.run, ["umount", self.there], check=False)
+        write(self.source + "/old", "old")
+        self.lab.offsync("apply", check=0)
+        write(self.source + "/big", os.urandom(3 * MEBIBYTE))
+        write(self.source + "/old", "new")
+        self.failing("the disk is full there", "free some space")
+        self.assertEqual(read(self.there + "/old"), "old")
+        os.unlink(self.source + "/big")
+        self.lab.offsync("apply", check=0)      # what the failed run left gives way first
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_path_replaced_and_read_only(self) -> None:
+        write(self.source + "/f")
+        shutil.rmtree(self.there)
+        write(self.there, "a file")
+        self.failing("is gone there or is no directory")
+        os.unlink(self.there)
+        os.mkdir(self.there)
+        if os.geteuid() != 0:
+            os.chmod(self.there, 0o555)
+            self.failing("may not write everywhere below")
+            os.chmod(self.there, 0o755)
+        self.lab.offsync("apply", check=0)
+
+    def test_a_link_that_goes_dead(self) -> None:
+        """A ProxyCommand that is stopped in the middle: packets neither arrive nor are refused."""
+        quick = self.lab.base + "/offsync-quick.py"
+        write(quick, read(OFFSYNC).replace("ServerAliveInterval=15", "ServerAliveInterval=1"))
+        write(self.source + "/big", os.urandom(3 * MEBIBYTE))
+        self.lab.configure(bwlimit="1000")
+        write(self.lab.ssh_config, "ProxyCommand %s %s %%h %%p 0\n" % (sys.executable, os.path.join(os.path.dirname(OFFSYNC), "tests", "delay.py")))
+        self.addCleanup(write, self.lab.ssh_config, "")
+        process = subprocess.Popen([sys.executable, quick, "apply"], env=self.lab.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   start_new_session=True)
+        wait_for(lambda: any(os.path.getsize(os.path.join(self.there, name)) > 300_000 for name in os.listdir(self.there)
+                             if name.startswith(".big")) or os.path.isdir(self.there + "/.~tmp~"), "the transfer")
+        out = subprocess.run(["ps", "-A", "-o", "pid=,args="], stdout=subprocess.PIPE, text=True, check=True).stdout
+        proxies = [int(line.split()[0]) for line in out.splitlines() if "delay.py" in line and str(self.target.port) in line and "sh -c" not in line]
+        self.assertTrue(proxies)
+        for pid in proxies:
+            os.kill(pid, signal.SIGSTOP)
+        _, err = process.communicate(timeout=90)
+        for pid in proxies:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.assertEqual(process.returncode, 1, err)
+        self.assertRegex(err, b"connection was lost|did not answer in time")
+        write(self.lab.ssh_config, "")
+        self.lab.configure(bwlimit="0")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_sshd_that_drops_connections_is_tried_again(self) -> None:
+        """A ProxyCommand that closes the first two connections before the banner, as MaxStartups does."""
+        proxy = self.lab.base + "/dropping"
+        write(proxy, '#!/bin/sh\nn=$(cat %s/n 2>/dev/null || echo 0)\necho $((n+1)) > %s/n\n[ "$n" -lt 2 ] && exit 0\nexec %s %s "$@" 0\n'
+              % (self.lab.base, self.lab.base, sys.executable, os.path.join(os.path.dirname(OFFSYNC), "tests", "delay.py")), 0o755)
+        write(self.lab.ssh_config, "ProxyCommand %s %%h %%p\n" % proxy)
+        self.addCleanup(write, self.lab.ssh_config, "")
+        self.lab.offsync("plan", check=0)
+        self.assertEqual(read(self.lab.base + "/n").strip(), "3")
+
+    def test_one_failing_target_does_not_stop_the_others(self) -> None:
+        other = self.lab.joined("other")
+        self.addCleanup(lambda: self.lab.offsync("target", "remove", other.login, check=0))
+        write(self.source + "/f")
+        keys = read(other.keys)
+        os.unlink(other.keys)
+        done = self.lab.offsync("apply", check=1)
+        self.assertIn("1 of 2 targets failed: %s: it refused our key" % other.login, done.err)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+        self.assertEqual({r["login"]: r["result"] for r in self.lab.records()[-2:]}, {self.target.login: "ok", other.login: "failed"})
+        write(other.keys, keys)
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(other.path), snapshot(self.source))
+
+
+class Hostile(SharedLab):
+    def force(self, script: str) -> None:
+        """Give the key a hostile forced command."""
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        program = self.lab.base + "/hostile"
+        write(program, "#!/bin/sh\n" + script, 0o755)
+        write(self.target.keys, 'command="%s",restrict %s' % (program, line.split("restrict ")[1]))
+
+    def test_control_characters_never_reach_the_terminal(self) -> None:
+        self.force("printf '\\033]0;evil\\007\\302\\2332J\\377 No space\\n' >&2; exit 9\n")
+        done = self.lab.offsync("plan", check=1)
+        for stream in (done.stdout, done.stderr):
+            self.assertFalse(set(stream) & (set(range(32)) - {10}), stream)
+            self.assertNotIn("\x9b", stream.decode())
+
+    def test_output_without_end(self) -> None:
+        for script in ("case $SSH_ORIGINAL_COMMAND in rsync*) yes >&2;; *) echo no >&2; exit 1;; esac\n", "yes\n"):
+            self.force(script)
+            process = self.lab.start("plan")
+            if ">&2" in script:
+                wait_for(lambda: mentions("yes") and mentions(self.lab.base + "/hostile"), "the flood")
+                process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=100)
+            self.assertIn(process.returncode, (1, 143))
+            self.assertNotIn(b"Traceback", err)
+            self.assertLess(len(out) + len(err), 4000)
+
+    def test_forged_lines_are_no_plan(self) -> None:
+        """A target can write to our rsync's stdout; without the run's random prefix that is nothing."""
+        write(self.source + "/f")
+        self.force('case $SSH_ORIGINAL_COMMAND in rsync*) exec /usr/bin/rrsync -wo %s;; *) echo "*deleting   x" >&2; exit 1;; esac\n' % self.there)
+        out = self.lab.offsync("plan", check=0).out
+        self.assertNotIn("deleting", out)
+        self.assertIn("1 added;", out)
+
+
+class BadSurroundings(LabCase):
+    def test_closed_and_full_streams(self) -> None:
+        self.lab.joined("one")
+        write(self.lab.source + "/f")
+        for number in range(300):
+            write(self.lab.source + "/n%d" % number)
+
+        def shell(command: str) -> subprocess.CompletedProcess:
+            return subprocess.run(["sh", "-c", command.replace("OFFSYNC", "%s %s" % (sys.executable, OFFSYNC))], env=self.lab.env, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, cwd=self.lab.base, text=True)
+
+        for command in ("OFFSYNC plan | head -1", "OFFSYNC manifest | head -1", "OFFSYNC plan >&-", "OFFSYNC --version >&-", "OFFSYNC plan <&-", "OFFSYNC apply <&- >&- 2>&-",
+                        "LC_ALL=C OFFSYNC plan", "OFFSYNC verify | cat"):
+            with self.subTest(command=command):
+                done = shell(command)
+                self.assertNotIn("Traceback", done.stderr)
+                self.assertEqual(done.returncode, 0, done.stderr)
+        for command in ("OFFSYNC plan > /dev/full", "OFFSYNC --version > /dev/full", "OFFSYNC manifest > /dev/full"):
+            with self.subTest(command=command):
+                done = shell(command)
+                self.assertEqual(done.returncode, 1)
+                self.assertRegex(done.stderr, r"\Aoffsync: standard output: No space left on device; .*\n\Z")
+        self.assertEqual(snapshot(self.lab.base + "/one/data"), snapshot(self.lab.source))
+
+    def test_odd_environments(self) -> None:
+        self.lab.init()
+        for home in ("relative", "/x\ny", '/x"y', "/x%y", "/x$y"):
+            self.assert_refused(self.lab.offsync("plan", env={"OFFSYNC_HOME": home}), 2, "OFFSYNC_HOME")
+        spaced = self.lab.base + "/state with space"
+        self.lab.offsync("init", "--source", self.lab.source, env={"OFFSYNC_HOME": spaced}, check=0)
+        target = self.lab.target("one")
+        self.lab.offsync("link", "--path", target.path, "--key-file", spaced + "/id_ed25519.pub", home=target.home, check=0)
+        self.lab.offsync("target", "add", target.login, "--path", target.path, "--port", str(target.port), "--host-key", target.fingerprint,
+                         env={"OFFSYNC_HOME": spaced}, check=0)
+        write(self.lab.source + "/f")
+        long = self.lab.base + "/" + "t" * 100
+        os.mkdir(long)
+        self.lab.offsync("apply", env={"OFFSYNC_HOME": spaced, "TMPDIR": long, "RSYNC_PROTECT_ARGS": "1", "RSYNC_RSH": "false", "LC_ALL": "C"}, check=0)
+        self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
+
+    def test_bad_configs(self) -> None:
+        self.lab.init()
+        config = self.lab.state + "/config.yaml"
+        good = read(config)
+        for text in ("", "\x00", "[" * 10000, "version: 1\n" * 3, good + "nonsense\n", good.replace("targets: []", "targets:\n  - x"), b"version: 1\nsource: \"/\xff\"\n",
+                     good.replace("false", "False"), good.replace("delete: false", "delete: no"), "a" * 1_000_000):
+            write(config, text)
+            done = self.lab.offsync("plan")
+            self.assert_refused(done, 2, "config.yaml:")
+            self.assertLess(len(done.err), 2000)
+        os.unlink(config)
+        os.mkfifo(config)
+        self.assert_refused(self.lab.offsync("plan"), 2, "not a regular file")
+
+    @unittest.skipIf(os.geteuid() == 0, "root may write anywhere")
+    def test_state_directory_read_only(self) -> None:
+        self.lab.joined("one")
+        os.chmod(self.lab.state, 0o500)
+        self.addCleanup(os.chmod, self.lab.state, 0o700)
+        self.lab.offsync("plan", check=0)
+        self.assertEqual(self.lab.offsync("apply").returncode, 0)
+
+
+class Soak(SharedLab):
+    """Random kills: KILLS sets how many ("make soak" runs many), SEED where they begin."""
+
+    def test_random_kills(self) -> None:
+        rng = random.Random(int(os.environ.get("SEED", "1")))
+        for number in range(int(os.environ.get("KILLS", "4"))):
+            with self.subTest(kill=number):
+                self.one_kill(rng)
+
+    def one_kill(self, rng: random.Random) -> None:
+        for name in range(30):
+            path = "%s/d%d/f%d" % (self.source, name % 3, name)
+            if not os.path.exists(path) or rng.random() < 0.3:
+                write(path, rng.randbytes(rng.choice([10, 1000, 400_000])) if hasattr(rng, "randbytes") else os.urandom(1000))
+        old, new = snapshot(self.there), snapshot(self.source)
+        process = self.lab.start("apply")
+        try:
+            process.communicate(timeout=rng.uniform(0.05, 3.0))
+        except subprocess.TimeoutExpired:
+            victim = rng.choice(["offsync", "child", "there"])
+            pids = {"offsync": [process.pid], "child": descendants(process.pid), "there": descendants(self.target.process.pid)}[victim]
+            if pids:
+                try:
+                    os.kill(rng.choice(pids), rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
+                except ProcessLookupError:
+                    pass
+            _, err = process.communicate(timeout=120)
+            self.assertNotIn(b"Traceback", err)
+        wait_for(lambda: not mentions(self.lab.tmp) and not os.listdir(self.lab.tmp), "processes and temporary files to be gone")
+        now = snapshot(self.there)
+        for path, entry in now.items():
+            if b".~tmp~" in path or os.path.basename(path).startswith(b"."):
+                continue
+            self.assertIn(entry, (old.get(path), new.get(path)), path)
+        planned = self.lab.offsync("plan", check=0).out
+        self.assertNotIn("missing", planned)
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), new)
+        self.assertEqual(stat.S_IMODE(os.stat(self.lab.state + "/operations.log").st_mode), 0o600)
+
+
+if __name__ == "__main__":
+    unittest.main()

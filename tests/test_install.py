@@ -1,0 +1,180 @@
+"""install.sh, install-deps (with fakes of the package managers that cannot be had here), --version, and the first steps."""
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import unittest
+
+from lab import OFFSYNC, read, require, write
+from test_job import LabCase
+
+TOP = os.path.dirname(OFFSYNC)
+EXPECTED = {       # manager: {role: the commands as an ordinary user, in order}
+    "apt-get": {"controller": ["sudo apt-get update", "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends openssh-client rsync"],
+                "target": ["sudo apt-get update", "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends openssh-server rsync python3"],
+                "both": ["sudo apt-get update",
+                         "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends openssh-client rsync openssh-server python3"]},
+    "dnf": {"controller": ["sudo dnf -y install openssh-clients rsync"],
+            "target": ["sudo dnf -y install openssh-server rsync python3", "sudo dnf -y install rsync-rrsync"]},
+    "yum": {"both": ["sudo yum -y install openssh-clients rsync openssh-server python3", "sudo yum -y install rsync-rrsync"]},
+    "pacman": {"controller": ["sudo pacman -S --needed --noconfirm openssh rsync"], "target": ["sudo pacman -S --needed --noconfirm openssh rsync python"]},
+    "zypper": {"target": ["sudo zypper --non-interactive install --no-recommends openssh-server rsync python3",
+                          "sudo zypper --non-interactive install --no-recommends openssh rsync python3"]},
+    "apk": {"both": ["sudo apk add --no-cache openssh-client openssh-keygen rsync openssh-server rrsync"]},
+    "brew": {"controller": ["brew install rsync"]},
+}
+
+
+class InstallDeps(LabCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.bin = self.lab.base + "/only"
+        os.mkdir(self.bin)
+        for name in ("sh", "env", "cat", "python3"):
+            os.symlink(os.path.realpath(shutil.which(name)), self.bin + "/" + name)
+
+    def fake(self, manager: str, succeed: bool = True) -> str:
+        """Make a package manager that notes its call and, like the real one, makes rsync appear (or not)."""
+        calls = self.lab.base + "/calls"
+        body = '#!/bin/sh\necho "${0##*/} $*" >> %s\n' % calls
+        if succeed:
+            body += '[ "$1" = update ] || for p in rsync ssh ssh-keygen; do echo "#!/bin/sh\necho rsync  version 3.4.1  protocol version 32" > %s/$p; /bin/chmod 755 %s/$p; done\n' % (self.bin, self.bin)
+        else:
+            body += "exit 1\n"
+        write(self.bin + "/" + manager, body, 0o755)
+        write(self.bin + "/sudo", '#!/bin/sh\n[ "$1" = env ] && shift 2\nexec "$@"\n', 0o755)
+        return calls
+
+    def run_deps(self, *args, check=None):
+        return self.lab.offsync("install-deps", *args, env={"PATH": self.bin}, check=check)
+
+    def test_the_commands_of_every_package_manager(self) -> None:
+        for manager, roles in EXPECTED.items():
+            for role, commands in roles.items():
+                with self.subTest(manager=manager, role=role):
+                    calls = self.fake(manager, succeed=False)
+                    done = self.run_deps("--role", role, "-y", check=1)
+                    shown = [line.strip().replace("or, if that fails: ", "") for line in done.err.splitlines() if line.startswith("  ")]
+                    if os.geteuid() == 0:
+                        commands = [command.replace("sudo ", "") for command in commands]
+                    self.assertEqual(shown, commands)
+                    self.assertEqual(read(calls).splitlines(), [c.replace("sudo ", "").replace("env DEBIAN_FRONTEND=noninteractive ", "") for c in commands])
+                    self.assertIn("still missing", done.err)
+                    os.unlink(calls)
+                    os.unlink(self.bin + "/" + manager)
+
+    def test_it_asks_first_and_is_content_with_what_is_there(self) -> None:
+        calls = self.fake("apt-get")
+        done = self.run_deps(check=1)
+        self.assertIn("repeat with -y", done.err)
+        self.assertFalse(os.path.exists(calls))
+        self.run_deps("-y", check=0)
+        self.assertEqual(len(read(calls).splitlines()), 2)
+        self.assertIn("everything for the role controller is here", self.run_deps(check=0).err)
+        self.assertEqual(len(read(calls).splitlines()), 2)
+
+    def test_no_package_manager(self) -> None:
+        self.assert_refused(self.run_deps("-y"), 1, "no known package manager")
+
+    def test_openrsync_and_old_rsync_are_not_enough(self) -> None:
+        for name in ("ssh", "ssh-keygen"):
+            os.symlink(require(name), self.bin + "/" + name)
+        for answer, said in (("openrsync: protocol version 29\nrsync version 2.6.9 compatible", "openrsync"), ("rsync  version 3.0.9  protocol version 30", "3.0.9, too old")):
+            write(self.bin + "/rsync", "#!/bin/sh\ncat <<'E'\n%s\nE\n" % answer, 0o755)
+            if not self.lab.targets:
+                self.lab.joined("one")
+            self.assert_refused(self.lab.offsync("plan", env={"PATH": self.bin}), 1, said, "OFFSYNC_RSYNC")
+        self.lab.offsync("plan", env={"PATH": self.lab.bin + ":" + self.bin, "OFFSYNC_RSYNC": require("rsync")}, check=0)
+
+
+class InstallScript(unittest.TestCase):
+    def setUp(self) -> None:
+        import tempfile
+        self.base = tempfile.mkdtemp(prefix="offsync install ")
+        self.addCleanup(shutil.rmtree, self.base)
+        for name in ("install.sh", "offsync.py"):
+            shutil.copy(os.path.join(TOP, name), self.base)
+
+    def install(self, shell: str, *args: str, check: int = 0, **env: str) -> subprocess.CompletedProcess:
+        done = subprocess.run([*shell.split(), os.path.join(self.base, "install.sh"), *args], env={**os.environ, **env}, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True)
+        self.assertEqual(done.returncode, check, done.stderr)
+        return done
+
+    def shells(self) -> list:
+        return [shell for shell in ("sh", "dash", "bash", "busybox ash") if shutil.which(shell.split()[0])]
+
+    def test_install_repeat_upgrade_uninstall(self) -> None:
+        for shell in self.shells():
+            with self.subTest(shell=shell):
+                prefix = os.path.join(self.base, "the prefix " + shell)
+                done = self.install(shell, PREFIX=prefix)
+                installed = prefix + "/bin/offsync"
+                digest = hashlib.sha256(open(OFFSYNC, "rb").read()).hexdigest()
+                self.assertEqual(done.stdout, "%s\nsha256 %s\n" % (installed, digest))
+                self.assertIn("not in your PATH", done.stderr)
+                self.assertEqual(stat.S_IMODE(os.stat(installed).st_mode), 0o755)
+                said = subprocess.run([installed, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
+                self.assertIn(digest, said)
+                self.install(shell, PREFIX=prefix)
+                self.assertEqual(os.listdir(prefix + "/bin"), ["offsync"])
+                self.install(shell, "--uninstall", PREFIX=prefix)
+                self.assertEqual(os.listdir(prefix + "/bin"), [])
+                self.assertIn("nothing to remove", self.install(shell, "--uninstall", PREFIX=prefix).stdout)
+
+    def test_destdir_home_and_path(self) -> None:
+        done = self.install("sh", PREFIX="/usr", DESTDIR=self.base + "/stage")
+        self.assertTrue(os.path.exists(self.base + "/stage/usr/bin/offsync"))
+        self.assertEqual(done.stderr, "")
+        prefix = self.base + "/p"
+        self.assertEqual(self.install("sh", PREFIX=prefix, PATH=prefix + "/bin:" + os.environ["PATH"]).stderr, "")
+
+    def test_refusals(self) -> None:
+        prefix = self.base + "/p"
+        write(self.base + "/offsync.py.sha256", "%s  offsync.py\n" % ("0" * 64))
+        self.assertIn("does not match", self.install("sh", check=1, PREFIX=prefix).stderr)
+        self.assertFalse(os.path.exists(prefix))
+        write(self.base + "/offsync.py.sha256", "%s  offsync.py\n" % hashlib.sha256(open(OFFSYNC, "rb").read()).hexdigest())
+        self.install("sh", PREFIX=prefix)
+        self.assertIn("usage", self.install("sh", "--nonsense", check=1).stderr)
+        self.assertIn("usage", self.install("sh", "--help").stdout)
+        old = self.base + "/old"
+        write(old + "/python3", "#!/bin/sh\ncase $1 in --version) echo Python 3.6.8;; *) exit 1;; esac\n", 0o755)
+        self.assertIn("Python 3.6.8 is too old", self.install("sh", check=1, PREFIX=self.base + "/q", PATH=old + ":" + os.environ["PATH"]).stderr)
+
+
+class FirstSteps(LabCase):
+    def test_the_next_step_from_where_one_stands(self) -> None:
+        self.assertIn("offsync init", self.lab.offsync(check=2).err)
+        self.lab.init()
+        self.assertIn("offsync link", self.lab.offsync(check=2).err)
+        self.lab.joined("one")
+        self.assertIn("offsync plan", self.lab.offsync(check=2).err)
+
+    def test_every_help_has_an_example(self) -> None:
+        commands = ["init", "link", "unlink", "target", "target add", "target list", "target remove", "install-deps", "plan", "apply", "verify", "manifest", "doctor"]
+        for command in commands:
+            out = self.lab.offsync(*command.split(), "--help", check=0).out
+            self.assertIn("example:\n  offsync " + command, out)
+        top = self.lab.offsync("--help", check=0).out
+        for command in commands:
+            self.assertIn(" %s " % command.split()[0], top)
+
+    def test_version_names_these_bytes(self) -> None:
+        digest = hashlib.sha256(open(OFFSYNC, "rb").read()).hexdigest()
+        self.assertIn(digest, self.lab.offsync("--version", check=0).out)
+        piped = subprocess.run(["python3", "-", "--version"], stdin=open(OFFSYNC, "rb"), stdout=subprocess.PIPE, text=True, check=True)
+        self.assertIn("sha256 unknown", piped.stdout)
+
+    def test_verbose_shows_every_program(self) -> None:
+        self.lab.joined("one")
+        err = self.lab.offsync("-v", "plan", check=0).err
+        self.assertRegex(err, r"(?m)^\+ \S+ssh .*ControlMaster=yes")
+        self.assertRegex(err, r"(?m)^\+ \S+rsync -8 -n -rlptc --delete")
+
+
+if __name__ == "__main__":
+    unittest.main()
