@@ -8,7 +8,9 @@ help:
 	@echo 'make demo     the whole job on this machine, nothing configured (YES=1: install what is missing)'
 	@echo 'make test     the suite, on a real sshd and rsync (YES=1 as above; TESTS="test_text ..." for some)'
 	@echo 'make lint     ruff, mypy, vermin, shellcheck, and the YAML subset against PyYAML'
-	@echo 'make soak     random trees for as long as you like (SEEDS=n rounds from SEED=n)'
+	@echo 'make soak     random trees and random kills for as long as you like (SEEDS=n rounds, KILLS=n, from SEED=n)'
+	@echo 'make bench    speed against bare rsync (QUICK=1; ROWS="help small large many million")'
+	@echo 'make fuzz     the YAML subset against PyYAML (COUNT=n SEED=n)'
 	@echo 'make install  copy offsync to PREFIX/bin; make uninstall; make clean'
 
 demo:
@@ -35,7 +37,10 @@ $(DEV)/ready:
 	touch $@
 
 soak:
-	SEED=$(or $(SEED),1000) SEEDS=$(or $(SEEDS),50) $(PYTHON) tests/run.py test_property
+	SEED=$(or $(SEED),1000) SEEDS=$(or $(SEEDS),50) KILLS=$(or $(KILLS),50) $(PYTHON) tests/run.py test_property test_failures.Soak
+
+bench:
+	QUICK=$(QUICK) $(PYTHON) tests/bench.py $(ROWS)
 
 install:
 	@./install.sh
@@ -46,4 +51,4 @@ uninstall:
 clean:
 	rm -rf $(DEV) dist tests/__pycache__ __pycache__
 
-.PHONY: help demo test lint fuzz soak install uninstall clean
+.PHONY: help demo test lint fuzz soak bench install uninstall clean
