@@ -37,7 +37,7 @@ def run_one(name: str) -> None:
     suite = unittest.defaultTestLoader.loadTestsFromName(name)
     stream = io.StringIO()
     result = unittest.TextTestRunner(stream=stream, verbosity=2, buffer=True).run(suite)
-    failed = len({str(test) for test, _ in result.failures + result.errors})
+    failed = len({getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors})     # subtests count once
     print(json.dumps([result.testsRun - failed - len(result.skipped), failed, len(result.skipped), stream.getvalue()]))
 
 

@@ -81,7 +81,7 @@ class Linking(LabCase):
         write(copy, read(OFFSYNC))
         controller = self.lab.base + "/state"
         os.makedirs(controller + "/in")
-        for path in ("", "/", "//", "/etc", "/etc/cron.d/x", "/usr", "/home", "/var/spool", "/usr/lib/python3", self.target_home + "/bin", self.target_home + "/.config", "/usr/bin", "/proc/self", "/dev/shm", self.target_home, self.target_home + "/.ssh",
+        for path in ("", "/", "//", "/etc", "/etc/cron.d/x", "/usr", pwd.getpwuid(os.geteuid()).pw_dir + "/.ssh/x", "/var/spool", "/usr/lib/python3", self.target_home + "/bin", self.target_home + "/.config", "/usr/bin", "/proc/self", "/dev/shm", self.target_home, self.target_home + "/.ssh",
                      self.target_home + "/.ssh/sub", self.lab.base, self.lab.base + "/alias", self.lab.base + "/alias/.ssh",
                      self.target_home + "/x/../.ssh", self.lab.base + "/tool", controller, "relative", "/a\nb", "/a\x1b"):
             with self.subTest(path=path):

@@ -238,7 +238,8 @@ class Restriction(LabCase):
         write(self.target.keys, command + " " + self.line.split("restrict ")[1])
         out = self.lab.offsync("doctor", check=1).out
         for what in ("get a terminal", "forward a port", "forward an agent"):
-            self.assertRegex(out, "OPEN +" + what)
+            if what != "get a terminal" or os.geteuid() == 0:       # an sshd that is not root's cannot give terminals
+                self.assertRegex(out, "OPEN +" + what)
         write(self.target.keys, self.line)
         out = self.lab.offsync("doctor", check=0).out
         for what in ("run a command", "read a file", "read files", "write to a path outside", "write to .. of", "get a terminal", "forward a port",

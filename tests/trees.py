@@ -77,6 +77,8 @@ def copy(source: bytes, destination: bytes) -> None:
 
 def mutate(rng: random.Random, root: bytes, depth: int = 0) -> None:
     """Change a tree at random: contents (size and time kept or not), modes, types, new and removed entries."""
+    own_mode = stat.S_IMODE(os.lstat(root).st_mode)
+    os.chmod(root, 0o700)
     for entry in sorted(os.listdir(root)):
         path = os.path.join(root, entry)
         status = os.lstat(path)
@@ -88,12 +90,14 @@ def mutate(rng: random.Random, root: bytes, depth: int = 0) -> None:
             remove(path)
             put(rng, path, rng.choice("fdl"), depth)
         elif act < 0.35 and not is_link:
-            os.chmod(path, rng.choice([0o644, 0o700, 0o755, 0o555]))
+            os.chmod(path, rng.choice([0o750 if is_dir else 0o644, 0o700, 0o755, 0o555]))
         elif act < 0.5 and not is_link and not is_dir:
+            os.chmod(path, 0o600)
             with open(path, "r+b") as stream:
                 old = stream.read()
                 stream.seek(0)
                 stream.write(bytes(255 - b for b in old))
+            os.chmod(path, stat.S_IMODE(status.st_mode))
             if rng.random() < 0.7:
                 os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         elif act < 0.6 and not is_link and not is_dir:
@@ -102,6 +106,7 @@ def mutate(rng: random.Random, root: bytes, depth: int = 0) -> None:
             mutate(rng, path, depth + 1)
     if rng.random() < 0.5:
         build(rng, root, 2)
+    os.chmod(root, own_mode)
 
 
 def walk(root: bytes, directory: bytes = b"") -> dict:
