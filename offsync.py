@@ -51,6 +51,7 @@ from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, NoRe
 _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
 
+
 # --- Version and constants: policy before code ------------------------------------------------------------------
 
 VERSION = "1.0.0"
@@ -389,6 +390,25 @@ class Outcome(NamedTuple):
 
 # --- Text: no I/O below, text in, values out --------------------------------------------------------------------
 
+def parse_rsync_name(name: bytes) -> bytes:
+    r"""Return the exact bytes of a name that rsync printed: it writes control bytes as \#ooo (octal)."""
+    return re.sub(rb"\\#([0-7]{3})", lambda match: bytes([int(match.group(1), 8) & 255]), name)
+
+
+def show(name: bytes) -> str:
+    """Return a name for people: as it is, or quoted as git does if it could write to the terminal or mislead."""
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError:
+        text = ""
+    if text and text.isprintable() and not re.search(r'["\\]|^ | $', text):
+        return text
+    named = {7: "\\a", 8: "\\b", 9: "\\t", 10: "\\n", 11: "\\v", 12: "\\f", 13: "\\r", 34: '\\"', 92: "\\\\"}
+    if not text or not text.replace("\n", "").isascii():
+        return '"' + "".join(named.get(b, chr(b) if 32 <= b < 127 else "\\%03o" % b) for b in name) + '"'
+    return '"' + "".join(named.get(ord(c), c if 32 <= ord(c) < 127 else "\\%03o" % ord(c)) for c in text) + '"'
+
+
 def parse_itemized(line: bytes) -> Optional[Itemized]:
     """Return what "%i %n" says, or None where nothing that we compare differs. Raises ValueError on anything else.
 
@@ -423,11 +443,6 @@ def parse_itemized(line: bytes) -> Optional[Itemized]:
     return Itemized(path, "change", code[1:2] == b"d", tuple(changes), quick) if changes else None
 
 
-def parse_rsync_name(name: bytes) -> bytes:
-    r"""Return the exact bytes of a name that rsync printed: it writes control bytes as \#ooo (octal)."""
-    return re.sub(rb"\\#([0-7]{3})", lambda match: bytes([int(match.group(1), 8) & 255]), name)
-
-
 def format_include_rule(path: bytes, directory: bool) -> bytes:
     """Return the anchored rsync pattern that matches exactly this path (rsync(1), PATTERN MATCHING RULES).
 
@@ -436,20 +451,6 @@ def format_include_rule(path: bytes, directory: bool) -> bytes:
     if re.search(rb"[*?\[]", path):
         path = re.sub(rb"([*?\[\\])", rb"\\\1", path)
     return b"/" + path + (b"/" if directory else b"")
-
-
-def show(name: bytes) -> str:
-    """Return a name for people: as it is, or quoted as git does if it could write to the terminal or mislead."""
-    try:
-        text = name.decode("utf-8")
-    except UnicodeDecodeError:
-        text = ""
-    if text and text.isprintable() and not re.search(r'["\\]|^ | $', text):
-        return text
-    named = {7: "\\a", 8: "\\b", 9: "\\t", 10: "\\n", 11: "\\v", 12: "\\f", 13: "\\r", 34: '\\"', 92: "\\\\"}
-    if not text or not text.replace("\n", "").isascii():
-        return '"' + "".join(named.get(b, chr(b) if 32 <= b < 127 else "\\%03o" % b) for b in name) + '"'
-    return '"' + "".join(named.get(ord(c), c if 32 <= ord(c) < 127 else "\\%03o" % ord(c)) for c in text) + '"'
 
 
 def show_text(text: str) -> str:
@@ -463,6 +464,11 @@ def quote_answer(stderr: bytes) -> str:
     text = " | ".join(lines[-4:])
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= 300 else "..." + text[-297:]
+
+
+def quote_for_rsync(word: str) -> str:
+    """Return a word of rsync's -e option: it splits at blanks and knows quotes, doubled within (rsync(1), --rsh)."""
+    return word if re.fullmatch(r"[A-Za-z0-9_./=@:,~-]+", word) else "'" + word.replace("'", "''") + "'"
 
 
 def format_bytes(size: float) -> str:
@@ -507,7 +513,6 @@ def diagnose(target: Target, stderr: bytes) -> TargetError:
 
 # config.yaml: a strict subset of YAML. What is accepted means the same to any YAML 1.1 or 1.2 parser; the rest is
 # refused by line. Top-level "key: value", lists of scalars, lists of mappings, comments.
-
 _YAML_KEY = re.compile(r"(?!(?i:y|n|yes|no|on|off|true|false|null):)([A-Za-z_][A-Za-z0-9_]*):(?= |$)")
 _YAML_SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|' r"'(?:[^']|'')*'" r"|\[ *\]|[A-Za-z0-9/][A-Za-z0-9_./@+-]*")
 _YAML_END = re.compile(r" *$| +#")
@@ -523,6 +528,94 @@ class YamlError(ValueError):
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
         self.line = line
+
+
+def _parse_yaml_escape(match: re.Match[str], number: int) -> str:
+    """Return the character of one escape in double quotes."""
+    simple, two, four, eight, other = match.groups()
+    if other is not None:
+        raise YamlError(number + 1, "unsupported escape \\%s in double quotes" % other)
+    if simple:
+        return {"n": "\n", "t": "\t", "r": "\r"}.get(simple, str(simple))
+    code = int(two or four or eight, 16)
+    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+        raise YamlError(number + 1, "an escape that is no character")
+    return chr(code)
+
+
+def _parse_yaml_value(text: str, number: int) -> Any:
+    """Return the value of one scalar token."""
+    if text[0] == '"':
+        return _YAML_ESCAPE.sub(lambda match: _parse_yaml_escape(match, number), text[1:-1])
+    if text[0] == "'":
+        return text[1:-1].replace("''", "'")
+    if text[0] == "[":
+        return []
+    if text in ("true", "false"):
+        return text == "true"
+    if re.fullmatch(r"0|[1-9][0-9]{0,8}", text):
+        return int(text)
+    if text[0].isdigit() or text.lower() in _YAML_WORDS:
+        raise YamlError(number + 1, "%s is not supported; write true, false, a decimal number, or text in quotes" % text)
+    return text
+
+
+def _parse_yaml_scalar(line: str, number: int, start: int) -> Optional[Scalar]:
+    """Return the scalar that follows column start, None if only a comment does."""
+    if _YAML_END.match(line, start):
+        return None
+    start += len(line[start:]) - len(line[start:].lstrip(" "))
+    match = _YAML_SCALAR.match(line, start)
+    if not match or not _YAML_END.match(line, match.end()):
+        raise YamlError(number + 1, "unsupported value; quote it: %s" % json.dumps(line[start:].strip()))
+    text = match.group()
+    if "\t" in text:
+        raise YamlError(number + 1, "a tab in a value; write \\t in double quotes")
+    return Scalar(_parse_yaml_value(text, number), number, start, match.end())
+
+
+def _parse_yaml_top(document: Document, line: str, number: int) -> Optional[list[Any]]:
+    """Add one top-level pair; return its list where one may follow."""
+    match = _YAML_KEY.match(line)
+    if not match:
+        raise YamlError(number + 1, 'expected "key: value"')
+    key = match.group(1)
+    if key in document.nodes:
+        raise YamlError(number + 1, "the key %s stands here for the second time" % key)
+    document.key_lines[key] = number
+    scalar = _parse_yaml_scalar(line, number, match.end())
+    document.nodes[key] = [] if scalar is None else scalar
+    return document.nodes[key] if scalar is None else None
+
+
+def _parse_yaml_pair(mapping: dict[str, Scalar], line: str, number: int, start: int) -> None:
+    """Add one "key: scalar" of a mapping within a list."""
+    match = _YAML_KEY.match(line, start)
+    if not match:
+        raise YamlError(number + 1, 'expected "key: value"')
+    scalar = _parse_yaml_scalar(line, number, match.end())
+    if scalar is None:
+        raise YamlError(number + 1, match.group(1) + ": has no value")
+    if match.group(1) in mapping:
+        raise YamlError(number + 1, "the key %s stands here for the second time" % match.group(1))
+    mapping[match.group(1)] = scalar
+
+
+def _parse_yaml_item(line: str, number: int, indent: int) -> Any:
+    """Return a list item: a Scalar, or a dict of Scalars whose first pair stands beside the dash.
+
+    The entry "" of such a dict says where it begins: the line, and the column of its keys.
+    """
+    start = indent + 1 + len(line[indent + 1:]) - len(line[indent + 1:].lstrip(" "))
+    match = _YAML_KEY.match(line, start)
+    if match:
+        mapping: dict[str, Scalar] = {"": Scalar(None, number, start, start)}
+        _parse_yaml_pair(mapping, line, number, start)
+        return mapping
+    scalar = _parse_yaml_scalar(line, number, indent + 1)
+    if scalar is None:
+        raise YamlError(number + 1, "an empty list item")
+    return scalar
 
 
 def parse_yaml(text: str) -> Document:
@@ -555,94 +648,6 @@ def parse_yaml(text: str) -> Document:
         if node == [] and lines[document.key_lines[key]].split("#")[0].rstrip().endswith(":"):
             raise YamlError(document.key_lines[key] + 1, key + ": has no value; write [] for an empty list")
     return document
-
-
-def _parse_yaml_top(document: Document, line: str, number: int) -> Optional[list[Any]]:
-    """Add one top-level pair; return its list where one may follow."""
-    match = _YAML_KEY.match(line)
-    if not match:
-        raise YamlError(number + 1, 'expected "key: value"')
-    key = match.group(1)
-    if key in document.nodes:
-        raise YamlError(number + 1, "the key %s stands here for the second time" % key)
-    document.key_lines[key] = number
-    scalar = _parse_yaml_scalar(line, number, match.end())
-    document.nodes[key] = [] if scalar is None else scalar
-    return document.nodes[key] if scalar is None else None
-
-
-def _parse_yaml_item(line: str, number: int, indent: int) -> Any:
-    """Return a list item: a Scalar, or a dict of Scalars whose first pair stands beside the dash.
-
-    The entry "" of such a dict says where it begins: the line, and the column of its keys.
-    """
-    start = indent + 1 + len(line[indent + 1:]) - len(line[indent + 1:].lstrip(" "))
-    match = _YAML_KEY.match(line, start)
-    if match:
-        mapping: dict[str, Scalar] = {"": Scalar(None, number, start, start)}
-        _parse_yaml_pair(mapping, line, number, start)
-        return mapping
-    scalar = _parse_yaml_scalar(line, number, indent + 1)
-    if scalar is None:
-        raise YamlError(number + 1, "an empty list item")
-    return scalar
-
-
-def _parse_yaml_pair(mapping: dict[str, Scalar], line: str, number: int, start: int) -> None:
-    """Add one "key: scalar" of a mapping within a list."""
-    match = _YAML_KEY.match(line, start)
-    if not match:
-        raise YamlError(number + 1, 'expected "key: value"')
-    scalar = _parse_yaml_scalar(line, number, match.end())
-    if scalar is None:
-        raise YamlError(number + 1, match.group(1) + ": has no value")
-    if match.group(1) in mapping:
-        raise YamlError(number + 1, "the key %s stands here for the second time" % match.group(1))
-    mapping[match.group(1)] = scalar
-
-
-def _parse_yaml_scalar(line: str, number: int, start: int) -> Optional[Scalar]:
-    """Return the scalar that follows column start, None if only a comment does."""
-    if _YAML_END.match(line, start):
-        return None
-    start += len(line[start:]) - len(line[start:].lstrip(" "))
-    match = _YAML_SCALAR.match(line, start)
-    if not match or not _YAML_END.match(line, match.end()):
-        raise YamlError(number + 1, "unsupported value; quote it: %s" % json.dumps(line[start:].strip()))
-    text = match.group()
-    if "\t" in text:
-        raise YamlError(number + 1, "a tab in a value; write \\t in double quotes")
-    return Scalar(_parse_yaml_value(text, number), number, start, match.end())
-
-
-def _parse_yaml_value(text: str, number: int) -> Any:
-    """Return the value of one scalar token."""
-    if text[0] == '"':
-        return _YAML_ESCAPE.sub(lambda match: _parse_yaml_escape(match, number), text[1:-1])
-    if text[0] == "'":
-        return text[1:-1].replace("''", "'")
-    if text[0] == "[":
-        return []
-    if text in ("true", "false"):
-        return text == "true"
-    if re.fullmatch(r"0|[1-9][0-9]{0,8}", text):
-        return int(text)
-    if text[0].isdigit() or text.lower() in _YAML_WORDS:
-        raise YamlError(number + 1, "%s is not supported; write true, false, a decimal number, or text in quotes" % text)
-    return text
-
-
-def _parse_yaml_escape(match: re.Match[str], number: int) -> str:
-    """Return the character of one escape in double quotes."""
-    simple, two, four, eight, other = match.groups()
-    if other is not None:
-        raise YamlError(number + 1, "unsupported escape \\%s in double quotes" % other)
-    if simple:
-        return {"n": "\n", "t": "\t", "r": "\r"}.get(simple, str(simple))
-    code = int(two or four or eight, 16)
-    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
-        raise YamlError(number + 1, "an escape that is no character")
-    return chr(code)
 
 
 def format_yaml(value: Any) -> str:
@@ -679,27 +684,6 @@ def _target_block(target: Target, dash: int) -> list[str]:
             for index, (key, value) in enumerate(pairs)]
 
 
-def add_target_lines(text: str, target: Target) -> str:
-    """Return config text with this target added, or replaced where its login stands already."""
-    document = parse_yaml(text)
-    lines = list(document.lines)
-    node = document.nodes.get("targets")
-    if node is None:
-        while lines and not lines[-1].strip():
-            lines.pop()
-        return "\n".join(lines + ["targets:"] + _target_block(target, 2)) + "\n"
-    if isinstance(node, Scalar):            # targets: []
-        line = lines[node.line]
-        lines[node.line] = (line[:node.start].rstrip(" ") + line[node.end:]).rstrip(" ")
-        return "\n".join(lines[:node.line + 1] + _target_block(target, 2) + lines[node.line + 1:])
-    dash = node[0][""].start - 1 - _dash_gap(lines, node[0])
-    for item in node:
-        if item["login"].value == target.login:
-            return "\n".join(_replace_target(document, item, target))
-    end = max(scalar.line for scalar in node[-1].values()) + 1
-    return "\n".join(lines[:end] + _target_block(target, dash) + lines[end:])
-
-
 def _dash_gap(lines: Sequence[str], item: dict[str, Scalar]) -> int:
     """Return how many blanks stand between an item's dash and its first key."""
     before = lines[item[""].line][:item[""].start]
@@ -724,6 +708,27 @@ def _replace_target(document: Document, item: dict[str, Scalar], target: Target)
     return lines
 
 
+def add_target_lines(text: str, target: Target) -> str:
+    """Return config text with this target added, or replaced where its login stands already."""
+    document = parse_yaml(text)
+    lines = list(document.lines)
+    node = document.nodes.get("targets")
+    if node is None:
+        while lines and not lines[-1].strip():
+            lines.pop()
+        return "\n".join(lines + ["targets:"] + _target_block(target, 2)) + "\n"
+    if isinstance(node, Scalar):            # targets: []
+        line = lines[node.line]
+        lines[node.line] = (line[:node.start].rstrip(" ") + line[node.end:]).rstrip(" ")
+        return "\n".join(lines[:node.line + 1] + _target_block(target, 2) + lines[node.line + 1:])
+    dash = node[0][""].start - 1 - _dash_gap(lines, node[0])
+    for item in node:
+        if item["login"].value == target.login:
+            return "\n".join(_replace_target(document, item, target))
+    end = max(scalar.line for scalar in node[-1].values()) + 1
+    return "\n".join(lines[:end] + _target_block(target, dash) + lines[end:])
+
+
 def remove_target_lines(text: str, login: str) -> str:
     """Return config text without this target; comments around it stay."""
     document = parse_yaml(text)
@@ -739,7 +744,6 @@ def remove_target_lines(text: str, login: str) -> str:
 
 
 # authorized_keys (sshd(8), AUTHORIZED_KEYS FILE FORMAT)
-
 def format_forced_command(rrsync_command: Sequence[str], path: str) -> str:
     """Return the shell command of the forced command: rrsync, write-only, below path."""
     return shlex.join([*rrsync_command, "-wo", path])
@@ -792,7 +796,6 @@ def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -
 
 
 # Plans and manifests as text
-
 def json_path(path: bytes) -> dict[str, str]:
     """Return the JSON fields of a path: "path", and "path_b64" where the name is not UTF-8."""
     try:
@@ -876,6 +879,37 @@ def validate_port(port: Any) -> int:
     return int(port)
 
 
+def _validate_target(item: Any, refuse: Callable[[int, str], NoReturn]) -> Target:
+    """Return one target of the config."""
+    if isinstance(item, Scalar):
+        refuse(item.line + 1, "a target is a list of keys: " + ", ".join(_TARGET_KEYS))
+    first = item[""].line + 1
+    fields = {key: scalar for key, scalar in item.items() if key}
+    for key, scalar in fields.items():
+        if key not in _TARGET_KEYS:
+            refuse(scalar.line + 1, "the key %s is unknown; a target has %s" % (key, ", ".join(_TARGET_KEYS)))
+        if type(scalar.value) is not (int if key == "port" else str):
+            refuse(scalar.line + 1, "%s must be %s" % (key, _TARGET_KEYS[key]))
+    for key in ("login", "user", "host", "remote_path"):
+        if key not in fields:
+            refuse(first, 'a target without the key "%s" (%s)' % (key, _TARGET_KEYS[key]))
+    line = first
+    try:
+        for key in fields:
+            line = fields[key].line + 1
+            if key == "login":
+                user, host = validate_login(fields[key].value)
+            elif key == "port":
+                validate_port(fields[key].value)
+            elif key in ("remote_path", "rrsync") and validate_absolute_path(fields[key].value, key) != fields[key].value:
+                raise UsageError("%s must be written without .. and double or trailing slashes" % key)
+    except UsageError as error:
+        refuse(line, str(error))
+    if (user, host) != (fields["user"].value, fields["host"].value):
+        refuse(fields["login"].line + 1, "login, user and host disagree; login is user@host")
+    return Target(**{key: scalar.value for key, scalar in fields.items()})
+
+
 def validate_config(text: str, filename: str) -> tuple[Config, Document]:
     """Return the config and its document; every refusal names file, line and what is allowed."""
     def refuse(line: int, message: str) -> NoReturn:
@@ -930,37 +964,6 @@ def validate_config(text: str, filename: str) -> tuple[Config, Document]:
     return config, document
 
 
-def _validate_target(item: Any, refuse: Callable[[int, str], NoReturn]) -> Target:
-    """Return one target of the config."""
-    if isinstance(item, Scalar):
-        refuse(item.line + 1, "a target is a list of keys: " + ", ".join(_TARGET_KEYS))
-    first = item[""].line + 1
-    fields = {key: scalar for key, scalar in item.items() if key}
-    for key, scalar in fields.items():
-        if key not in _TARGET_KEYS:
-            refuse(scalar.line + 1, "the key %s is unknown; a target has %s" % (key, ", ".join(_TARGET_KEYS)))
-        if type(scalar.value) is not (int if key == "port" else str):
-            refuse(scalar.line + 1, "%s must be %s" % (key, _TARGET_KEYS[key]))
-    for key in ("login", "user", "host", "remote_path"):
-        if key not in fields:
-            refuse(first, 'a target without the key "%s" (%s)' % (key, _TARGET_KEYS[key]))
-    line = first
-    try:
-        for key in fields:
-            line = fields[key].line + 1
-            if key == "login":
-                user, host = validate_login(fields[key].value)
-            elif key == "port":
-                validate_port(fields[key].value)
-            elif key in ("remote_path", "rrsync") and validate_absolute_path(fields[key].value, key) != fields[key].value:
-                raise UsageError("%s must be written without .. and double or trailing slashes" % key)
-    except UsageError as error:
-        refuse(line, str(error))
-    if (user, host) != (fields["user"].value, fields["host"].value):
-        refuse(fields["login"].line + 1, "login, user and host disagree; login is user@host")
-    return Target(**{key: scalar.value for key, scalar in fields.items()})
-
-
 def select_targets(targets: Sequence[Target], patterns: Sequence[str]) -> list[Target]:
     """Return the targets whose login or host matches a pattern, all of them for none, sorted by login."""
     chosen = set(targets if not patterns else ())
@@ -981,28 +984,6 @@ def validate_home(home: str) -> str:
         raise UsageError('OFFSYNC_HOME %s: ssh would interpret one of " %% $ \\ in it; choose another directory'
                          % show_text(home))
     return home
-
-
-def validate_public_key(text: str) -> PublicKey:
-    """Return the key of one line, as ssh-keygen accepts it, of a type and strength that OpenSSH calls safe."""
-    if "PRIVATE KEY" in text:
-        raise UsageError("key: that is a private key, which never leaves the controller; give the line that "
-                         "'offsync init' prints there")
-    lines = [line for line in text.split("\n") if line.strip()]
-    if len(lines) != 1:
-        raise UsageError("key: %s instead of one; give the one line that 'offsync init' prints on the controller"
-                         % (plural(len(lines), "line") if lines else "nothing"))
-    match = re.fullmatch(r"(\S+)[ \t]+([A-Za-z0-9+/]+=*)(?:[ \t]+(.*))?", lines[0].strip())
-    if not match or match[1] not in KEY_TYPES or _CONTROL.search(match[3] or ""):
-        raise UsageError("key: it is not a public key of a known type (%s, ...); give the line that 'offsync init' "
-                         "prints on the controller, without options" % KEY_TYPES[0])
-    key = PublicKey(match[1], match[2], (match[3] or "").strip())
-    accepted = fingerprints(["%s %s" % (key.type, key.blob)])
-    if not accepted:
-        raise UsageError("key: ssh-keygen does not accept it; copy the whole line that 'offsync init' prints")
-    if key.type == "ssh-rsa" and accepted[0][0] < RSA_BITS:
-        raise UsageError("key: an RSA key of %d bits is too weak; use the ed25519 key of 'offsync init'" % accepted[0][0])
-    return key
 
 
 def validate_link_path(path: str, protected: Iterable[str]) -> str:
@@ -1101,44 +1082,16 @@ def program(name: str) -> str:
     return found
 
 
-def run(argv: Sequence[Union[str, bytes]], *, stdin: Union[int, bytes] = b"", deadline: Optional[float] = None,
-        on_line: Optional[Callable[[bytes], None]] = None, show_output: bool = False, last_words: bool = False) -> Result:
-    """Start a program, the only place that does, and return how it ended.
-
-    stdin is a file descriptor or data; deadline is in seconds. stdout is returned, or given line by line to on_line
-    (\\r ends a line too), or shown on stderr. last_words lets it run although everything else is stopping.
-    """
-    if CHILDREN.verbose:
-        emit("+ " + shlex.join(os.fsdecode(word) for word in argv), error=True)
-    if CHILDREN.stopping and not last_words:
-        return Result(None, b"", b"interrupted")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RSYNC_")}
-    environment["LC_ALL"] = "C"
-    with open(os.devnull, "rb") if isinstance(stdin, int) or not stdin else tempfile.TemporaryFile() as given:
-        if isinstance(stdin, bytes) and stdin:
-            given.write(stdin)
-            given.seek(0)
-        try:
-            process = subprocess.Popen(argv, stdin=stdin if isinstance(stdin, int) else given, env=environment,
-                                       stdout=2 if show_output else subprocess.PIPE,
-                                       stderr=None if show_output else subprocess.PIPE, start_new_session=not show_output)
-        except OSError as error:
-            raise OffsyncError("%s: it cannot be started: %s; run: offsync install-deps"
-                               % (show_text(os.fsdecode(argv[0])), error.strerror)) from None
-    try:
-        CHILDREN.started(process)
-        out, err, timed_out = ([], b"", False) if show_output else _read_output(process, deadline, on_line, last_words)
-        status = process.wait()
-    except BaseException:
-        _signal_process(process, signal.SIGKILL)
-        process.wait()
-        raise
-    finally:
-        CHILDREN.ended(process)
-        for stream in (process.stdout, process.stderr):
-            if stream:
-                stream.close()
-    return Result(None if timed_out else status, b"".join(out), err)
+def _feed_lines(data: bytes, on_line: Callable[[bytes], None]) -> bytes:
+    """Give each whole line to on_line; return the rest. Names hold no raw \\r or \\n: rsync escapes them."""
+    if b"\r" in data:
+        data = data.replace(b"\r", b"\n")
+    lines = data.split(b"\n")
+    for line in lines[:-1]:
+        on_line(line)
+    if len(lines[-1]) > MAX_NAME_BYTES:
+        raise OffsyncError("rsync printed a line without end; nothing more is read from it")
+    return lines[-1]
 
 
 def _read_output(process: subprocess.Popen[bytes], deadline: Optional[float], on_line: Optional[Callable[[bytes], None]],
@@ -1192,49 +1145,11 @@ def _read_output(process: subprocess.Popen[bytes], deadline: Optional[float], on
     return out, head + tail, timed_out
 
 
-def _feed_lines(data: bytes, on_line: Callable[[bytes], None]) -> bytes:
-    """Give each whole line to on_line; return the rest. Names hold no raw \\r or \\n: rsync escapes them."""
-    if b"\r" in data:
-        data = data.replace(b"\r", b"\n")
-    lines = data.split(b"\n")
-    for line in lines[:-1]:
-        on_line(line)
-    if len(lines[-1]) > MAX_NAME_BYTES:
-        raise OffsyncError("rsync printed a line without end; nothing more is read from it")
-    return lines[-1]
-
-
-def emit(text: Union[str, bytes], error: bool = False) -> None:
-    """Print a line (or bytes as they are): a result on stdout, anything else on stderr. A reader who went away is no error."""
-    PROGRESS.clear()
-    stream = sys.stderr if error else sys.stdout
-    try:
-        if isinstance(text, bytes):
-            stream.flush()
-            stream.buffer.write(text)
-        else:
-            stream.write(text + "\n")
-        stream.flush()
-    except BrokenPipeError:
-        _mute(stream)
-    except OSError as problem:
-        _mute(stream)
-        if not error:
-            raise OffsyncError("standard output: %s; the rest of the output is lost" % problem.strerror) from None
-
-
 def _mute(stream: Any) -> None:
     """Point a broken output stream at /dev/null so that nothing fails on it again."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
-
-
-def fingerprints(lines: Iterable[str]) -> list[tuple[int, str, str]]:
-    """Return (bits, SHA256 fingerprint, type) of each known_hosts or public key line, as ssh-keygen reads them."""
-    result = run([program("ssh-keygen"), "-l", "-E", "sha256", "-f", "-"], stdin=("\n".join(lines) + "\n").encode())
-    found = [line.split() for line in result.stdout.decode("utf-8", "replace").splitlines()]
-    return [(int(words[0]), words[1], words[-1].strip("()")) for words in found if len(words) > 2 and words[0].isdigit()]
 
 
 class Progress:
@@ -1290,6 +1205,94 @@ class Progress:
 
 
 PROGRESS = Progress()
+
+
+def emit(text: Union[str, bytes], error: bool = False) -> None:
+    """Print a line (or bytes as they are): a result on stdout, anything else on stderr. A reader who went away is no error."""
+    PROGRESS.clear()
+    stream = sys.stderr if error else sys.stdout
+    try:
+        if isinstance(text, bytes):
+            stream.flush()
+            stream.buffer.write(text)
+        else:
+            stream.write(text + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        _mute(stream)
+    except OSError as problem:
+        _mute(stream)
+        if not error:
+            raise OffsyncError("standard output: %s; the rest of the output is lost" % problem.strerror) from None
+
+
+def run(argv: Sequence[Union[str, bytes]], *, stdin: Union[int, bytes] = b"", deadline: Optional[float] = None,
+        on_line: Optional[Callable[[bytes], None]] = None, show_output: bool = False, last_words: bool = False) -> Result:
+    """Start a program, the only place that does, and return how it ended.
+
+    stdin is a file descriptor or data; deadline is in seconds. stdout is returned, or given line by line to on_line
+    (\\r ends a line too), or shown on stderr. last_words lets it run although everything else is stopping.
+    """
+    if CHILDREN.verbose:
+        emit("+ " + shlex.join(os.fsdecode(word) for word in argv), error=True)
+    if CHILDREN.stopping and not last_words:
+        return Result(None, b"", b"interrupted")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RSYNC_")}
+    environment["LC_ALL"] = "C"
+    with open(os.devnull, "rb") if isinstance(stdin, int) or not stdin else tempfile.TemporaryFile() as given:
+        if isinstance(stdin, bytes) and stdin:
+            given.write(stdin)
+            given.seek(0)
+        try:
+            process = subprocess.Popen(argv, stdin=stdin if isinstance(stdin, int) else given, env=environment,
+                                       stdout=2 if show_output else subprocess.PIPE,
+                                       stderr=None if show_output else subprocess.PIPE, start_new_session=not show_output)
+        except OSError as error:
+            raise OffsyncError("%s: it cannot be started: %s; run: offsync install-deps"
+                               % (show_text(os.fsdecode(argv[0])), error.strerror)) from None
+    try:
+        CHILDREN.started(process)
+        out, err, timed_out = ([], b"", False) if show_output else _read_output(process, deadline, on_line, last_words)
+        status = process.wait()
+    except BaseException:
+        _signal_process(process, signal.SIGKILL)
+        process.wait()
+        raise
+    finally:
+        CHILDREN.ended(process)
+        for stream in (process.stdout, process.stderr):
+            if stream:
+                stream.close()
+    return Result(None if timed_out else status, b"".join(out), err)
+
+
+def fingerprints(lines: Iterable[str]) -> list[tuple[int, str, str]]:
+    """Return (bits, SHA256 fingerprint, type) of each known_hosts or public key line, as ssh-keygen reads them."""
+    result = run([program("ssh-keygen"), "-l", "-E", "sha256", "-f", "-"], stdin=("\n".join(lines) + "\n").encode())
+    found = [line.split() for line in result.stdout.decode("utf-8", "replace").splitlines()]
+    return [(int(words[0]), words[1], words[-1].strip("()")) for words in found if len(words) > 2 and words[0].isdigit()]
+
+
+def validate_public_key(text: str) -> PublicKey:
+    """Return the key of one line, as ssh-keygen accepts it, of a type and strength that OpenSSH calls safe."""
+    if "PRIVATE KEY" in text:
+        raise UsageError("key: that is a private key, which never leaves the controller; give the line that "
+                         "'offsync init' prints there")
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) != 1:
+        raise UsageError("key: %s instead of one; give the one line that 'offsync init' prints on the controller"
+                         % (plural(len(lines), "line") if lines else "nothing"))
+    match = re.fullmatch(r"(\S+)[ \t]+([A-Za-z0-9+/]+=*)(?:[ \t]+(.*))?", lines[0].strip())
+    if not match or match[1] not in KEY_TYPES or _CONTROL.search(match[3] or ""):
+        raise UsageError("key: it is not a public key of a known type (%s, ...); give the line that 'offsync init' "
+                         "prints on the controller, without options" % KEY_TYPES[0])
+    key = PublicKey(match[1], match[2], (match[3] or "").strip())
+    accepted = fingerprints(["%s %s" % (key.type, key.blob)])
+    if not accepted:
+        raise UsageError("key: ssh-keygen does not accept it; copy the whole line that 'offsync init' prints")
+    if key.type == "ssh-rsa" and accepted[0][0] < RSA_BITS:
+        raise UsageError("key: an RSA key of %d bits is too weak; use the ed25519 key of 'offsync init'" % accepted[0][0])
+    return key
 
 
 def colour(kind: str, text: str) -> str:
@@ -1452,6 +1455,21 @@ def append_log(log: int, record: dict[str, Any]) -> None:
                            % (error.strerror, line[:500].decode())) from None
 
 
+def close_master(path: str, ssh: str) -> None:
+    """End the ssh master that listens on this control socket, if one does."""
+    if os.path.exists(path):
+        run([ssh, "-F", "/dev/null", "-o", "ControlPath=" + path, "-O", "exit", "--", "offsync"],
+            deadline=SESSION_DEADLINE, last_words=True)
+
+
+def clean_up(scratch: str, ssh: str) -> None:
+    """End every ssh master whose control socket lies in scratch, and remove scratch."""
+    for entry in sorted(os.listdir(scratch)) if os.path.isdir(scratch) else ():
+        if stat.S_ISSOCK(os.lstat(os.path.join(scratch, entry)).st_mode):
+            close_master(os.path.join(scratch, entry), ssh)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
 def start_guard(scratch: str, ssh: str) -> tuple[int, int]:
     """Fork a process that cleans up should offsync be killed; return its PID and the pipe that keeps it waiting.
 
@@ -1486,21 +1504,6 @@ def start_guard(scratch: str, ssh: str) -> tuple[int, int]:
         os._exit(0)
 
 
-def close_master(path: str, ssh: str) -> None:
-    """End the ssh master that listens on this control socket, if one does."""
-    if os.path.exists(path):
-        run([ssh, "-F", "/dev/null", "-o", "ControlPath=" + path, "-O", "exit", "--", "offsync"],
-            deadline=SESSION_DEADLINE, last_words=True)
-
-
-def clean_up(scratch: str, ssh: str) -> None:
-    """End every ssh master whose control socket lies in scratch, and remove scratch."""
-    for entry in sorted(os.listdir(scratch)) if os.path.isdir(scratch) else ():
-        if stat.S_ISSOCK(os.lstat(os.path.join(scratch, entry)).st_mode):
-            close_master(os.path.join(scratch, entry), ssh)
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
 def make_scratch() -> str:
     """Return a new private directory whose path is short enough for control sockets."""
     for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
@@ -1526,17 +1529,17 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
                        % problem)
 
 
+def warn(text: str) -> None:
+    """Print a warning."""
+    emit("offsync: warning: " + text, error=True)
+
+
 def warn_of_old_rsync() -> None:
     """Say so where the version suggests known vulnerabilities; distributions back-port, so it is only a hint."""
     version = find_rsync()[1]
     if version < RSYNC_SAFER:
         warn("rsync %d.%d.%d: releases before 3.4.0 have known vulnerabilities (CVE-2024-12084 and others), unless your "
              "distribution patched them; update it" % version)
-
-
-def warn(text: str) -> None:
-    """Print a warning."""
-    emit("offsync: warning: " + text, error=True)
 
 
 def find_rrsync(wanted: Optional[str]) -> tuple[str, list[str]]:
@@ -1568,6 +1571,22 @@ def find_rrsync(wanted: Optional[str]) -> tuple[str, list[str]]:
 
 
 # --- Operations: the source -------------------------------------------------------------------------------------
+
+def _symlink_offence(source: bytes, real_source: bytes, path: bytes) -> str:
+    """Return why a symlink cannot be delivered, or "" if it stays within the source, as written and as resolved."""
+    try:
+        link = os.readlink(os.path.join(source, path))
+        if link.startswith(b"/"):
+            return "it is a symlink to an absolute path"
+        lexical = os.path.normpath(os.path.join(os.path.dirname(path), link))
+        real = os.path.realpath(os.path.join(source, path))
+    except OSError as error:
+        return "it is a symlink that cannot be read: %s" % error.strerror
+    if lexical == b".." or lexical.startswith(b"../") \
+            or not (real + b"/").startswith(real_source.rstrip(b"/") + b"/"):
+        return "it is a symlink that leaves the source"
+    return ""
+
 
 def scan_source(source: bytes) -> list[tuple[bytes, str]]:
     """Walk the source once; return [(path, why it cannot be delivered)], sorted, excludes not applied."""
@@ -1601,20 +1620,35 @@ def scan_source(source: bytes) -> list[tuple[bytes, str]]:
     return sorted(offenders)
 
 
-def _symlink_offence(source: bytes, real_source: bytes, path: bytes) -> str:
-    """Return why a symlink cannot be delivered, or "" if it stays within the source, as written and as resolved."""
+def hash_file(path: bytes) -> tuple[bytes, int]:
+    """Return (sha256, size in bytes) of a file, never through a symlink."""
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        link = os.readlink(os.path.join(source, path))
-        if link.startswith(b"/"):
-            return "it is a symlink to an absolute path"
-        lexical = os.path.normpath(os.path.join(os.path.dirname(path), link))
-        real = os.path.realpath(os.path.join(source, path))
-    except OSError as error:
-        return "it is a symlink that cannot be read: %s" % error.strerror
-    if lexical == b".." or lexical.startswith(b"../") \
-            or not (real + b"/").startswith(real_source.rstrip(b"/") + b"/"):
-        return "it is a symlink that leaves the source"
-    return ""
+        while True:
+            chunk = os.read(descriptor, 1 << 20)
+            if not chunk:
+                return digest.digest(), size
+            digest.update(chunk)
+            size += len(chunk)
+    finally:
+        os.close(descriptor)
+
+
+def describe_entry(source: bytes, path: bytes) -> SourceEntry:
+    """Return a source entry, a file with its sha256. Raises OSError, or ValueError for devices and the like."""
+    full = os.path.join(source, path)
+    status = os.lstat(full)
+    mode = stat.S_IMODE(status.st_mode)
+    if stat.S_ISDIR(status.st_mode):
+        return SourceEntry("directory", 0, mode, None, None, status.st_ctime_ns)
+    if stat.S_ISLNK(status.st_mode):
+        link = os.readlink(full)
+        return SourceEntry("symlink", len(link), 0o777, None, link, status.st_ctime_ns)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no file, directory or symlink any more")
+    digest, size = hash_file(full)
+    return SourceEntry("file", size, mode, digest, None, status.st_ctime_ns)
 
 
 class SourceReader:
@@ -1675,35 +1709,9 @@ class SourceReader:
                 self.wanted.task_done()
 
 
-def describe_entry(source: bytes, path: bytes) -> SourceEntry:
-    """Return a source entry, a file with its sha256. Raises OSError, or ValueError for devices and the like."""
-    full = os.path.join(source, path)
-    status = os.lstat(full)
-    mode = stat.S_IMODE(status.st_mode)
-    if stat.S_ISDIR(status.st_mode):
-        return SourceEntry("directory", 0, mode, None, None, status.st_ctime_ns)
-    if stat.S_ISLNK(status.st_mode):
-        link = os.readlink(full)
-        return SourceEntry("symlink", len(link), 0o777, None, link, status.st_ctime_ns)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is no file, directory or symlink any more")
-    digest, size = hash_file(full)
-    return SourceEntry("file", size, mode, digest, None, status.st_ctime_ns)
-
-
-def hash_file(path: bytes) -> tuple[bytes, int]:
-    """Return (sha256, size in bytes) of a file, never through a symlink."""
-    digest, size = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        while True:
-            chunk = os.read(descriptor, 1 << 20)
-            if not chunk:
-                return digest.digest(), size
-            digest.update(chunk)
-            size += len(chunk)
-    finally:
-        os.close(descriptor)
+def _new_marker() -> bytes:
+    """Return an unguessable prefix: no other output of rsync's, nor anything a target sends, can look like a line."""
+    return b"offsync-" + os.urandom(9).hex().encode() + b":"
 
 
 def included_names(rsync: str, source: bytes, exclude: Sequence[str], complete: bool = True) -> set[bytes]:
@@ -1722,11 +1730,6 @@ def included_names(rsync: str, source: bytes, exclude: Sequence[str], complete: 
         raise OffsyncError("%s: it cannot be read completely; mend that, then try again (rsync said: %s)"
                            % (show(source), quote_answer(result.stderr)))
     return names - {b".", b""}
-
-
-def _new_marker() -> bytes:
-    """Return an unguessable prefix: no other output of rsync's, nor anything a target sends, can look like a line."""
-    return b"offsync-" + os.urandom(9).hex().encode() + b":"
 
 
 def check_source(rsync: str, config: Config) -> None:
@@ -1917,11 +1920,6 @@ class Connection:
         close_master(self.socket, self.shared.ssh)
 
 
-def quote_for_rsync(word: str) -> str:
-    """Return a word of rsync's -e option: it splits at blanks and knows quotes, doubled within (rsync(1), --rsh)."""
-    return word if re.fullmatch(r"[A-Za-z0-9_./=@:,~-]+", word) else "'" + word.replace("'", "''") + "'"
-
-
 # --- Operations: host keys --------------------------------------------------------------------------------------
 
 def fetch_host_keys(shared: Run, target: Target) -> list[str]:
@@ -2041,6 +2039,32 @@ def prove_path(connection: Connection) -> Proof:
     return Proof(tried, None, "it does not tell where it writes (%s)" % (quote_answer(result.stderr) or "no answer"))
 
 
+def _pull(connection: Connection, into: bytes) -> Result:
+    """Try to list the target's files with rsync, as a reader would."""
+    target = connection.target
+    host = "[%s]" % target.host if ":" in target.host else target.host
+    remote = " ".join(quote_for_rsync(word) for word in [connection.shared.ssh, *connection.session_options()])
+    return run([connection.shared.rsync, "-n", "-r", "-e", remote, "--", "%s@%s:." % (target.user, host), into + b"/"],
+               deadline=SESSION_DEADLINE)
+
+
+def _prove_forwarding(connection: Connection) -> list[Proof]:
+    """Try to forward a port to the target's own network, on a connection of its own.
+
+    ssh -v shows what sshd says of the key's options when it authenticates (auth_debug in OpenSSH): agent forwarding
+    leaves no other trace that can be seen from here.
+    """
+    result = run([connection.shared.ssh, *SSH_NO_MULTIPLEXING, "-v", "-o", "LogLevel=DEBUG1", "-o", "ClearAllForwardings=no",
+                  *connection.options(), "-W", "127.0.0.1:%d" % (connection.target.port or 22), *connection.destination()],
+                 deadline=CONNECT_DEADLINE)
+    told = re.findall(rb"Remote: [^\n]*key options:([^\r\n]*)", result.stderr)[-1:]    # a bastion's come before
+    agent = b"agent-forwarding" not in told[0] if told else None
+    port = False if result.stdout or told and b"port-forwarding" in told[0] \
+        else True if told or b"administratively prohibited" in result.stderr else None
+    answers = {True: "refused", False: "allowed", None: "sshd does not tell"}
+    return [Proof("forward a port", port, answers[port]), Proof("forward an agent", agent, answers[agent])]
+
+
 def prove_restriction(connection: Connection) -> list[Proof]:
     """Try on an open connection what the key must not do, and that it can write; return what happened, no file sent."""
     target, empty = connection.target, empty_directory(connection.shared)
@@ -2071,32 +2095,6 @@ def raise_if_open(target: Target, proofs: Sequence[Proof]) -> None:
         raise TargetError("%s: the key is not restricted as the config says, so nothing is sent: %s; run there: offsync link "
                           "--path %s, or here, if only the path is another: offsync target add with that path"
                           % (target.login, "; ".join(found), shlex.quote(target.remote_path)), "open")
-
-
-def _pull(connection: Connection, into: bytes) -> Result:
-    """Try to list the target's files with rsync, as a reader would."""
-    target = connection.target
-    host = "[%s]" % target.host if ":" in target.host else target.host
-    remote = " ".join(quote_for_rsync(word) for word in [connection.shared.ssh, *connection.session_options()])
-    return run([connection.shared.rsync, "-n", "-r", "-e", remote, "--", "%s@%s:." % (target.user, host), into + b"/"],
-               deadline=SESSION_DEADLINE)
-
-
-def _prove_forwarding(connection: Connection) -> list[Proof]:
-    """Try to forward a port to the target's own network, on a connection of its own.
-
-    ssh -v shows what sshd says of the key's options when it authenticates (auth_debug in OpenSSH): agent forwarding
-    leaves no other trace that can be seen from here.
-    """
-    result = run([connection.shared.ssh, *SSH_NO_MULTIPLEXING, "-v", "-o", "LogLevel=DEBUG1", "-o", "ClearAllForwardings=no",
-                  *connection.options(), "-W", "127.0.0.1:%d" % (connection.target.port or 22), *connection.destination()],
-                 deadline=CONNECT_DEADLINE)
-    told = re.findall(rb"Remote: [^\n]*key options:([^\r\n]*)", result.stderr)[-1:]    # a bastion's come before
-    agent = b"agent-forwarding" not in told[0] if told else None
-    port = False if result.stdout or told and b"port-forwarding" in told[0] \
-        else True if told or b"administratively prohibited" in result.stderr else None
-    answers = {True: "refused", False: "allowed", None: "sshd does not tell"}
-    return [Proof("forward a port", port, answers[port]), Proof("forward an agent", agent, answers[agent])]
 
 
 # --- Operations: plan -------------------------------------------------------------------------------------------
@@ -2411,6 +2409,15 @@ def log_killed_runs(home: Home, log: int) -> None:
 
 # --- Operations: transfer and verification ----------------------------------------------------------------------
 
+def _lies_below(path: bytes, directories: set[bytes]) -> bool:
+    """Return whether one of the directories is above the path."""
+    while b"/" in path:
+        path = os.path.dirname(path)
+        if path in directories:
+            return True
+    return False
+
+
 class Delivery:
     """Carries one target's plan out and verifies it."""
 
@@ -2548,15 +2555,6 @@ class Delivery:
             self.different = extraneous | {item.path for item in itemize(self.connection, RSYNC_COMPARE, sent, **more)}
         except (OffsyncError, OSError):
             self.different = None
-
-
-def _lies_below(path: bytes, directories: set[bytes]) -> bool:
-    """Return whether one of the directories is above the path."""
-    while b"/" in path:
-        path = os.path.dirname(path)
-        if path in directories:
-            return True
-    return False
 
 
 # --- Commands: read arguments, call, print, return a status -----------------------------------------------------
@@ -2726,6 +2724,19 @@ def replace_authorized_key(key: PublicKey, line: Optional[str]) -> tuple[Callabl
     return write, lines[ours[0]].decode("utf-8", "replace").split(KEY_RESTRICTIONS)[0] if ours else ""
 
 
+def sshd_is_running() -> bool:
+    """Return whether a process called sshd runs (/proc of Linux)."""
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit():
+                with open("/proc/%s/comm" % entry, encoding="ascii", errors="replace") as stream:
+                    if stream.read().startswith("sshd"):
+                        return True
+        except OSError:
+            continue
+    return False
+
+
 def link_warnings(account: pwd.struct_passwd, sshd: dict[str, list[str]], delivery: str) -> Iterator[str]:
     """Yield what would make sshd ignore the key, and what is wrong with the directory that it may write to."""
     if not os.access(delivery, os.W_OK):
@@ -2751,19 +2762,6 @@ def link_warnings(account: pwd.struct_passwd, sshd: dict[str, list[str]], delive
             ", ".join(expanded))
     if not os.environ.get("SSH_CONNECTION") and os.path.isdir("/proc/self") and not sshd_is_running():
         yield "no sshd is running here; start it before you add the target (fine while an image is being built)"
-
-
-def sshd_is_running() -> bool:
-    """Return whether a process called sshd runs (/proc of Linux)."""
-    for entry in os.listdir("/proc"):
-        try:
-            if entry.isdigit():
-                with open("/proc/%s/comm" % entry, encoding="ascii", errors="replace") as stream:
-                    if stream.read().startswith("sshd"):
-                        return True
-        except OSError:
-            continue
-    return False
 
 
 def sshd_settings(user: str) -> dict[str, list[str]]:
@@ -2837,6 +2835,24 @@ def cmd_unlink(args: argparse.Namespace) -> int:
     return 0
 
 
+def _open_trusted(shared: Run, target: Target, lines: Optional[list[str]]) -> Optional[Connection]:
+    """Return an open, proved connection; None if the host key is unknown or changed and none was confirmed yet."""
+    path = None
+    if lines:
+        path = os.path.join(shared.scratch, "trusted")
+        write_atomically(path, "".join(line + "\n" for line in lines).encode(), 0o600)
+    connection = Connection(shared, target, path)
+    try:
+        connection.open()
+        return connection
+    except TargetError as error:
+        if lines or error.kind not in ("host-key-unknown", "host-key-changed"):
+            raise
+        if error.kind == "host-key-changed":
+            warn(str(explain_changed_host_key(shared, target, error)))
+        return None
+
+
 def cmd_target_add(args: argparse.Namespace) -> int:
     """Prove trust and restriction of a target, then save it."""
     require_programs("controller")
@@ -2871,24 +2887,6 @@ def cmd_target_add(args: argparse.Namespace) -> int:
          % ("updated" if known else "added", target.login, show_text(target.remote_path),
             plural(sum(proof.closed is True for proof in proofs), "proof")))
     return 0
-
-
-def _open_trusted(shared: Run, target: Target, lines: Optional[list[str]]) -> Optional[Connection]:
-    """Return an open, proved connection; None if the host key is unknown or changed and none was confirmed yet."""
-    path = None
-    if lines:
-        path = os.path.join(shared.scratch, "trusted")
-        write_atomically(path, "".join(line + "\n" for line in lines).encode(), 0o600)
-    connection = Connection(shared, target, path)
-    try:
-        connection.open()
-        return connection
-    except TargetError as error:
-        if lines or error.kind not in ("host-key-unknown", "host-key-changed"):
-            raise
-        if error.kind == "host-key-changed":
-            warn(str(explain_changed_host_key(shared, target, error)))
-        return None
 
 
 def cmd_target_list(args: argparse.Namespace) -> int:
@@ -2934,6 +2932,18 @@ def without_login(target: Target, error: Optional[str]) -> str:
     return text[len(target.login) + 2:] if text.startswith(target.login + ": ") else text
 
 
+def plan_summary(shared: Run, plan: TargetPlan) -> str:
+    """Return the counts of a plan."""
+    config = shared.config
+    remarks = {"missing": " (apply will delete)" if config.delete else " (apply will refuse: delete is false)",
+               "modified": "" if config.overwrite else " (apply will refuse: overwrite is false)"}
+    counts = ["%d %s%s" % (len(plan.of(kind)), kind, remarks.get(kind, ""))
+              for kind in KINDS if plan.of(kind)]
+    if not counts:
+        return "equal, nothing to do"
+    return "%s; %s to send" % (", ".join(counts), format_bytes(plan.size(shared.reader)))
+
+
 def print_target_plan(shared: Run, plan: TargetPlan) -> None:
     """Print one target's plan: a line an entry, then a summary."""
     emit("%s:%s" % (plan.target.login, show_text(plan.target.remote_path)))
@@ -2950,18 +2960,6 @@ def print_target_plan(shared: Run, plan: TargetPlan) -> None:
         emit("  %s  %-12s  %10s  %s" % (colour(change.kind, "%-8s" % change.kind), ",".join(change.changes) or "-", size,
                                         show(change.path)))
     emit("  " + plan_summary(shared, plan))
-
-
-def plan_summary(shared: Run, plan: TargetPlan) -> str:
-    """Return the counts of a plan."""
-    config = shared.config
-    remarks = {"missing": " (apply will delete)" if config.delete else " (apply will refuse: delete is false)",
-               "modified": "" if config.overwrite else " (apply will refuse: overwrite is false)"}
-    counts = ["%d %s%s" % (len(plan.of(kind)), kind, remarks.get(kind, ""))
-              for kind in KINDS if plan.of(kind)]
-    if not counts:
-        return "equal, nothing to do"
-    return "%s; %s to send" % (", ".join(counts), format_bytes(plan.size(shared.reader)))
 
 
 def json_plan(shared: Run, plans: Sequence[TargetPlan], plan_id: str) -> Iterator[str]:
@@ -3041,6 +3039,40 @@ def refuse_by_policy(config: Config, plans: Sequence[TargetPlan], rsync: str) ->
                            "deletes; check that it is mounted and filled" % show_text(config.source))
 
 
+def log_record(outcome: Outcome, plan_id: str, timestamp: str) -> dict[str, Any]:
+    """Return one line of operations.log, or of apply --json."""
+    record: dict[str, Any] = {
+        "timestamp": timestamp, "host": outcome.target.host, "login": outcome.target.login, "operation": "apply",
+        "plan": plan_id, "result": outcome.result, "bytes_sent": outcome.bytes_sent, "seconds": round(outcome.seconds, 3),
+        "files_changed": sorted(path.decode("utf-8", "backslashreplace") for path in outcome.delivered + outcome.deleted)}
+    if outcome.error:
+        record["error"] = outcome.error
+    return record
+
+
+def deliver(shared: Run, log: int, plan: TargetPlan, plan_id: str, timestamp: str, records: list[dict[str, Any]]) -> Outcome:
+    """Carry out one target's plan and log it at once, whatever becomes of the others; return the outcome."""
+    outcome = Delivery(shared, plan, lambda plan: open_journal(shared.home, plan, plan_id, timestamp)).carry_out()
+    record = log_record(outcome, plan_id, timestamp)
+    records.append(record)
+    append_log(log, record)
+    close_journal(shared.home, outcome.target, outcome.result == "ok")
+    return outcome
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """Print what became of one target."""
+    counts = [plural(len(outcome.delivered), "entry", "entries") + " delivered"] if outcome.delivered else []
+    counts += ["%d deleted" % len(outcome.deleted)] if outcome.deleted else []
+    if outcome.result == "ok" and not counts:
+        what = "equal, nothing to do"
+    elif outcome.result == "ok":
+        what = "%s, verified; %s sent in %.1f s" % (", ".join(counts), format_bytes(outcome.bytes_sent), outcome.seconds)
+    else:
+        what = "%s; %s before that" % (without_login(outcome.target, outcome.error), ", ".join(counts) or "nothing changed")
+    emit("%s: %s: %s" % (outcome.target.login, colour(outcome.result, outcome.result), what))
+
+
 def cmd_apply(args: argparse.Namespace) -> int:
     """Transfer what the plan lists, verify it, log it."""
     if args.plan is not None and not re.fullmatch(r"[0-9a-f]{8,64}", args.plan):
@@ -3078,40 +3110,6 @@ def cmd_apply(args: argparse.Namespace) -> int:
     return 0
 
 
-def deliver(shared: Run, log: int, plan: TargetPlan, plan_id: str, timestamp: str, records: list[dict[str, Any]]) -> Outcome:
-    """Carry out one target's plan and log it at once, whatever becomes of the others; return the outcome."""
-    outcome = Delivery(shared, plan, lambda plan: open_journal(shared.home, plan, plan_id, timestamp)).carry_out()
-    record = log_record(outcome, plan_id, timestamp)
-    records.append(record)
-    append_log(log, record)
-    close_journal(shared.home, outcome.target, outcome.result == "ok")
-    return outcome
-
-
-def log_record(outcome: Outcome, plan_id: str, timestamp: str) -> dict[str, Any]:
-    """Return one line of operations.log, or of apply --json."""
-    record: dict[str, Any] = {
-        "timestamp": timestamp, "host": outcome.target.host, "login": outcome.target.login, "operation": "apply",
-        "plan": plan_id, "result": outcome.result, "bytes_sent": outcome.bytes_sent, "seconds": round(outcome.seconds, 3),
-        "files_changed": sorted(path.decode("utf-8", "backslashreplace") for path in outcome.delivered + outcome.deleted)}
-    if outcome.error:
-        record["error"] = outcome.error
-    return record
-
-
-def print_outcome(outcome: Outcome) -> None:
-    """Print what became of one target."""
-    counts = [plural(len(outcome.delivered), "entry", "entries") + " delivered"] if outcome.delivered else []
-    counts += ["%d deleted" % len(outcome.deleted)] if outcome.deleted else []
-    if outcome.result == "ok" and not counts:
-        what = "equal, nothing to do"
-    elif outcome.result == "ok":
-        what = "%s, verified; %s sent in %.1f s" % (", ".join(counts), format_bytes(outcome.bytes_sent), outcome.seconds)
-    else:
-        what = "%s; %s before that" % (without_login(outcome.target, outcome.error), ", ".join(counts) or "nothing changed")
-    emit("%s: %s: %s" % (outcome.target.login, colour(outcome.result, outcome.result), what))
-
-
 def cmd_verify(args: argparse.Namespace) -> int:
     """Compare every target with the source by hash; silent when all is equal."""
     home = Home()
@@ -3119,6 +3117,18 @@ def cmd_verify(args: argparse.Namespace) -> int:
     with Run(home, config, args.jobs) as shared:
         plans = show_plans(shared, args, targets, "hash", quiet=True)
     return 3 if any(plan.changes for plan in plans) else 0
+
+
+def print_manifest_differences(expected: dict[bytes, str], found: dict[bytes, str]) -> int:
+    """Print how a tree differs from a manifest; return the exit status."""
+    for path in sorted(set(expected) | set(found)):
+        if expected.get(path) != found.get(path):
+            kind = "added" if path not in expected else "missing" if path not in found else "modified"
+            emit("%s  %s" % (colour(kind, "%-8s" % kind), show(path)))
+    if expected != found:
+        return 3
+    emit("%s, all as in the manifest" % plural(len(found), "file"), error=True)
+    return 0
 
 
 def cmd_manifest(args: argparse.Namespace) -> int:
@@ -3153,18 +3163,6 @@ def cmd_manifest(args: argparse.Namespace) -> int:
     digest = hashlib.sha256(manifest).hexdigest()
     emit("%s; digest of the whole (sha256 of the manifest), to compare by voice: %s"
          % (plural(len(found), "file"), " ".join(re.findall("....", digest))), error=True)
-    return 0
-
-
-def print_manifest_differences(expected: dict[bytes, str], found: dict[bytes, str]) -> int:
-    """Print how a tree differs from a manifest; return the exit status."""
-    for path in sorted(set(expected) | set(found)):
-        if expected.get(path) != found.get(path):
-            kind = "added" if path not in expected else "missing" if path not in found else "modified"
-            emit("%s  %s" % (colour(kind, "%-8s" % kind), show(path)))
-    if expected != found:
-        return 3
-    emit("%s, all as in the manifest" % plural(len(found), "file"), error=True)
     return 0
 
 
@@ -3257,6 +3255,13 @@ def version_text() -> str:
         return "offsync %s  sha256 unknown (read from standard input)" % VERSION
 
 
+def _jobs(text: str) -> int:
+    """Return the value of --jobs."""
+    if not text.isdigit() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError("it must be a number from 1 to 1000")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     main_parser = Parser(prog="offsync", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -3338,13 +3343,6 @@ def build_parser() -> argparse.ArgumentParser:
                      "offsync doctor deploy@node02")
     target_arguments(doctor, jobs=False)
     return main_parser
-
-
-def _jobs(text: str) -> int:
-    """Return the value of --jobs."""
-    if not text.isdigit() or not 1 <= int(text) <= 1000:
-        raise argparse.ArgumentTypeError("it must be a number from 1 to 1000")
-    return int(text)
 
 
 def _raise_interrupted(signum: int, _: object) -> NoReturn:
