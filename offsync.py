@@ -999,9 +999,6 @@ def validate_link_path(path: str, protected: Iterable[str]) -> str:
         if inside or above:
             raise UsageError("path %s: it %s %s, so a key that writes there would be as good as a shell; choose a directory that "
                              "holds only delivered files" % (show_text(real), "lies in" if inside else "contains", place))
-    if real == os.path.realpath(home):
-        raise UsageError("path %s: it is the home directory, so a key that writes there would be as good as a shell; choose a "
-                         "directory below it" % show_text(real))
     if os.path.lexists(real) and not os.path.isdir(real):
         raise UsageError("path %s: it is no directory; choose another, or move it away" % show_text(real))
     return real

@@ -253,6 +253,20 @@ class Lab:
         self.add(target)
         return target
 
+    def joined_by_hand(self, name: str, options: str = "") -> LabTarget:
+        """Return a new target like joined(), its files written directly: for tests of many targets."""
+        target = self.target(name, options)
+        write(target.keys, 'command="/usr/bin/rrsync -wo %s",no-port-forwarding,no-agent-forwarding,no-X11-forwarding,no-pty,restrict %s'
+              % (target.path, read(os.path.join(self.state, "id_ed25519.pub"))))
+        os.makedirs(target.path)
+        with open(os.path.join(self.state, "known_hosts"), "a") as stream:
+            stream.write("[%s]:%d %s" % (target.address, target.port, read(target.host_key + ".pub")))
+        config = os.path.join(self.state, "config.yaml")
+        block = "  - login: '%s'\n    user: '%s'\n    host: '%s'\n    remote_path: '%s'\n    port: %d\n" % (
+            target.login, USER, target.address, target.path, target.port)
+        write(config, read(config).replace("targets: []", "targets:") + block)
+        return target
+
     def configure(self, **values) -> None:
         """Set top-level scalars of the config, or exclude."""
         path = os.path.join(self.state, "config.yaml")

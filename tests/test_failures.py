@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -171,8 +172,10 @@ class Trouble(SharedLab):
         write(self.source + "/f")
         held = os.open(self.there, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_EX)
+        before = self.target.read_log().count("Starting session")
         process = self.lab.start("apply")
-        wait_for(lambda: self.target.read_log().count("Starting session") > 1 and len(mentions(self.lab.tmp)) > 0, "apply to begin")
+        # The proof, a first attempt, and a second one: then it was waiting.
+        wait_for(lambda: self.target.read_log().count("Starting session") >= before + 3, "a second attempt")
         fcntl.flock(held, fcntl.LOCK_UN)
         os.close(held)
         out, err = process.communicate(timeout=60)
@@ -385,6 +388,43 @@ class BadSurroundings(LabCase):
         self.lab.offsync("plan", check=0)
         self.assert_refused(self.lab.offsync("apply"), 1, "nothing was sent")
         self.assertEqual(snapshot(target.path), {})
+
+
+class ManyTargets(LabCase):
+    """Far-away targets, five of them dead in different ways (GOOD sets how many are not)."""
+
+    def test_the_dead_are_named_and_the_others_served(self) -> None:
+        good_ones = int(os.environ.get("GOOD", "4"))
+        lab = self.lab
+        lab.init()
+        quick = lab.base + "/offsync.py"        # the deadlines are shortened in a copy; bounded they are anyhow
+        text = read(OFFSYNC).replace("CONNECT_DEADLINE = 60.0", "CONNECT_DEADLINE = 20.0")
+        write(quick, text.replace("ConnectTimeout=15", "ConnectTimeout=5"))
+        good = [lab.joined_by_hand("good%d" % number) for number in range(good_ones)]
+        refusing, silent, hanging, full, keyless = (lab.joined_by_hand(name) for name in ("refusing", "silent", "hanging", "full", "keyless"))
+        refusing.stop()
+        silent.stop()
+        with socket.socket() as listener:       # accepts nobody's banner
+            listener.bind((silent.address, silent.port))
+            listener.listen(5)
+            write(hanging.keys, read(hanging.keys).replace("/usr/bin/rrsync", "sleep 1000; /usr/bin/rrsync"))
+            small = os.geteuid() == 0
+            if small:
+                subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", full.path], check=True)
+                self.addCleanup(subprocess.run, ["umount", full.path], check=False)
+            os.unlink(keyless.keys)
+            write(lab.ssh_config, "ProxyCommand %s %s %%h %%p 0.025\n" % (sys.executable, os.path.join(os.path.dirname(OFFSYNC), "tests", "delay.py")))
+            for number in range(20):
+                write(lab.source + "/d/f%d" % number, os.urandom(20_000))
+            done = lab.offsync("apply", program=quick, check=1, timeout=600)
+        for target in good:
+            self.assertEqual(snapshot(target.path), snapshot(lab.source), target.name)
+        reasons = {refusing: "refused|closed the connection", silent: "did not answer in time|closed the connection|timed out",
+                   hanging: "did not answer within 20 seconds", keyless: "refused our key", **({full: "disk is full"} if small else {})}
+        for target, reason in reasons.items():
+            self.assertRegex(done.err, "%s: [^;]*(%s)" % (target.login, reason))
+        self.assertIn("offsync: %d of %d targets failed" % (len(reasons), good_ones + 5), done.err)
+        self.assertEqual(sorted(r["result"] for r in lab.records()), ["failed"] * len(reasons) + ["ok"] * (good_ones + 5 - len(reasons)))
 
 
 class Soak(SharedLab):
