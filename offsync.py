@@ -913,6 +913,7 @@ def _validate_target(item: Any, refuse: Callable[[int, str], NoReturn]) -> Targe
 def validate_config(text: str, filename: str) -> tuple[Config, Document]:
     """Return the config and its document; every refusal names file, line and what is allowed."""
     def refuse(line: int, message: str) -> NoReturn:
+        """Raise with file and line."""
         raise UsageError("%s:%d: %s; correct the line" % (filename, line, message))
 
     try:
@@ -927,6 +928,7 @@ def validate_config(text: str, filename: str) -> tuple[Config, Document]:
             refuse(1, 'the key "%s" is missing; it is %s' % (key, _TOP_KEYS[key]))
 
     def value(key: str, default: Any, accept: Callable[[Any], bool]) -> Any:
+        """Return one top-level scalar, or its default."""
         node = document.nodes.get(key)
         if node is None:
             return default
@@ -935,6 +937,7 @@ def validate_config(text: str, filename: str) -> tuple[Config, Document]:
         return node.value
 
     def items(key: str) -> list[Any]:
+        """Return one top-level list."""
         node = document.nodes.get(key, [])
         if isinstance(node, Scalar) and node.value != []:
             refuse(document.key_lines[key] + 1, "%s must be %s" % (key, _TOP_KEYS[key]))
@@ -1036,12 +1039,12 @@ class Children:
         self.verbose = False
         self.guard: Optional[int] = None    # the guard process hears here which programs run
 
-    def started(self, process: subprocess.Popen[bytes]) -> None:
+    def started(self, process: "subprocess.Popen[bytes]") -> None:
         """Register a program; the guard ends it should offsync be killed."""
         with self.lock:
             self._tell_guard(b"+%d\n" % process.pid)
 
-    def ended(self, process: subprocess.Popen[bytes]) -> None:
+    def ended(self, process: "subprocess.Popen[bytes]") -> None:
         """Forget a program."""
         with self.lock:
             self._tell_guard(b"-%d\n" % process.pid)
@@ -1063,7 +1066,7 @@ CHILDREN = Children()
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def _signal_process(process: subprocess.Popen[bytes], signum: int) -> None:
+def _signal_process(process: "subprocess.Popen[bytes]", signum: int) -> None:
     """Send a signal to a program and what it started (each runs in a session of its own)."""
     try:
         os.killpg(process.pid, signum)
@@ -1091,7 +1094,7 @@ def _feed_lines(data: bytes, on_line: Callable[[bytes], None]) -> bytes:
     return lines[-1]
 
 
-def _read_output(process: subprocess.Popen[bytes], deadline: Optional[float], on_line: Optional[Callable[[bytes], None]],
+def _read_output(process: "subprocess.Popen[bytes]", deadline: Optional[float], on_line: Optional[Callable[[bytes], None]],
                  last_words: bool) -> tuple[list[bytes], bytes, bool]:
     """Read both pipes until the program ends; return (stdout, stderr shortened, whether the deadline passed).
 
@@ -1194,6 +1197,7 @@ class Progress:
         self._write(back + "".join(line[:columns - 1] + "\n" for line in lines))
 
     def _write(self, text: str) -> None:
+        """Write to the terminal; one that is gone is no error."""
         try:
             sys.stderr.write(text)
             sys.stderr.flush()
@@ -1717,6 +1721,7 @@ def included_names(rsync: str, source: bytes, exclude: Sequence[str], complete: 
     names: set[bytes] = set()
 
     def on_line(line: bytes) -> None:
+        """Keep the lines that carry the marker."""
         if line.startswith(marker):
             names.add(parse_rsync_name(line[len(marker):]).rstrip(b"/"))
 
@@ -1767,6 +1772,7 @@ class Run:
         self.guard_pid, CHILDREN.guard = start_guard(self.scratch, self.ssh)
 
     def __enter__(self) -> "Run":
+        """Return the run itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1887,6 +1893,7 @@ class Connection:
         seen = 0
 
         def on_line(line: bytes) -> None:
+            """Keep the lines that carry the marker."""
             nonlocal seen
             if line.startswith(marker):
                 seen += 1
@@ -2181,6 +2188,7 @@ class Collector:
         self.target_only = 0
 
     def __call__(self, line: bytes) -> None:
+        """Take one line; raises TargetError for what is no itemized line."""
         try:
             item = parse_itemized(line)
         except ValueError as error:
@@ -2502,9 +2510,11 @@ class Delivery:
         options += ["--info=progress2"] if PROGRESS.enabled() else []
 
         def on_item(line: bytes) -> None:
+            """Count the bytes that were really sent."""
             self.bytes_sent += int(line.split(b" ", 1)[0])
 
         def on_other(line: bytes) -> None:
+            """Show the progress that rsync prints."""
             match = re.match(rb" *([0-9][0-9,.]*) +[0-9]+% +([0-9.,]+[kMGT]?B/s)", line)
             if match:
                 done = int(re.sub(rb"[,.]", b"", match.group(1)))
@@ -2707,6 +2717,7 @@ def replace_authorized_key(key: PublicKey, line: Optional[str]) -> tuple[Callabl
                            "that has it; remove that line, then try again" % (path, error)) from None
 
     def write() -> None:
+        """Write the file, if that changes it."""
         if new == old:
             return
         make_directory(os.path.dirname(path), 0o700)
@@ -3166,6 +3177,7 @@ def cmd_manifest(args: argparse.Namespace) -> int:
 def local_checks(home: Home) -> Iterator[tuple[str, Optional[str]]]:
     """Yield (what was checked, None or what is wrong) for this controller."""
     def attempt(check: Callable[[], Any]) -> Optional[str]:
+        """Return what a check complains of."""
         try:
             check()
             return None
@@ -3173,6 +3185,7 @@ def local_checks(home: Home) -> Iterator[tuple[str, Optional[str]]]:
             return str(error)
 
     def private(path: str) -> None:
+        """Raise if others may read a file."""
         mode = os.stat(path).st_mode
         if mode & 0o077:
             raise OffsyncError("others may read it (mode %04o); run: chmod go-rwx %s" % (stat.S_IMODE(mode), shlex.quote(path)))
@@ -3241,6 +3254,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but wrong usage is one line on stderr like every other error."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
         raise UsageError("%s; see: %s --help" % (message, self.prog))
 
 
@@ -3268,6 +3282,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = main_parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
 
     def command(parent: Any, name: str, function: Callable[[argparse.Namespace], int], text: str, example: str) -> Parser:
+        """Add one subcommand, with its example."""
         added: Parser = parent.add_parser(name, help=text, description=text, epilog="example:\n  " + example,
                                           formatter_class=argparse.RawDescriptionHelpFormatter)
         added.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
@@ -3276,11 +3291,13 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     def key_options(parser: Parser) -> None:
+        """Add the ways to give a key."""
         group = parser.add_mutually_exclusive_group()
         group.add_argument("--key", metavar="TEXT", help="the public key line (default: from a pipe, else asked for)")
         group.add_argument("--key-file", metavar="FILE", help="a file with the public key line")
 
     def target_arguments(parser: Parser, jobs: bool = True) -> None:
+        """Add the choice of targets, and what goes with it."""
         parser.add_argument("targets", nargs="*", metavar="TARGET", help="a login, a host, or a pattern: 'web*' (default: all)")
         if jobs:
             parser.add_argument("--jobs", type=_jobs, metavar="N", help="how many targets at once (default: the config's)")
