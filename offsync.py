@@ -18,8 +18,11 @@ never     deletes without "delete: true", overwrites without "overwrite: true", 
 exit      0 done; 1 failed, refused or some target failed; 2 wrong usage or config; 3 differences found;
           129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM
 """
+import signal
 import sys
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C before main takes over ends us without a traceback
 if sys.version_info < (3, 9):
     sys.exit("offsync: this is Python %d.%d: offsync needs Python 3.9 or newer; run it with a newer python3"
              % sys.version_info[:2])
@@ -40,7 +43,6 @@ import re
 import selectors
 import shlex
 import shutil
-import signal
 import stat
 import subprocess
 import tempfile
@@ -202,9 +204,11 @@ SYMPTOMS = (
     ("unreachable", r"No route to host|Network is unreachable|Host is down",
              "there is no route to it; check the network"),
     ("timeout", r"timed out|Timeout, server|not responding", "it did not answer in time; check host and network"),
+    ("ssh-config", r"Bad configuration option|bad configuration options|Bad SSH2 ",
+             "ssh cannot use its configuration; mend ~/.ssh/config"),
     ("key-file", r"UNPROTECTED PRIVATE KEY|Load key .*(?:Permission denied|invalid format|error in libcrypto)",
              "ssh cannot use our private key; run: offsync doctor"),
-    ("key-refused", r"Permission denied \(|Too many authentication failures",
+    ("key-refused", r"Permission denied \([a-z]|Too many authentication failures",
              "it refused our key; run there: offsync link --path {path}, with the key that 'offsync init' prints"),
     ("busy-sshd", r"kex_exchange_identification|ssh_exchange_identification|Connection (?:closed|reset) by",
              "sshd closed the connection before logging in; it is overloaded (MaxStartups) or blocks us"),
@@ -222,12 +226,12 @@ SYMPTOMS = (
              "its key is for reading only (rrsync -ro); run there: offsync link --path {path}"),
     ("perl-refusal", r"is not rsync|Not invoked via sshd|does not run rsync",
              "rrsync did not accept the command; is it of the same release as rsync there?"),
-    ("no-directory", r"Restricted directory does not exist|FileNotFoundError: [^\n]*No such file or directory: "
-             r"'(?!/usr/bin/rsync)|NotADirectoryError|chdir\(\)? [^\n]*failed",
-             "{path} is gone there or is no directory; create it again with: offsync link --path {path}"),
-    ("no-rsync", r"/usr/bin/rsync'?: [^\n]*No such file|No such file or directory: '/usr/bin/rsync'"
-             r"|rsync: (?:\d+: )?(?:command )?not found|/usr/bin/rsync[^\n]*not found",
+    ("no-rsync", r"No such file or directory: '[^'\n]*/rsync'|FileNotFoundError: \[Errno 2\] No such file or directory\s*\n"
+             r"|rsync: (?:\d+: )?(?:command )?not found|/rsync'?: [^\n]*(?:No such file|not found)",
              "rsync is missing there; run on the target: offsync install-deps --role target"),
+    ("no-directory", r"Restricted directory does not exist|FileNotFoundError: [^\n]*No such file or directory: "
+             r"'|NotADirectoryError|chdir\(\)? [^\n]*failed",
+             "{path} is gone there or is no directory; create it again with: offsync link --path {path}"),
     ("openrsync", r"openrsync|rsync 2\.6\.9 compatible",
              "openrsync answers there instead of rsync; install the real rsync on the target"),
     ("option", r"has been disabled on this server|invalid rsync-command syntax|option is not supported"
@@ -3405,6 +3409,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         CHILDREN.stop()
         emit("offsync: interrupted by %s" % signal.Signals(interrupted.signum).name, error=True)
         status = interrupted.status
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)           # all is done: nothing is left to be interrupted
     return status
 
 

@@ -219,6 +219,69 @@ class Names(unittest.TestCase):
         self.assertEqual(caught.exception.args, (2,))
 
 
+class Diagnosis(unittest.TestCase):
+    """Answers as the real programs gave them: OpenSSH 9.2, rsync and rrsync 3.5.0, and older ones where another is named."""
+
+    ANSWERS = (
+        ("host-key-changed", "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\nHost key verification failed."),
+        ("host-key-unknown", "No ED25519 host key is known for [127.0.0.1]:2201 and you have requested strict checking.\nHost key verification failed."),
+        ("name", "ssh: Could not resolve hostname no-such-host.invalid: Name or service not known"),
+        ("refused", "ssh: connect to host 127.0.0.1 port 58015: Connection refused"),
+        ("unreachable", "ssh: connect to host 10.9.9.9 port 22: No route to host"),
+        ("unreachable", "ssh: connect to host 10.9.9.9 port 22: Network is unreachable"),
+        ("timeout", "ssh: connect to host 10.9.9.9 port 22: Connection timed out"),
+        ("timeout", "Connection timed out during banner exchange\nConnection to 127.0.0.2 port 2201 timed out"),
+        ("timeout", "Timeout, server 127.0.0.1 not responding."),
+        ("ssh-config", "/root/.ssh/config: line 1: Bad configuration option: nonsense\n/root/.ssh/config: terminating, 1 bad configuration options"),
+        ("key-file", "Load key \"/x/.offsync/id_ed25519\": error in libcrypto\nroot@127.0.0.1: Permission denied (publickey)."),
+        ("key-refused", "root@127.0.0.1: Permission denied (publickey,password)."),
+        ("key-refused", "Received disconnect from 127.0.0.1 port 22:2: Too many authentication failures"),
+        ("busy-sshd", "kex_exchange_identification: Connection closed by remote host\nConnection closed by 127.0.0.1 port 2201"),
+        ("busy-sshd", "kex_exchange_identification: read: Connection reset by peer"),
+        ("session-refused", "mux_client_request_session: session request failed: Session open refused by peer"),
+        ("nologin", "This account is currently not available.\nrsync: connection unexpectedly closed (0 bytes received so far) [sender]"),
+        ("locked", "/usr/bin/rrsync error: Another instance of rrsync is already accessing this directory.\nrsync: connection unexpectedly closed"),
+        ("no-rrsync", "bash: line 1: /nowhere/rrsync: No such file or directory"),
+        ("no-rrsync", "sh: 1: /nowhere/rrsync: not found"),
+        ("no-rrsync", "bash: line 1: /nowhere/rrsync: Permission denied"),
+        ("no-rrsync", "/usr/bin/python3: can't open file '/usr/share/doc/rsync/support/rrsync': [Errno 2] No such file or directory"),
+        ("read-only-key", "/usr/bin/rrsync error: sending to read-only server is not allowed"),
+        ("read-only-key", "rrsync: sending to read-only server not allowed"),
+        ("perl-refusal", "/usr/bin/rrsync: SSH_ORIGINAL_COMMAND='echo hi' is not rsync"),
+        ("no-directory", "/usr/bin/rrsync: Restricted directory does not exist!"),
+        ("no-directory", "    os.chdir(args.dir)\nFileNotFoundError: [Errno 2] No such file or directory: '/srv/gone'"),
+        ("no-directory", "NotADirectoryError: [Errno 20] Not a directory: '/srv/file'"),
+        ("no-rsync", "FileNotFoundError: [Errno 2] No such file or directory: '/usr/bin/rsync'\nrsync: connection unexpectedly closed"),
+        ("openrsync", "openrsync: unrecognized option"),
+        ("option", "/usr/bin/rrsync error: option --delete has been disabled on this server."),
+        ("option", "/usr/bin/rrsync: invalid rsync-command syntax or options"),
+        ("noise", "protocol version mismatch -- is your shell clean?\n(see the rsync manpage for an explanation)"),
+        ("space", "rsync: [receiver] write failed on \"/srv/x/big\": No space left on device (28)"),
+        ("quota", "rsync: [receiver] write failed on \"/srv/x/big\": Disk quota exceeded (122)"),
+        ("read-only-disk", "rsync: [receiver] mkstemp \"/srv/x/.f.7SxgQw\" failed: Read-only file system (30)"),
+        ("source-unreadable", "rsync: [sender] link_stat \"/srv/app/gone\" failed: No such file or directory (2)"),
+        ("source-unreadable", "rsync: [sender] send_files failed to open \"/srv/app/x\": Permission denied (13)"),
+        ("source-unreadable", "file has vanished: \"/srv/app/x\""),
+        ("in-the-way", "could not make way for new regular file: f"),
+        ("permission", "rsync: [receiver] mkstemp \"/srv/x/.f.7SxgQw\" failed: Permission denied (13)"),
+        ("permission", "rsync: [generator] set times on \"/srv/x\" failed: Operation not permitted (1)"),
+        ("not-a-directory", "rsync: [receiver] mkstemp \"/srv/x/d/.f.7SxgQw\" failed: Not a directory (20)"),
+        ("lost", "rsync: connection unexpectedly closed (8 bytes received so far) [sender]"),
+        ("lost", "client_loop: send disconnect: Broken pipe"),
+        ("other", "something never seen before"), ("other", ""))
+
+    def test_every_row_by_a_real_answer(self) -> None:
+        target = offsync.Target("u@h", "u", "h", "/srv/a b")
+        for kind, answer in self.ANSWERS:
+            with self.subTest(answer=answer):
+                error = offsync.diagnose(target, answer.encode())
+                self.assertEqual(error.kind, kind)
+                self.assertTrue(str(error).startswith("u@h: "))
+                self.assertNotIn("{", str(error))
+                self.assertNotIn("\n", str(error))
+        self.assertEqual({kind for kind, _ in self.ANSWERS} - {"other"}, {row[0] for row in offsync.SYMPTOMS})
+
+
 class Versions(unittest.TestCase):
     def test_every_way_of_printing_a_version(self) -> None:
         for text, version in ((b"rsync  version 3.2.7  protocol version 31", (3, 2, 7)), (b"rsync  version v3.2.3  protocol version 31", (3, 2, 3)),
