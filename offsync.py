@@ -243,6 +243,8 @@ SYMPTOMS = (
     ("space", r"No space left on device", "the disk is full there; free some space, then apply again"),
     ("quota", r"Disk quota exceeded", "a disk quota is used up there; raise it, then apply again"),
     ("read-only-disk", r"Read-only file system", "the file system is mounted read-only there; remount it"),
+    ("file-io", r"\(code 11\)",
+             "a file could not be written there, most likely because the disk is full; free some space, then apply again"),
     ("source-unreadable", r"\[sender\][^\n]*(?:Permission denied|No such file or directory)"
              r"|send_files failed to open|file has vanished|link_stat [^\n]* failed|readlink_stat",
              "the source changed while it was read; plan again"),
@@ -1917,6 +1919,8 @@ class Connection:
                           "-e", " ".join(quote_for_rsync(word) for word in words), "--",
                           (source or self.shared.source).rstrip(b"/") + b"/", "%s@%s:%s" % (self.target.user, host, path)],
                          stdin=stdin.fileno() if stdin else b"", on_line=on_line, deadline=deadline, last_words=last_words)
+            if result.status and not result.stderr:     # the last words of a dying rsync may be lost: its status is left
+                result = result._replace(stderr=b"rsync ended without a word (code %d)" % result.status)
             if result.status == 0 or seen or delay is None or last_words or CHILDREN.stopping \
                     or diagnose(self.target, result.stderr).kind not in RETRIED:
                 return result
@@ -2241,22 +2245,23 @@ def classify(connection: Connection, items: list[Itemized], leftovers: Leftovers
     rsync shows an entry that replaces one of another type as new. So the new entries whose parent is not new (below a
     new directory all is new) are looked up on the target; what exists there is "modified" by type.
     """
-    new = {item.path: item for item in items if item.action == "new"}
+    new = {item.path for item in items if item.action == "new"}
     doubtful = [path for path in new if os.path.dirname(path) not in new]
     absent = {item.path for item in itemize(connection, RSYNC_ABSENT, doubtful)} if doubtful else set()
     replaced = set(doubtful) - absent
-    changes = []
+    changes: list[Any] = items              # replaced one by one: there may be a million
     left = leftovers.among(connection.shared.source, [item.path for item in items if item.action == "delete"])
-    for item in items:
+    for index, item in enumerate(items):
         if item.action == "delete":
-            changes.append(Change("leftover" if item.path in left else "missing", item.path, item.directory))
+            changes[index] = Change("leftover" if item.path in left else "missing", item.path, item.directory)
         elif item.action == "change":
-            changes.append(Change("modified", item.path, item.directory, item.changes, item.quick))
+            changes[index] = Change("modified", item.path, item.directory, item.changes, item.quick)
         elif item.path in replaced:
-            changes.append(Change("modified", item.path, item.directory, ("type",)))
+            changes[index] = Change("modified", item.path, item.directory, ("type",))
         else:
-            changes.append(Change("added", item.path, item.directory))
-    return sorted(changes, key=lambda change: change.path)
+            changes[index] = Change("added", item.path, item.directory)
+    changes.sort(key=lambda change: change.path)
+    return changes
 
 
 def plan_target(shared: Run, target: Target, mode: str) -> TargetPlan:

@@ -219,8 +219,9 @@ class Lab:
         return done
 
     def start(self, *args, **more) -> subprocess.Popen:
-        """Start offsync.py in the background."""
+        """Start offsync.py in the background, as a terminal would: a SIGINT that we ourselves ignore is not passed on."""
         return subprocess.Popen([sys.executable, OFFSYNC, *args], env=dict(self.env, **more.pop("env", {})),
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 start_new_session=True, cwd=self.base, **more)
 

@@ -213,7 +213,7 @@ class Trouble(SharedLab):
         self.lab.offsync("apply", check=0)
         write(self.source + "/big", os.urandom(3 * MEBIBYTE))
         write(self.source + "/old", "new")
-        self.failing("the disk is full there", "free some space")
+        self.failing("the disk is full", "free some space")
         self.assertEqual(read(self.there + "/old"), "old")
         os.unlink(self.source + "/big")
         self.lab.offsync("apply", check=0)      # what the failed run left gives way first
