@@ -7,14 +7,14 @@ roles
   controller  owns the source directory and the private key; runs init, target, plan, apply, verify, doctor
   target      receives files; runs link once (and unlink to revoke); afterwards only sshd, rrsync and rsync run there
 
-reads     the source directory; ~/.ssh/config for routing and ~/.ssh/known_hosts for host keys (through ssh)
-writes    on the controller: $OFFSYNC_HOME (default ~/.offsync) and one temporary directory, removed at the end
+reads     the source directory; through ssh: ~/.ssh/config for routing, known_hosts of the user and the system for host keys
+writes    on the controller: $OFFSYNC_HOME (default ~/.offsync) and temporary files below $TMPDIR, removed at the end
           on the target: one line of ~/.ssh/authorized_keys, the --path directory if it is absent,
           and, through rsync, what a plan lists below that path
 runs      ssh, ssh-keygen and rsync, always as argument lists, never through a shell; -v shows each before it starts;
           link also asks sshd -T; install-deps runs the package manager, after showing the commands
-never     deletes without "delete: true", overwrites without "overwrite: true", forwards an agent or a port,
-          trusts a host key that nobody confirmed, sends a file before the restriction of the key is proved
+never     deletes without "delete: true" (but what its own killed rsync left), overwrites without "overwrite: true", forwards an agent or a port,
+          trusts a host key that neither you nor those known_hosts confirm, sends a file before the restriction of the key is proved
 exit      0 done; 1 failed, refused or some target failed; 2 wrong usage or config; 3 differences found;
           129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM
 """
