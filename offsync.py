@@ -13,8 +13,9 @@ writes    on the controller: $OFFSYNC_HOME (default ~/.offsync) and temporary fi
           and, through rsync, what a plan lists below that path
 runs      ssh, ssh-keygen and rsync, always as argument lists, never through a shell; -v shows each before it starts;
           link also asks sshd -T; install-deps runs the package manager, after showing the commands
-never     deletes without "delete: true" (but what its own killed rsync left), overwrites without "overwrite: true", forwards an agent or a port,
-          trusts a host key that neither you nor those known_hosts confirm, sends a file before the restriction of the key is proved
+never     deletes without "delete: true" (but what its own killed rsync left), overwrites without "overwrite: true",
+          forwards an agent or a port, trusts a host key that neither you nor those known_hosts confirm,
+          sends a file before the restriction of the key is proved
 exit      0 done; 1 failed, refused or some target failed; 2 wrong usage or config; 3 differences found;
           129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM
 """
