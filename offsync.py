@@ -1827,8 +1827,7 @@ class Connection:
             result = self._try_command("-o", "ControlMaster=yes", "-o", "ControlPath=" + self.socket,
                                        "-o", "ControlPersist=%d" % MASTER_IDLE)
             failure = diagnose(self.target, result.stderr)
-            # A proof that was cut off is none. 255 is ssh's own failure, and how Perl's rrsync refuses.
-            answered = result.status is not None and 0 < result.status < 255 or failure.kind == "perl-refusal"
+            answered = self._was_refused(result, failure)
             if answered and os.path.exists(self.socket):
                 return
             self.close()
@@ -1847,6 +1846,14 @@ class Connection:
         result = run([self.shared.ssh, *options, *self.options(), *self.destination(), PROOF_COMMAND], deadline=CONNECT_DEADLINE)
         self._judge_proof(result)
         return result
+
+    @staticmethod
+    def _was_refused(result: Result, failure: TargetError) -> bool:
+        """Return whether the target refused the command. A proof that was cut off is none.
+
+        255 is ssh's own failure, and how Perl's rrsync refuses.
+        """
+        return result.status is not None and 0 < result.status < 255 or failure.kind == "perl-refusal"
 
     def _judge_proof(self, result: Result) -> None:
         """Raise unless the attempt to run a command was refused, silently on stdout, as rrsync does."""
@@ -1874,7 +1881,7 @@ class Connection:
                               "it would not be sure which is used; remove IdentityFile for this host" % self.target.login)
         result = self._try_command(*SSH_NO_MULTIPLEXING)
         failure = diagnose(self.target, result.stderr)
-        if not (result.status is not None and 0 < result.status < 255 or failure.kind == "perl-refusal"):
+        if not self._was_refused(result, failure):
             raise failure
         self.direct = True
 

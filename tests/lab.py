@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pty
 import pwd
 import shutil
 import signal
@@ -318,3 +319,29 @@ def mentions(text: str) -> list:
     """Return the command lines of all processes that mention a text."""
     out = subprocess.run(["ps", "-A", "-ww", "-o", "args="], stdout=subprocess.PIPE, text=True, errors="replace", check=True).stdout
     return [line for line in out.splitlines() if text in line and not line.startswith("ps ")]
+
+
+def type_on_terminal(argv: list, env: dict, prompt: bytes, answer: str, stdin: str = "") -> tuple:
+    """Run a program on a terminal of its own and type one answer after a prompt; return (exit status, what was shown).
+
+    stdin names a file that the program gets instead of the terminal.
+    """
+    pid, terminal = pty.fork()
+    if pid == 0:
+        if stdin:
+            os.dup2(os.open(stdin, os.O_RDONLY), 0)
+        os.execve(argv[0], argv, env)
+    seen = b""
+    try:
+        while prompt not in seen:
+            seen += os.read(terminal, 4096)
+        os.write(terminal, answer.encode() + b"\n")
+        while True:
+            chunk = os.read(terminal, 4096)
+            if not chunk:
+                break
+            seen += chunk
+    except OSError:                         # how Linux says that the other side is closed
+        pass
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen.decode(errors="replace")

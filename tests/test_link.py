@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import gzip
 import os
-import pty
 import pwd
 import stat
 import subprocess
 import sys
 import unittest
 
-from lab import OFFSYNC, Lab, read, require, snapshot, write
+from lab import OFFSYNC, Lab, read, require, snapshot, type_on_terminal, write
 from test_job import LabCase
 
 
@@ -143,24 +142,8 @@ class Linking(LabCase):
     def test_the_key_is_asked_for_on_the_terminal(self) -> None:
         """As curl ... | python3 - does: the program comes on stdin, the question goes to /dev/tty."""
         env = dict(self.lab.env, HOME=self.target_home)
-        pid, terminal = pty.fork()
-        if pid == 0:
-            os.dup2(os.open(OFFSYNC, os.O_RDONLY), 0)
-            os.execve(sys.executable, [sys.executable, "-", "link", "--path", self.path], env)
-        seen = b""
-        while b"Paste" not in seen:
-            seen += os.read(terminal, 4096)
-        os.write(terminal, self.key.encode() + b"\n")
-        try:
-            while True:
-                chunk = os.read(terminal, 4096)
-                if not chunk:
-                    break
-                seen += chunk
-        except OSError:
-            pass
-        os.close(terminal)
-        self.assertEqual(os.waitpid(pid, 0)[1], 0, seen)
+        status, seen = type_on_terminal([sys.executable, "-", "link", "--path", self.path], env, b"Paste", self.key, stdin=OFFSYNC)
+        self.assertEqual(status, 0, seen)
         self.assertIn(self.key.split()[1], read(self.keys))
 
     def test_warnings_name_what_makes_sshd_ignore_the_key(self) -> None:

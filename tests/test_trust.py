@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 import os
-import pty
 import shutil
 import subprocess
 import sys
 import unittest
 
-from lab import OFFSYNC, USER, Lab, read, require, snapshot, write
+from lab import OFFSYNC, USER, Lab, read, require, snapshot, type_on_terminal, write
 from test_job import LabCase
 
 
@@ -27,24 +26,8 @@ class HostKeys(LabCase):
 
     def on_terminal(self, answer: str) -> tuple:
         """Run target add on a terminal of its own; return (exit status, what was shown)."""
-        pid, terminal = pty.fork()
-        if pid == 0:
-            os.execve(sys.executable, [sys.executable, OFFSYNC, "target", "add", self.target.login, "--path", self.target.path,
-                                       "--port", str(self.target.port)], self.lab.env)
-        seen = b""
-        while b"yes or no: " not in seen:
-            seen += os.read(terminal, 4096)
-        os.write(terminal, answer.encode() + b"\n")
-        try:
-            while True:
-                chunk = os.read(terminal, 4096)
-                if not chunk:
-                    break
-                seen += chunk
-        except OSError:
-            pass
-        os.close(terminal)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen.decode()
+        return type_on_terminal([sys.executable, OFFSYNC, "target", "add", self.target.login, "--path", self.target.path, "--port",
+                                 str(self.target.port)], self.lab.env, b"yes or no: ", answer)
 
     def test_yes_typed_in_full_stores_what_was_shown(self) -> None:
         for answer in ("y", "no", ""):
