@@ -30,6 +30,7 @@ if sys.version_info < (3, 9):
 
 import argparse
 import base64
+import contextlib
 import fcntl
 import fnmatch
 import glob
@@ -45,6 +46,7 @@ import selectors
 import shlex
 import shutil
 import stat
+import struct
 import subprocess
 import tempfile
 import threading
@@ -125,7 +127,9 @@ TEMPORARY_NAME = re.compile(rb"\.(.+)\.(?![A-Za-z]?[a-z]+\Z|[A-Z]+\Z|[0-9]+\Z)[A
 CONNECT_DEADLINE = 60.0                     # seconds for connection and proof
 SESSION_DEADLINE = 60.0                     # seconds for a session that hashes nothing
 RESCAN_DEADLINE = 15.0                      # seconds to learn what arrived after an interruption
-RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)    # seconds; for MaxStartups drops and rrsync's lock
+RETRY_DELAYS = (0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0)      # seconds; for MaxStartups drops and rrsync's lock
+# After an error rsync's server sleeps for 0.1 s (cleanup.c), under rrsync's lock; rrsync takes as long as the rest to start.
+LINGERING = 0.07
 SOCKET_PATH_LIMIT = 104 - 17                # bytes: sun_path on macOS, less what ssh appends while binding
 MAX_NAME_BYTES = 1 << 16                    # one line of rsync's; names are at most 4096 bytes, times 5 when escaped
 MAX_TARGET_ONLY = 1 << 30                   # bytes that a target's own entries may take: it must not fill our memory
@@ -358,14 +362,26 @@ class Itemized(NamedTuple):
     quick: bool                             # a comparison of size and time sees the same: content and (size or time)
 
 
+_ENTRY = struct.Struct("=cHQq")
+
+
 class SourceEntry(NamedTuple):
-    """What a plan says about one source entry. digest is a file's sha256; stamp (ns) moves when it changes."""
-    type: str
+    """What a plan says about one source entry. content is a file's sha256 or a symlink's target; stamp (ns) moves when it changes."""
+    type: str                               # "directory", "file", "symlink"
     size: int
     mode: int
-    digest: Optional[bytes]
-    link: Optional[bytes]
+    content: bytes
     stamp: int
+
+    def pack(self) -> bytes:
+        """Return all of it as bytes: there may be a million entries."""
+        return _ENTRY.pack(self.type[:1].encode(), self.mode, self.size, self.stamp) + self.content
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> "SourceEntry":
+        """Return what pack() was given."""
+        letter, mode, size, stamp = _ENTRY.unpack_from(packed)
+        return cls({b"d": "directory", b"f": "file", b"s": "symlink"}[letter], size, mode, packed[_ENTRY.size:], stamp)
 
 
 class Change(NamedTuple):
@@ -1468,6 +1484,8 @@ def close_master(path: str, ssh: str) -> None:
     if os.path.exists(path):
         run([ssh, "-F", "/dev/null", "-o", "ControlPath=" + path, "-O", "exit", "--", "offsync"],
             deadline=SESSION_DEADLINE, last_words=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)                 # it would do so itself, a moment later
 
 
 def clean_up(scratch: str, ssh: str) -> None:
@@ -1649,14 +1667,14 @@ def describe_entry(source: bytes, path: bytes) -> SourceEntry:
     status = os.lstat(full)
     mode = stat.S_IMODE(status.st_mode)
     if stat.S_ISDIR(status.st_mode):
-        return SourceEntry("directory", 0, mode, None, None, status.st_ctime_ns)
+        return SourceEntry("directory", 0, mode, b"", status.st_ctime_ns)
     if stat.S_ISLNK(status.st_mode):
         link = os.readlink(full)
-        return SourceEntry("symlink", len(link), 0o777, None, link, status.st_ctime_ns)
+        return SourceEntry("symlink", len(link), 0o777, link, status.st_ctime_ns)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is no file, directory or symlink any more")
     digest, size = hash_file(full)
-    return SourceEntry("file", size, mode, digest, None, status.st_ctime_ns)
+    return SourceEntry("file", size, mode, digest, status.st_ctime_ns)
 
 
 class SourceReader:
@@ -1664,7 +1682,7 @@ class SourceReader:
 
     def __init__(self, source: bytes) -> None:
         self.source = source
-        self.entries: dict[bytes, Optional[SourceEntry]] = {}
+        self.entries: dict[bytes, bytes] = {}           # path -> SourceEntry.pack(), b"" until it is described
         self.errors: dict[bytes, str] = {}
         self.wanted: queue.Queue[bytes] = queue.Queue()
         self.threads = 0
@@ -1675,7 +1693,7 @@ class SourceReader:
         with self.lock:
             if path in self.entries:
                 return
-            self.entries[path] = None
+            self.entries[path] = b""
             self.wanted.put(path)
             if self.threads < min(os.cpu_count() or 1, 4):
                 self.threads += 1
@@ -1690,9 +1708,7 @@ class SourceReader:
 
     def entry(self, path: bytes) -> SourceEntry:
         """Return what is known of a wanted entry."""
-        entry = self.entries[path]
-        assert entry is not None, "wait() comes first"
-        return entry
+        return SourceEntry.unpack(self.entries[path])
 
     def changed(self, path: bytes) -> bool:
         """Return whether an entry is not any more what was planned (its content is read again only if its stamp moved)."""
@@ -1710,7 +1726,7 @@ class SourceReader:
         while True:
             path = self.wanted.get()
             try:
-                self.entries[path] = describe_entry(self.source, path)
+                self.entries[path] = describe_entry(self.source, path).pack()
             except (OSError, ValueError) as error:
                 self.errors[path] = getattr(error, "strerror", None) or str(error)
             finally:
@@ -1799,6 +1815,7 @@ class Connection:
         self.socket = os.path.join(shared.scratch, "%d" % next(shared.numbers))      # a name of its own
         self.known_hosts = known_hosts
         self.direct = False                 # True: no multiplexing, one connection for each session
+        self.free_at = 0.0                  # when an rsync that failed there has ended (time.monotonic())
 
     def options(self) -> list[str]:
         """Return the options of a connection of its own."""
@@ -1920,6 +1937,7 @@ class Connection:
         for delay in (*RETRY_DELAYS, None):
             if not last_words:
                 self.ensure_open()
+            time.sleep(max(self.free_at - time.monotonic(), 0))
             words = [self.shared.ssh, *self.session_options()]
             if stdin:
                 os.lseek(stdin.fileno(), start, os.SEEK_SET)
@@ -1929,6 +1947,7 @@ class Connection:
                          stdin=stdin.fileno() if stdin else b"", on_line=on_line, deadline=deadline, last_words=last_words)
             if result.status and not result.stderr:     # the last words of a dying rsync may be lost: its status is left
                 result = result._replace(stderr=b"rsync ended without a word (code %d)" % result.status)
+            self.free_at = time.monotonic() + (LINGERING if result.status else 0)
             if result.status == 0 or seen or delay is None or last_words or CHILDREN.stopping \
                     or diagnose(self.target, result.stderr).kind not in RETRIED:
                 return result
@@ -2126,9 +2145,9 @@ def json_entry(change: Change, reader: SourceReader) -> dict[str, Any]:
         return {**fields, "type": "directory" if change.directory else "non-directory"}
     entry = reader.entry(change.path)
     fields.update(type=entry.type, size=entry.size, mode="%04o" % entry.mode,
-                  sha256=entry.digest.hex() if entry.digest is not None else None)
-    if entry.link is not None:
-        fields.update({key.replace("path", "link"): value for key, value in json_path(entry.link).items()})
+                  sha256=entry.content.hex() if entry.type == "file" else None)
+    if entry.type == "symlink":
+        fields.update({key.replace("path", "link"): value for key, value in json_path(entry.content).items()})
     return {**fields, "changes": list(change.changes)} if change.kind == "modified" else fields
 
 
