@@ -11,6 +11,7 @@ help:
 	@echo 'make soak     random trees and random kills for as long as you like (SEEDS=n rounds, KILLS=n, from SEED=n)'
 	@echo 'make bench    speed against bare rsync (QUICK=1; ROWS="help small large many million")'
 	@echo 'make fuzz     the YAML subset against PyYAML (COUNT=n SEED=n)'
+	@echo 'make dist     the release below dist/: offsync.py, its .sha256, install.sh, tar.gz, wheel (reproducible)'
 	@echo 'make install  copy offsync to PREFIX/bin; make uninstall; make clean'
 
 demo:
@@ -42,6 +43,9 @@ soak:
 bench:
 	QUICK=$(QUICK) $(PYTHON) tests/bench.py $(ROWS)
 
+dist:
+	@$(PYTHON) tests/dist.py
+
 install:
 	@./install.sh
 
@@ -51,4 +55,4 @@ uninstall:
 clean:
 	rm -rf $(DEV) dist tests/__pycache__ __pycache__
 
-.PHONY: help demo test lint fuzz soak bench install uninstall clean
+.PHONY: help demo test lint fuzz soak bench dist install uninstall clean

@@ -514,6 +514,13 @@ def some_of(names: Sequence[str], separator: str = ", ") -> str:
     return separator.join(names[:LISTED]) + (separator + "and %d more" % more if more > 0 else "")
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return '; did you mean "plan"?' for the known word that is most like this one, "" if none is."""
+    from difflib import get_close_matches                   # here, since only a mistake needs it
+    found = get_close_matches(word, list(known), 1)
+    return '; did you mean "%s"?' % found[0] if found else ""
+
+
 def parse_rsync_version(output: bytes) -> Optional[tuple[int, int, int]]:
     """Return the version that "rsync --version" prints, or None for openrsync and unknown programs."""
     if b"openrsync" in output:
@@ -998,7 +1005,8 @@ def select_targets(targets: Sequence[Target], patterns: Sequence[str]) -> list[T
                     or fnmatch.fnmatchcase(t.login, pattern) or fnmatch.fnmatchcase(t.host, pattern)]
         if not matching:
             known = ", ".join(sorted(t.login for t in targets)) or "none yet; add one with: offsync target add"
-            raise UsageError("target %s: nothing matches; known targets: %s" % (show_text(pattern), known))
+            raise UsageError("target %s: nothing matches%s; known targets: %s" % (
+                show_text(pattern), nearest(pattern, [name for t in targets for name in (t.login, t.host)]), known))
         chosen.update(matching)
     return sorted(chosen, key=lambda t: t.login)
 
@@ -1157,6 +1165,7 @@ def _read_output(process: "subprocess.Popen[bytes]", deadline: Optional[float], 
                     size += len(chunk)
                     if size > STDOUT_LIMIT:
                         raise OffsyncError("a program prints without end; nothing more is read from it")
+            PROGRESS.tick()
             now = time.monotonic()
             if kill is None and (end is not None and now > end or CHILDREN.stopping and not last_words):
                 timed_out, kill = not CHILDREN.stopping, now + KILL_AFTER
@@ -1176,56 +1185,74 @@ def _mute(stream: Any) -> None:
 
 
 class Progress:
-    """One line per running target on a terminal's stderr; nothing anywhere else."""
+    """One line for each thing that is being done, on a terminal's stderr; nothing anywhere else."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.texts: dict[str, str] = {}
-        self.drawn = 0
-        self.next = 0.0
+        self.texts: dict[str, tuple[str, float]] = {}       # name -> what is being done, since when
+        self.drawn: list[int] = []          # the length of each line on the screen
+        self.next = time.monotonic() + 0.3  # what takes less is not worth a line
 
     def enabled(self) -> bool:
         """Return whether stderr is a terminal that can move its cursor."""
         return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not CHILDREN.verbose
 
     def update(self, name: str, text: Optional[str]) -> None:
-        """Show what a target is doing now; None ends its line."""
+        """Show what is being done for a target or the source now, its first word being the phase; None ends its line."""
         if not self.enabled():
             return
         with self.lock:
-            if text is None:
-                self.texts.pop(name, None)
-            else:
-                self.texts[name] = text
+            before = self.texts.pop(name, ("", 0.0))
+            if text is not None:
+                same_phase = before[0].split(" ")[0] == text.split(" ")[0]
+                self.texts[name] = (text, before[1] if same_phase else time.monotonic())
+            self.tick(0.1)
+
+    def tick(self, interval: float = 0.5) -> None:
+        """Draw all lines again if the last time was the interval (seconds) ago."""
+        with self.lock:
             now = time.monotonic()
-            if now >= self.next or text is None:
-                self.next = now + 0.1
-                self._draw()
+            if (self.texts or self.drawn) and now >= self.next + interval:
+                self.next = now
+                self._draw(now)
 
     def clear(self) -> None:
         """Take the lines away so that something else can be printed."""
         with self.lock:
             if self.drawn:
-                self._write("\x1b[%dA\r\x1b[J" % self.drawn)
-                self.drawn = 0
+                self._write(self._back(self._size()[0]))
+                self.drawn = []
 
-    def _draw(self) -> None:
+    def _size(self) -> tuple[int, int]:
+        """Return the terminal's columns and rows; they change when a window does."""
+        try:
+            return os.get_terminal_size(sys.stderr.fileno())
+        except OSError:
+            return 80, 24
+
+    def _back(self, columns: int) -> str:
+        """Return what takes the cursor to the first line and clears the rest; a narrower window has wrapped long lines."""
+        rows = sum(max(-(-length // max(columns, 1)), 1) for length in self.drawn)
+        return "\x1b[%dA\r\x1b[J" % rows if rows else ""
+
+    def _draw(self, now: float) -> None:
         """Draw all lines, cut to the terminal, at most as many as fit."""
-        columns, rows = shutil.get_terminal_size()
-        lines = ["%s: %s" % item for item in sorted(self.texts.items())]
+        columns, rows = self._size()
+        lines = []
+        for name, (text, since) in sorted(self.texts.items()):
+            seconds = ", %d s" % (now - since) if now - since >= 2 else ""
+            lines.append("%s: %s%s" % (name, text, seconds))
         if len(lines) > rows - 2:
             lines = lines[:max(rows - 3, 1)] + ["... and %d more" % (len(lines) - max(rows - 3, 1))]
-        back = "\x1b[%dA\r\x1b[J" % self.drawn if self.drawn else ""
-        self.drawn = len(lines)
-        self._write(back + "".join(line[:columns - 1] + "\n" for line in lines))
+        lines = [line[:max(columns - 1, 1)] for line in lines]
+        self._write(self._back(columns) + "".join(line + "\n" for line in lines))
+        self.drawn = [len(line) for line in lines]
 
     def _write(self, text: str) -> None:
         """Write to the terminal; one that is gone is no error."""
-        try:
+        with contextlib.suppress(OSError):
             sys.stderr.write(text)
             sys.stderr.flush()
-        except OSError:
-            pass
 
 
 PROGRESS = Progress()
@@ -1622,6 +1649,7 @@ def scan_source(source: bytes) -> list[tuple[bytes, str]]:
     pending = [b""]
     while pending:
         directory = pending.pop()
+        PROGRESS.update("source", "scanning " + show(directory or b"."))
         try:
             with os.scandir(os.path.join(source, directory)) as entries:
                 for entry in entries:
@@ -1643,6 +1671,7 @@ def scan_source(source: bytes) -> list[tuple[bytes, str]]:
                 raise OffsyncError("source %s: %s; name a readable directory: offsync init --source DIR"
                                    % (show(source), error.strerror)) from None
             offenders.append((directory, "it cannot be read: %s" % error.strerror))
+    PROGRESS.update("source", None)
     return sorted(offenders)
 
 
@@ -1701,7 +1730,11 @@ class SourceReader:
 
     def wait(self) -> None:
         """Return when every wanted entry is described; raise for those that vanished or cannot be read."""
-        self.wanted.join()
+        with self.wanted.all_tasks_done:    # queue.join(), with progress
+            while self.wanted.unfinished_tasks:
+                PROGRESS.update("source", "hashing, %s to go" % plural(self.wanted.unfinished_tasks, "entry", "entries"))
+                self.wanted.all_tasks_done.wait(0.2)
+        PROGRESS.update("source", None)
         if self.errors:
             raise OffsyncError("source: it changed during the plan: %s; plan again"
                                % some_of(["%s: %s" % (show(p), e) for p, e in sorted(self.errors.items())]))
@@ -2840,7 +2873,8 @@ def cmd_link(args: argparse.Namespace) -> int:
     rrsync, words = find_rrsync(args.rrsync)
     from_pattern = validate_from_pattern(args.from_pattern) if args.from_pattern is not None else ""
     state = Home()                          # a controller's files, offsync itself and rrsync must not be replaced
-    protected = [rrsync, state.config, state.key, state.known_hosts, *([sys.argv[0]] if os.path.exists(sys.argv[0]) else [])]
+    ourselves = [path for path in (sys.argv[0], globals().get("__file__", "")) if os.path.exists(path)]
+    protected = [rrsync, state.config, state.key, state.known_hosts, *ourselves]
     path = validate_link_path(os.path.expanduser("~/.offsync/sync") if args.path is None else args.path, protected)
     command_line = validate_forced_command(words, path, account.pw_shell)
     key = read_key_argument(args)
@@ -2954,8 +2988,9 @@ def cmd_target_remove(args: argparse.Namespace) -> int:
     home.lock("target remove")
     config, _, text = home.load()
     if args.login not in [target.login for target in config.targets]:
-        raise UsageError("target %s: unknown; known targets: %s" % (
-            show_text(args.login), ", ".join(sorted(target.login for target in config.targets)) or "none"))
+        raise UsageError("target %s: unknown%s; known targets: %s" % (
+            show_text(args.login), nearest(args.login, [target.login for target in config.targets]),
+            ", ".join(sorted(target.login for target in config.targets)) or "none"))
     write_atomically(home.config, remove_target_lines(text, args.login).encode(), 0o600)
     emit("removed %s here; to revoke the key, run there: offsync unlink" % args.login, error=True)
     return 0
@@ -3050,6 +3085,8 @@ def show_plans(shared: Run, args: argparse.Namespace, targets: Sequence[Target],
         for batch in iter(lambda: "".join(itertools.islice(pieces, 1000)), ""):
             emit(batch.encode())
     elif not quiet:
+        for plan in plans if len(plans) > 1 else ():
+            emit("%s: %s" % (plan.target.login, "not compared" if plan.error else plan_summary(shared, plan)))
         emit("plan %s" % plan_id)
     failed = [plan.target.login for plan in plans if plan.error]
     if failed:
@@ -3194,9 +3231,12 @@ def cmd_manifest(args: argparse.Namespace) -> int:
             raise UsageError("manifest %s:%s: not a line of sha256sum; correct it" % (show_text(args.check), error)) from None
     names = sorted(included_names(find_rsync()[0], root, exclude))
     paths = [name for name in names if os.path.isfile(os.path.join(root, name)) and not os.path.islink(os.path.join(root, name))]
+    found: dict[bytes, str] = {}
     try:
         digests = in_parallel(min(os.cpu_count() or 1, 4), lambda path: hash_file(os.path.join(root, path))[0].hex(), paths)
-        found = dict(zip(paths, digests))
+        for path, digest in zip(paths, digests):
+            found[path] = digest
+            PROGRESS.update("manifest", "hashed %d of %s" % (len(found), plural(len(paths), "file")))
     except OSError as error:
         raise OffsyncError("manifest: %s: %s; nothing was printed"
                            % (show_text(os.fsdecode(error.filename or root)), error.strerror)) from None
@@ -3274,6 +3314,66 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+# What the shells do with our candidates; both ask offsync itself for them, so parser and targets are always those of now.
+COMPLETION = {
+    "bash": """_offsync() {
+    local line=${COMP_LINE:0:COMP_POINT} words current before candidate
+    read -r -a words <<<"$line"
+    [[ $line == *[[:blank:]] ]] && words+=("")
+    current=${words[${#words[@]}-1]}
+    before=${current%"${current##*[@:=]}"}      # readline replaces what follows : or =, or from @ on
+    before=${before%@}
+    COMPREPLY=()
+    while IFS= read -r candidate; do
+        COMPREPLY+=("${candidate#"$before"}")
+    done < <(offsync completion words "${words[@]:1}" 2>/dev/null)
+}
+complete -o default -F _offsync offsync
+""",
+    "zsh": """#compdef offsync
+_offsync() {
+    local -a candidates
+    candidates=(${(f)"$(offsync completion words "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+    compadd -a candidates || _files
+}
+compdef _offsync offsync
+"""}
+
+
+def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Return what may stand in place of the last word: commands, options, values of options, or targets."""
+    option: Optional[argparse.Action] = None
+    for word in words[:-1]:
+        option = next((action for action in parser._actions if word in action.option_strings), None)
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction) and word in action.choices:
+                parser = action.choices[word]
+    if option and option.nargs != 0:
+        return [str(choice) for choice in option.choices or ()]
+    if words[-1:] and words[-1].startswith("-"):
+        return [name for action in parser._actions for name in action.option_strings]
+    found: list[str] = []
+    for action in parser._actions:
+        if not action.option_strings and action.choices is not None:
+            found += map(str, action.choices)
+        elif action.dest in ("targets", "login"):
+            targets = Home().load()[0].targets
+            found += sorted({t.login for t in targets} | {t.host for t in targets if action.dest == "targets"})
+    return found
+
+
+def cmd_completion(args: argparse.Namespace) -> int:
+    """Print the completion code of a shell, or, for that code, the candidates for the last of the given words."""
+    if args.shell == "words":
+        words = args.words or [""]
+        for name in complete(build_parser(), words):
+            if name.startswith(words[-1]):
+                emit(name)
+    else:
+        emit(COMPLETION[args.shell].rstrip("\n"))
+    return 0
+
+
 def next_step(home: Home) -> str:
     """Return what to do next from where one stands."""
     if not os.path.exists(home.config):
@@ -3281,6 +3381,9 @@ def next_step(home: Home) -> str:
     config, _, _ = home.load()
     if not config.targets:
         return "Next: offsync link --path DIR   (on a target), then here the 'offsync target add' command that it prints"
+    killed = [name for name in (os.listdir(home.unfinished) if os.path.isdir(home.unfinished) else ())]
+    if killed:
+        return "An apply did not finish: %s. Next: offsync apply" % some_of(sorted(name.split(".logged")[0] for name in killed))
     return "%s configured. Next: offsync plan" % plural(len(config.targets), "target")
 
 
@@ -3292,6 +3395,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
         raise UsageError("%s; see: %s --help" % (message, self.prog))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raise for an unknown command (or choice), naming the nearest."""
+        known = [str(choice) for choice in action.choices or ()]
+        if action.choices is not None and value not in known:
+            self.error("%s %s: unknown%s; known are: %s" % ((*action.option_strings, action.metavar)[0], show_text(str(value)),
+                                                           nearest(str(value), known), ", ".join(known)))
 
 
 def version_text() -> str:
@@ -3392,6 +3502,10 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = command(commands, "doctor", cmd_doctor, "controller: check this machine, and prove what the key can do on targets",
                      "offsync doctor deploy@node02")
     target_arguments(doctor, jobs=False)
+    completion = command(commands, "completion", cmd_completion, "either: print the code that completes offsync's words in a shell",
+                         "offsync completion bash > /etc/bash_completion.d/offsync")
+    completion.add_argument("shell", choices=("bash", "zsh", "words"), metavar="SHELL", help="bash or zsh")
+    completion.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return main_parser
 
 

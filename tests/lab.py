@@ -4,6 +4,7 @@ Works as root and as an ordinary user. Never port 22, never the real home, nothi
 """
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import pty
@@ -12,9 +13,11 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -321,21 +324,24 @@ def mentions(text: str) -> list:
     return [line for line in out.splitlines() if text in line and not line.startswith("ps ")]
 
 
-def type_on_terminal(argv: list, env: dict, prompt: bytes, answer: str, stdin: str = "") -> tuple:
-    """Run a program on a terminal of its own and type one answer after a prompt; return (exit status, what was shown).
+def type_on_terminal(argv: list, env: dict, *dialogue: tuple, stdin: str = "", columns: int = 80) -> tuple:
+    """Run a program on a terminal of its own and type each answer after its prompt; return (exit status, what was shown).
 
     stdin names a file that the program gets instead of the terminal.
     """
     pid, terminal = pty.fork()
     if pid == 0:
+        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         if stdin:
             os.dup2(os.open(stdin, os.O_RDONLY), 0)
         os.execve(argv[0], argv, env)
-    seen = b""
+    seen, start = b"", 0
     try:
-        while prompt not in seen:
-            seen += os.read(terminal, 4096)
-        os.write(terminal, answer.encode() + b"\n")
+        for prompt, answer in dialogue:
+            while prompt not in seen[start:]:
+                seen += os.read(terminal, 4096)
+            start = len(seen)
+            os.write(terminal, answer.encode())
         while True:
             chunk = os.read(terminal, 4096)
             if not chunk:

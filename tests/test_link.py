@@ -142,7 +142,7 @@ class Linking(LabCase):
     def test_the_key_is_asked_for_on_the_terminal(self) -> None:
         """As curl ... | python3 - does: the program comes on stdin, the question goes to /dev/tty."""
         env = dict(self.lab.env, HOME=self.target_home)
-        status, seen = type_on_terminal([sys.executable, "-", "link", "--path", self.path], env, b"Paste", self.key, stdin=OFFSYNC)
+        status, seen = type_on_terminal([sys.executable, "-", "link", "--path", self.path], env, (b"Paste", self.key + "\n"), stdin=OFFSYNC)
         self.assertEqual(status, 0, seen)
         self.assertIn(self.key.split()[1], read(self.keys))
 

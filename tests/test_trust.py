@@ -27,7 +27,7 @@ class HostKeys(LabCase):
     def on_terminal(self, answer: str) -> tuple:
         """Run target add on a terminal of its own; return (exit status, what was shown)."""
         return type_on_terminal([sys.executable, OFFSYNC, "target", "add", self.target.login, "--path", self.target.path, "--port",
-                                 str(self.target.port)], self.lab.env, b"yes or no: ", answer)
+                                 str(self.target.port)], self.lab.env, (b"yes or no: ", answer + "\n"))
 
     def test_yes_typed_in_full_stores_what_was_shown(self) -> None:
         for answer in ("y", "no", ""):
