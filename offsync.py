@@ -33,6 +33,7 @@ import base64
 import contextlib
 import fcntl
 import fnmatch
+import functools
 import glob
 import hashlib
 import itertools
@@ -162,8 +163,7 @@ BREW_BIN = ("/opt/homebrew/bin", "/usr/local/bin", "/home/linuxbrew/.linuxbrew/b
 SHELL_PLACES = ("/bin", "/boot", "/dev", "/etc/cron.d", "/etc/cron.daily", "/etc/cron.hourly", "/etc/init.d", "/etc/ld.so.conf.d",
                 "/etc/pam.d", "/etc/profile.d", "/etc/ssh", "/etc/sudoers.d", "/etc/systemd", "/lib", "/lib64", "/proc",
                 "/root/.ssh", "/run/systemd", "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/sbin",
-                "/usr/sbin",
-                "/var/spool/cron")
+                "/usr/sbin", "/var/spool/cron")
 SHELL_PLACES_AT_HOME = (".ssh", ".config/systemd", ".config/autostart", ".local/bin", "bin")
 # Login shells in which single quotes mean what POSIX says; others get only paths that need no quoting.
 POSIX_SHELLS = ("sh", "bash", "dash", "ash", "ksh", "ksh93", "mksh", "zsh", "busybox", "rbash")
@@ -278,11 +278,11 @@ class UsageError(OffsyncError):
 
 
 class TargetError(OffsyncError):
-    """One target failed; kind is the symptom's name, or "other"."""
+    """One target failed; why is the message without the login; kind is the symptom's name, or "other"."""
 
-    def __init__(self, message: str, kind: str = "other") -> None:
-        super().__init__(message)
-        self.kind = kind
+    def __init__(self, login: str, why: str, kind: str = "other") -> None:
+        super().__init__("%s: %s" % (login, why))
+        self.why, self.kind = why, kind
 
 
 class Interrupted(BaseException):
@@ -353,20 +353,20 @@ class PublicKey(NamedTuple):
     comment: str
 
 
-class Itemized(NamedTuple):
-    """One itemized line of rsync's: what differs about one entry."""
+class Change(NamedTuple):
+    """One difference: one line of a plan, and one itemized line of rsync's."""
     path: bytes
-    action: str                             # "delete", "new" or "change"
-    directory: bool
-    changes: tuple[str, ...]                # of a change: "content", "mode", "link"
-    quick: bool                             # a comparison of size and time sees the same: content and (size or time)
+    kind: str                               # "added", "modified", "missing", "leftover"
+    directory: bool                         # for missing and leftover; rsync does not tell a file from a symlink
+    changes: tuple[str, ...] = ()           # of modified: "content", "mode", "type", "link"
+    quick: bool = True                      # a comparison of size and time sees the same: content and (size or time)
 
 
 _ENTRY = struct.Struct("=cHQq")
 
 
 class SourceEntry(NamedTuple):
-    """What a plan says about one source entry. content is a file's sha256 or a symlink's target; stamp (ns) moves when it changes."""
+    """What a plan says of one source entry: content is a file's sha256 or a symlink's target; stamp (ns) moves with changes."""
     type: str                               # "directory", "file", "symlink"
     size: int
     mode: int
@@ -384,31 +384,11 @@ class SourceEntry(NamedTuple):
         return cls({b"d": "directory", b"f": "file", b"s": "symlink"}[letter], size, mode, packed[_ENTRY.size:], stamp)
 
 
-class Change(NamedTuple):
-    """One line of a plan."""
-    kind: str                               # "added", "modified", "missing", "leftover"
-    path: bytes
-    directory: bool                         # for missing and leftover; rsync does not tell a file from a symlink
-    changes: tuple[str, ...] = ()           # of modified: "content", "mode", "type", "link"
-    quick: bool = True
-
-
 class Result(NamedTuple):
     """How a program ended. status is negative for a signal; None when its deadline passed."""
     status: Optional[int]
     stdout: bytes
     stderr: bytes
-
-
-class Outcome(NamedTuple):
-    """What apply did to one target: one line of operations.log."""
-    target: Target
-    result: str                             # "ok", "failed", "interrupted"
-    error: Optional[str]
-    delivered: list[bytes]
-    deleted: list[bytes]
-    bytes_sent: int
-    seconds: float
 
 
 # --- Text: no I/O below, text in, values out --------------------------------------------------------------------
@@ -427,12 +407,10 @@ def show(name: bytes) -> str:
     if text and text.isprintable() and not re.search(r'["\\]|^ | $', text):
         return text
     named = {7: "\\a", 8: "\\b", 9: "\\t", 10: "\\n", 11: "\\v", 12: "\\f", 13: "\\r", 34: '\\"', 92: "\\\\"}
-    if not text or not text.replace("\n", "").isascii():
-        return '"' + "".join(named.get(b, chr(b) if 32 <= b < 127 else "\\%03o" % b) for b in name) + '"'
-    return '"' + "".join(named.get(ord(c), c if 32 <= ord(c) < 127 else "\\%03o" % ord(c)) for c in text) + '"'
+    return '"' + "".join(named.get(byte, chr(byte) if 32 <= byte < 127 else "\\%03o" % byte) for byte in name) + '"'
 
 
-def parse_itemized(line: bytes) -> Optional[Itemized]:
+def parse_itemized(line: bytes) -> Optional[Change]:
     """Return what "%i %n" says, or None where nothing that we compare differs. Raises ValueError on anything else.
 
     The code is YXcstpoguax (rsync(1), --itemize-changes). Times alone are not compared, nor is the root itself.
@@ -448,11 +426,11 @@ def parse_itemized(line: bytes) -> Optional[Itemized]:
     if path.startswith(b"/") or any(part in (b"..", b".", b"") for part in path.split(b"/")):
         raise ValueError("a name that leaves the directory: " + show(name))
     if code.startswith(b"*deleting"):
-        return Itemized(path, "delete", directory, (), True)
+        return Change(path, "missing", directory)
     if code[:1] not in b"<>ch." or code[1:2] not in b"fdL":
         raise ValueError("an unknown itemize code: " + show(line))
     if code[2:3] == b"+":
-        return Itemized(path, "new", code[1:2] == b"d", (), True)
+        return Change(path, "added", code[1:2] == b"d")
     changes = []
     if code[1:2] == b"f" and code[:1] in b"<>":
         changes.append("content")
@@ -463,7 +441,7 @@ def parse_itemized(line: bytes) -> Optional[Itemized]:
     # A quick check would go wrong: same size and time but other content, or the same content and another time.
     same = code[3:4] == b"." and code[4:5] == b"."
     quick = code[1:2] != b"f" or same != ("content" in changes)
-    return Itemized(path, "change", code[1:2] == b"d", tuple(changes), quick) if changes else None
+    return Change(path, "modified", code[1:2] == b"d", tuple(changes), quick) if changes else None
 
 
 def format_include_rule(path: bytes, directory: bool) -> bytes:
@@ -478,7 +456,7 @@ def format_include_rule(path: bytes, directory: bool) -> bytes:
 
 def show_text(text: str) -> str:
     """Return text from outside (an argument, a config value) fit for a message."""
-    return show(os.fsencode(text)) if text else '""'
+    return show(os.fsencode(text))
 
 
 def quote_answer(stderr: bytes) -> str:
@@ -536,9 +514,9 @@ def diagnose(target: Target, stderr: bytes) -> TargetError:
     answer = quote_answer(stderr)
     for kind, pattern, meaning in SYMPTOMS:
         if re.search(pattern.encode(), stderr):
-            return TargetError("%s: %s (it said: %s)" % (target.login, meaning.format(**fields), answer), kind)
-    return TargetError("%s: it failed in an unknown way; run: offsync doctor %s (it said: %s)"
-                       % (target.login, target.login, answer or "nothing"))
+            return TargetError(target.login, "%s (it said: %s)" % (meaning.format(**fields), answer), kind)
+    return TargetError(target.login, "it failed in an unknown way; run: offsync doctor %s (it said: %s)"
+                       % (target.login, answer or "nothing"))
 
 
 # config.yaml: a strict subset of YAML. What is accepted means the same to any YAML 1.1 or 1.2 parser; the rest is
@@ -560,23 +538,23 @@ class YamlError(ValueError):
         self.line = line
 
 
-def _parse_yaml_escape(match: re.Match[str], number: int) -> str:
+def _parse_yaml_escape(match: re.Match[str]) -> str:
     """Return the character of one escape in double quotes."""
     simple, two, four, eight, other = match.groups()
     if other is not None:
-        raise YamlError(number + 1, "unsupported escape \\%s in double quotes" % other)
+        raise ValueError("unsupported escape \\%s in double quotes" % other)
     if simple:
         return {"n": "\n", "t": "\t", "r": "\r"}.get(simple, str(simple))
     code = int(two or four or eight, 16)
     if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
-        raise YamlError(number + 1, "an escape that is no character")
+        raise ValueError("an escape that is no character")
     return chr(code)
 
 
-def _parse_yaml_value(text: str, number: int) -> Any:
+def _parse_yaml_value(text: str) -> Any:
     """Return the value of one scalar token."""
     if text[0] == '"':
-        return _YAML_ESCAPE.sub(lambda match: _parse_yaml_escape(match, number), text[1:-1])
+        return _YAML_ESCAPE.sub(_parse_yaml_escape, text[1:-1])
     if text[0] == "'":
         return text[1:-1].replace("''", "'")
     if text[0] == "[":
@@ -586,7 +564,7 @@ def _parse_yaml_value(text: str, number: int) -> Any:
     if re.fullmatch(r"0|[1-9][0-9]{0,8}", text):
         return int(text)
     if text[0].isdigit() or text.lower() in _YAML_WORDS:
-        raise YamlError(number + 1, "%s is not supported; write true, false, a decimal number, or text in quotes" % text)
+        raise ValueError("%s is not supported; write true, false, a decimal number, or text in quotes" % text)
     return text
 
 
@@ -594,41 +572,28 @@ def _parse_yaml_scalar(line: str, number: int, start: int) -> Optional[Scalar]:
     """Return the scalar that follows column start, None if only a comment does."""
     if _YAML_END.match(line, start):
         return None
-    start += len(line[start:]) - len(line[start:].lstrip(" "))
+    start = len(line) - len(line[start:].lstrip(" "))
     match = _YAML_SCALAR.match(line, start)
     if not match or not _YAML_END.match(line, match.end()):
-        raise YamlError(number + 1, "unsupported value; quote it: %s" % json.dumps(line[start:].strip()))
-    text = match.group()
-    if "\t" in text:
-        raise YamlError(number + 1, "a tab in a value; write \\t in double quotes")
-    return Scalar(_parse_yaml_value(text, number), number, start, match.end())
+        raise ValueError("unsupported value; quote it: %s" % json.dumps(line[start:].strip()))
+    if "\t" in match.group():
+        raise ValueError("a tab in a value; write \\t in double quotes")
+    return Scalar(_parse_yaml_value(match.group()), number, start, match.end())
 
 
-def _parse_yaml_top(document: Document, line: str, number: int) -> Optional[list[Any]]:
-    """Add one top-level pair; return its list where one may follow."""
-    match = _YAML_KEY.match(line)
-    if not match:
-        raise YamlError(number + 1, 'expected "key: value"')
-    key = match.group(1)
-    if key in document.nodes:
-        raise YamlError(number + 1, "the key %s stands here for the second time" % key)
-    document.key_lines[key] = number
-    scalar = _parse_yaml_scalar(line, number, match.end())
-    document.nodes[key] = [] if scalar is None else scalar
-    return document.nodes[key] if scalar is None else None
-
-
-def _parse_yaml_pair(mapping: dict[str, Scalar], line: str, number: int, start: int) -> None:
-    """Add one "key: scalar" of a mapping within a list."""
+def _parse_yaml_pair(mapping: dict[str, Any], line: str, number: int, start: int) -> str:
+    """Add the pair that begins at a column; return its key. Without a value it is a list to come, at column 0 only."""
     match = _YAML_KEY.match(line, start)
     if not match:
-        raise YamlError(number + 1, 'expected "key: value"')
+        raise ValueError('expected "key: value"')
+    key = match.group(1)
+    if key in mapping:
+        raise ValueError("the key %s stands here for the second time" % key)
     scalar = _parse_yaml_scalar(line, number, match.end())
-    if scalar is None:
-        raise YamlError(number + 1, match.group(1) + ": has no value")
-    if match.group(1) in mapping:
-        raise YamlError(number + 1, "the key %s stands here for the second time" % match.group(1))
-    mapping[match.group(1)] = scalar
+    if scalar is None and start:
+        raise ValueError(key + ": has no value")
+    mapping[key] = [] if scalar is None else scalar
+    return key
 
 
 def _parse_yaml_item(line: str, number: int, indent: int) -> Any:
@@ -636,47 +601,50 @@ def _parse_yaml_item(line: str, number: int, indent: int) -> Any:
 
     The entry "" of such a dict says where it begins: the line, and the column of its keys.
     """
-    start = indent + 1 + len(line[indent + 1:]) - len(line[indent + 1:].lstrip(" "))
-    match = _YAML_KEY.match(line, start)
-    if match:
-        mapping: dict[str, Scalar] = {"": Scalar(None, number, start, start)}
+    start = len(line) - len(line[indent + 1:].lstrip(" "))
+    if _YAML_KEY.match(line, start):
+        mapping = {"": Scalar(None, number, start, start)}
         _parse_yaml_pair(mapping, line, number, start)
         return mapping
     scalar = _parse_yaml_scalar(line, number, indent + 1)
     if scalar is None:
-        raise YamlError(number + 1, "an empty list item")
+        raise ValueError("an empty list item")
     return scalar
 
 
 def parse_yaml(text: str) -> Document:
     """Return the document. Raises YamlError with the line for whatever is not in the subset."""
-    lines = text.split("\n")
-    document = Document(lines, {}, {})
+    document = Document(text.split("\n"), {}, {})
     items: Optional[list[Any]] = None       # the open list
-    dash = -1                               # the column of its dashes, -1 until the first item
-    for number, line in enumerate(lines):
-        bad = _YAML_FORBIDDEN.search(line)
-        if bad:
-            raise YamlError(number + 1, "the character U+%04X is not allowed" % ord(bad.group()))
-        body = line.lstrip(" ")
-        if not body or body.startswith("#"):
-            continue
-        indent = len(line) - len(body)
-        if body == "-" or body.startswith("- "):
-            if items is None or indent != (indent if dash < 0 else dash):
-                raise YamlError(number + 1, "a list item where none is expected; indent all items of a list alike")
-            dash = indent
-            items.append(_parse_yaml_item(line, number, indent))
-        elif indent == 0:
-            items = _parse_yaml_top(document, line, number)
-            dash = -1
-        else:
-            if not items or not isinstance(items[-1], dict) or indent != items[-1][""].start:
-                raise YamlError(number + 1, "unexpected indentation")
-            _parse_yaml_pair(items[-1], line, number, indent)
-    for key, node in document.nodes.items():
-        if node == [] and lines[document.key_lines[key]].split("#")[0].rstrip().endswith(":"):
-            raise YamlError(document.key_lines[key] + 1, key + ": has no value; write [] for an empty list")
+    dash = number = 0                       # dash: the column of its dashes
+    try:
+        for number, line in enumerate(document.lines):
+            bad = _YAML_FORBIDDEN.search(line)
+            if bad:
+                raise ValueError("the character U+%04X is not allowed" % ord(bad.group()))
+            body = line.lstrip(" ")
+            indent = len(line) - len(body)
+            if not body or body.startswith("#"):
+                continue
+            if body == "-" or body.startswith("- "):
+                if items is None or items and indent != dash:
+                    raise ValueError("a list item where none is expected; indent all items of a list alike")
+                dash = indent
+                items.append(_parse_yaml_item(line, number, indent))
+            elif indent == 0:
+                key = _parse_yaml_pair(document.nodes, line, number, 0)
+                document.key_lines[key] = number
+                items = document.nodes[key] if isinstance(document.nodes[key], list) else None
+            elif items and isinstance(items[-1], dict) and indent == items[-1][""].start:
+                _parse_yaml_pair(items[-1], line, number, indent)
+            else:
+                raise ValueError("unexpected indentation")
+        for key, node in document.nodes.items():
+            if node == []:
+                number = document.key_lines[key]
+                raise ValueError(key + ": has no value; write [] for an empty list")
+    except ValueError as error:
+        raise YamlError(number + 1, str(error)) from None
     return document
 
 
@@ -696,74 +664,55 @@ def format_new_config(source: str) -> str:
             "targets: []\n" % format_yaml(source))
 
 
-def replace_scalar(document: Document, scalar: Scalar, value: Any) -> list[str]:
-    """Return the lines with one scalar replaced; its line's comment stays."""
-    line = document.lines[scalar.line]
-    lines = list(document.lines)
+def replace_scalar(lines: list[str], scalar: Scalar, value: Any) -> None:
+    """Replace one scalar; its line's comment stays."""
+    line = lines[scalar.line]
     lines[scalar.line] = line[:scalar.start] + format_yaml(value) + line[scalar.end:]
-    return lines
 
 
-def _target_block(target: Target, dash: int) -> list[str]:
-    """Return the lines of one target; dash is the column of its dash."""
-    pairs: list[tuple[str, Any]] = [("login", target.login), ("user", target.user), ("host", target.host),
-                                    ("remote_path", target.remote_path), ("rrsync", target.rrsync)]
-    if target.port:
-        pairs.append(("port", target.port))
-    return [" " * dash + ("  " if index else "- ") + key + ": " + format_yaml(value)
-            for index, (key, value) in enumerate(pairs)]
-
-
-def _dash_gap(lines: Sequence[str], item: dict[str, Scalar]) -> int:
-    """Return how many blanks stand between an item's dash and its first key."""
-    before = lines[item[""].line][:item[""].start]
-    return len(before) - len(before.rstrip(" "))
-
-
-def _replace_target(document: Document, item: dict[str, Scalar], target: Target) -> list[str]:
-    """Return the lines with an existing target's values replaced in place; comments and order stay."""
-    lines = document.lines
-    for key in ("user", "host", "remote_path", "rrsync", "port"):
-        if key in item and getattr(target, key) not in (None, item[key].value):
-            lines = replace_scalar(document._replace(lines=lines), item[key], getattr(target, key))
-    extra = [" " * item[""].start + "%s: %s" % (key, format_yaml(getattr(target, key)))
-             for key in ("rrsync", "port") if key not in item and getattr(target, key) not in (None, DEFAULT_RRSYNC)]
+def _replace_target(lines: list[str], item: dict[str, Scalar], target: Target) -> None:
+    """Replace an existing target's values in place; comments and order stay."""
+    extra = []
+    for key, value in target._asdict().items():
+        if key in item and value not in (None, item[key].value):
+            replace_scalar(lines, item[key], value)
+        elif key not in item and value not in (None, DEFAULT_RRSYNC):
+            extra.append(" " * item[""].start + "%s: %s" % (key, format_yaml(value)))
     end = max(scalar.line for scalar in item.values()) + 1
-    lines = lines[:end] + extra + lines[end:]
-    port = item.get("port")
-    if port and target.port is None:        # a port is not given any more; beside the dash, 22 takes its place
-        if port.line == item[""].line:
-            return replace_scalar(document._replace(lines=lines), port, 22)
-        del lines[port.line]
-    return lines
+    lines[end:end] = extra
+    if "port" in item and target.port is None:      # a port is not given any more; beside the dash, 22 takes its place
+        if item["port"].line == item[""].line:
+            replace_scalar(lines, item["port"], 22)
+        else:
+            del lines[item["port"].line]
 
 
 def add_target_lines(text: str, target: Target) -> str:
     """Return config text with this target added, or replaced where its login stands already."""
     document = parse_yaml(text)
-    lines = list(document.lines)
-    node = document.nodes.get("targets")
-    if node is None:
+    lines, node, dash = document.lines, document.nodes.get("targets"), 2
+    if isinstance(node, list):
+        for item in node:
+            if item["login"].value == target.login:
+                _replace_target(lines, item, target)
+                return "\n".join(lines)
+        end, dash = max(scalar.line for scalar in node[-1].values()) + 1, lines[node[0][""].line].index("-")
+    elif node:                              # targets: []
+        end, line = node.line + 1, lines[node.line]
+        lines[node.line] = (line[:node.start].rstrip(" ") + line[node.end:]).rstrip(" ")
+    else:
         while lines and not lines[-1].strip():
             lines.pop()
-        return "\n".join(lines + ["targets:"] + _target_block(target, 2)) + "\n"
-    if isinstance(node, Scalar):            # targets: []
-        line = lines[node.line]
-        lines[node.line] = (line[:node.start].rstrip(" ") + line[node.end:]).rstrip(" ")
-        return "\n".join(lines[:node.line + 1] + _target_block(target, 2) + lines[node.line + 1:])
-    dash = node[0][""].start - 1 - _dash_gap(lines, node[0])
-    for item in node:
-        if item["login"].value == target.login:
-            return "\n".join(_replace_target(document, item, target))
-    end = max(scalar.line for scalar in node[-1].values()) + 1
-    return "\n".join(lines[:end] + _target_block(target, dash) + lines[end:])
+        end, lines = len(lines) + 1, [*lines, "targets:", ""]
+    pairs = ["%s: %s" % (key, format_yaml(value)) for key, value in target._asdict().items() if value is not None]
+    lines[end:end] = [" " * dash + ("  " if index else "- ") + pair for index, pair in enumerate(pairs)]
+    return "\n".join(lines)
 
 
 def remove_target_lines(text: str, login: str) -> str:
     """Return config text without this target; comments around it stay."""
     document = parse_yaml(text)
-    lines = list(document.lines)
-    items = document.nodes["targets"]
+    lines, items = document.lines, document.nodes["targets"]
     item = next(item for item in items if item["login"].value == login)
     for index in sorted({scalar.line for scalar in item.values()}, reverse=True):
         del lines[index]
@@ -790,39 +739,25 @@ _OUR_LINE = re.compile(r'(?:from="[^"]*",)?command="(?:\\"|[^"])*-wo (?:\\"|[^"]
                        + re.escape(KEY_RESTRICTIONS) + r" \S+ \S+(?: .*)?")
 
 
-def split_authorized_keys(text: bytes, key: PublicKey) -> tuple[list[bytes], list[int], list[int]]:
-    """Return (lines with their ends, indexes of offsync's lines for this key, indexes of foreign lines for it)."""
-    lines = text.splitlines(keepends=True) if b"\r" not in text else re.findall(rb"[^\n]*\n|[^\n]+", text)
-    ours: list[int] = []
-    foreign: list[int] = []
-    for index, line in enumerate(lines):
-        decoded = line.decode("utf-8", "surrogateescape").strip()
-        if decoded.startswith("#") or key.blob not in decoded.split():
-            continue
-        (ours if _OUR_LINE.fullmatch(decoded) else foreign).append(index)
-    return lines, ours, foreign
-
-
-def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -> bytes:
-    """Return the file with offsync's line for this key set to new_line, or removed for None.
+def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -> tuple[bytes, str]:
+    """Return (the file with offsync's line for this key set to new_line, or removed for None; that line as it was or "").
 
     Every other line stays byte for byte. Raises ValueError with the 1-based number of a foreign line with the key.
     """
-    lines, ours, foreign = split_authorized_keys(text, key)
-    if foreign:
-        raise ValueError(foreign[0] + 1)
-    ours_set = set(ours)
-    kept = []
-    for index, line in enumerate(lines):
-        if index not in ours_set:
+    kept, was = [], ""
+    new = b"" if new_line is None else os.fsencode(new_line) + b"\n"
+    for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", text), 1):
+        decoded = line.decode("utf-8", "surrogateescape").strip()
+        if decoded.startswith("#") or key.blob not in decoded.split():
             kept.append(line)
-        elif new_line is not None and index == ours[0]:
-            kept.append(os.fsencode(new_line) + (b"\n" if line.endswith(b"\n") else b""))
-    if new_line is not None and not ours:
-        if kept and not kept[-1].endswith(b"\n"):
-            kept[-1] += b"\n"
-        kept.append(os.fsencode(new_line) + b"\n")
-    return b"".join(kept)
+        elif not _OUR_LINE.fullmatch(decoded):
+            raise ValueError(number)
+        else:
+            kept.append(b"" if was else new)
+            was = was or decoded
+    if new and not was:
+        kept += [b"\n" if kept and not kept[-1].endswith(b"\n") else b"", new]
+    return b"".join(kept), was
 
 
 # Plans and manifests as text
@@ -879,12 +814,6 @@ def parse_manifest(data: bytes) -> dict[bytes, str]:
 _LOGIN = re.compile(r"(?P<user>[A-Za-z0-9_.][A-Za-z0-9_.@+\\-]*\$?)@"
                     r"(?P<host>\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?\]|[A-Za-z0-9_][A-Za-z0-9_.-]*)", re.ASCII)
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_TOP_KEYS: dict[str, Any] = {
-    "version": "the number 1", "source": "an absolute path", "delete": "true or false", "overwrite": "true or false",
-    "verify": '"hash" or "quick"', "exclude": "a list of rsync patterns", "targets": "a list of targets",
-    "jobs": "a number from 1 to 1000", "bwlimit": "a number of KiB/s", "compress": "true or false"}
-_TARGET_KEYS = {"login": "user@host", "user": "the user of login", "host": "the host of login",
-                "remote_path": "an absolute path", "rrsync": "an absolute path", "port": "a number from 1 to 65535"}
 
 
 def validate_login(login: str) -> tuple[str, str]:
@@ -909,92 +838,80 @@ def validate_port(port: Any) -> int:
     return int(port)
 
 
-def _validate_target(item: Any, refuse: Callable[[int, str], NoReturn]) -> Target:
-    """Return one target of the config."""
-    if isinstance(item, Scalar):
-        refuse(item.line + 1, "a target is a list of keys: " + ", ".join(_TARGET_KEYS))
-    first = item[""].line + 1
-    fields = {key: scalar for key, scalar in item.items() if key}
-    for key, scalar in fields.items():
-        if key not in _TARGET_KEYS:
-            refuse(scalar.line + 1, "the key %s is unknown; a target has %s" % (key, ", ".join(_TARGET_KEYS)))
-        if type(scalar.value) is not (int if key == "port" else str):
-            refuse(scalar.line + 1, "%s must be %s" % (key, _TARGET_KEYS[key]))
-    for key in ("login", "user", "host", "remote_path"):
-        if key not in fields:
-            refuse(first, 'a target without the key "%s" (%s)' % (key, _TARGET_KEYS[key]))
-    line = first
-    try:
-        for key in fields:
-            line = fields[key].line + 1
-            if key == "login":
-                user, host = validate_login(fields[key].value)
-            elif key == "port":
-                validate_port(fields[key].value)
-            elif key in ("remote_path", "rrsync") and validate_absolute_path(fields[key].value, key) != fields[key].value:
-                raise UsageError("%s must be written without .. and double or trailing slashes" % key)
-    except UsageError as error:
-        refuse(line, str(error))
-    if (user, host) != (fields["user"].value, fields["host"].value):
-        refuse(fields["login"].line + 1, "login, user and host disagree; login is user@host")
-    return Target(**{key: scalar.value for key, scalar in fields.items()})
+def _plain(path: str) -> bool:
+    """Return whether an absolute path is in its simplest form; raises if it is none."""
+    return validate_absolute_path(path, "path") == path
+
+
+# What a key must be, its type, its default (... if there is none), and what is false or raises for a wrong value of that type.
+_Rule = tuple[str, type, Any, Optional[Callable[[Any], Any]]]
+_TOP_KEYS: dict[str, _Rule] = {
+    "version": ("the number 1", int, ..., lambda number: number == 1),
+    "source": ("an absolute path", str, ..., lambda path: path.startswith("/") and not _CONTROL.search(path)),
+    "delete": ("true or false", bool, False, None),
+    "overwrite": ("true or false", bool, True, None),
+    "verify": ('"hash" or "quick"', str, "hash", lambda word: word in RSYNC_PLAN),
+    "exclude": ("a list of rsync patterns", list, [Scalar(pattern, 0, 0, 0) for pattern in DEFAULT_EXCLUDE], None),
+    "jobs": ("a number from 1 to 1000", int, DEFAULT_JOBS, lambda number: 1 <= number <= 1000),
+    "bwlimit": ("a number of KiB/s", int, 0, None),
+    "compress": ("true or false", bool, False, None),
+    "targets": ("a list of targets", list, [], None)}
+_TARGET_KEYS: dict[str, _Rule] = {
+    "login": ("user@host (user@[address] for IPv6)", str, ..., validate_login),
+    "user": ("the user of login", str, ..., None),
+    "host": ("the host of login", str, ..., None),
+    "remote_path": ("an absolute path without .. and double or trailing slashes", str, ..., _plain),
+    "rrsync": ("an absolute path without .. and double or trailing slashes", str, DEFAULT_RRSYNC, _plain),
+    "port": ("a number from 1 to 65535", int, None, validate_port)}
 
 
 def validate_config(text: str, filename: str) -> tuple[Config, Document]:
     """Return the config and its document; every refusal names file, line and what is allowed."""
     def refuse(line: int, message: str) -> NoReturn:
         """Raise with file and line."""
-        raise UsageError("%s:%d: %s; correct the line" % (filename, line, message))
+        raise UsageError("%s:%d: %s; correct the line" % (filename, line + 1, message))
+
+    def check(nodes: dict[str, Any], rules: dict[str, _Rule], lines: dict[str, int], first: int) -> dict[str, Any]:
+        """Return the values of a mapping, defaults included."""
+        for key, line in lines.items():
+            if key not in rules:
+                refuse(line, "the key %s is unknown; known here are %s" % (key, ", ".join(rules)))
+        values = {}
+        for key, (what, kind, default, accept) in rules.items():
+            node = nodes.get(key, default)
+            if node is ...:
+                refuse(first, 'the key "%s" is missing; it is %s' % (key, what))
+            values[key] = node.value if isinstance(node, Scalar) else node
+            try:
+                fine = key not in nodes or type(values[key]) is kind and (accept is None or accept(values[key]))
+            except UsageError:
+                fine = False
+            if not fine:
+                refuse(lines[key], "%s must be %s" % (key, what))
+        return values
 
     try:
         document = parse_yaml(text)
     except YamlError as error:
-        refuse(error.line, str(error))
-    for key, line in document.key_lines.items():
-        if key not in _TOP_KEYS:
-            refuse(line + 1, "the key %s is unknown; known are %s" % (key, ", ".join(_TOP_KEYS)))
-    for key in ("version", "source"):
-        if key not in document.nodes:
-            refuse(1, 'the key "%s" is missing; it is %s' % (key, _TOP_KEYS[key]))
-
-    def value(key: str, default: Any, accept: Callable[[Any], bool]) -> Any:
-        """Return one top-level scalar, or its default."""
-        node = document.nodes.get(key)
-        if node is None:
-            return default
-        if not isinstance(node, Scalar) or type(node.value) is not type(default) or not accept(node.value):
-            refuse(document.key_lines[key] + 1, "%s must be %s" % (key, _TOP_KEYS[key]))
-        return node.value
-
-    def items(key: str) -> list[Any]:
-        """Return one top-level list."""
-        node = document.nodes.get(key, [])
-        if isinstance(node, Scalar) and node.value != []:
-            refuse(document.key_lines[key] + 1, "%s must be %s" % (key, _TOP_KEYS[key]))
-        return node if isinstance(node, list) else []
-
-    exclude = []
-    for item in items("exclude"):
-        if not isinstance(item, Scalar) or not isinstance(item.value, str) or not item.value \
-                or _CONTROL.search(item.value) or item.value == "!":
-            line = item.line if isinstance(item, Scalar) else item[""].line
-            refuse(line + 1, "exclude takes rsync patterns as text")
-        exclude.append(item.value)
-    value("version", 0, lambda v: v == 1)
-    config = Config(
-        source=value("source", "", lambda v: v.startswith("/") and not _CONTROL.search(v)),
-        delete=value("delete", False, lambda v: True), overwrite=value("overwrite", True, lambda v: True),
-        verify=value("verify", "hash", lambda v: v in RSYNC_PLAN),
-        exclude=tuple(exclude) if "exclude" in document.nodes else DEFAULT_EXCLUDE,
-        jobs=value("jobs", DEFAULT_JOBS, lambda v: 1 <= v <= 1000), bwlimit=value("bwlimit", 0, lambda v: True),
-        compress=value("compress", False, lambda v: True),
-        targets=tuple(_validate_target(item, refuse) for item in items("targets")))
-    logins: set[str] = set()
-    for target, item in zip(config.targets, items("targets")):
-        if target.login in logins:
-            refuse(item["login"].line + 1, "the target %s stands here for the second time" % target.login)
-        logins.add(target.login)
-    return config, document
+        refuse(error.line - 1, str(error))
+    values = check(document.nodes, _TOP_KEYS, document.key_lines, 0)
+    for item in values["exclude"]:
+        if not isinstance(item, Scalar) or type(item.value) is not str or item.value in ("", "!") or _CONTROL.search(item.value):
+            refuse(item.line if isinstance(item, Scalar) else item[""].line, "exclude takes rsync patterns as text")
+    targets: dict[str, Target] = {}
+    for item in values["targets"]:
+        if isinstance(item, Scalar):
+            refuse(item.line, "a target is a list of keys: " + ", ".join(_TARGET_KEYS))
+        fields = {key: scalar for key, scalar in item.items() if key}
+        target = Target(**check(fields, _TARGET_KEYS, {key: scalar.line for key, scalar in fields.items()}, item[""].line))
+        if validate_login(target.login) != (target.user, target.host):
+            refuse(item["login"].line, "login, user and host disagree; login is user@host")
+        if target.login in targets:
+            refuse(item["login"].line, "the target %s stands here for the second time" % target.login)
+        targets[target.login] = target
+    del values["version"]
+    values.update(exclude=tuple(item.value for item in values["exclude"]), targets=tuple(targets.values()))
+    return Config(**values), document
 
 
 def select_targets(targets: Sequence[Target], patterns: Sequence[str]) -> list[Target]:
@@ -1063,34 +980,17 @@ def validate_from_pattern(pattern: str) -> str:
 
 class Children:
     """What must be known of all programs that run: the trace of -v, whether all is stopping, and the guard."""
+    verbose = False
+    stopping = False                        # every running program is ended (where its output is read), no other starts
+    guard: Optional[int] = None             # the guard process hears here which programs run
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.stopping = False
-        self.verbose = False
-        self.guard: Optional[int] = None    # the guard process hears here which programs run
-
-    def started(self, process: "subprocess.Popen[bytes]") -> None:
-        """Register a program; the guard ends it should offsync be killed."""
-        with self.lock:
-            self._tell_guard(b"+%d\n" % process.pid)
-
-    def ended(self, process: "subprocess.Popen[bytes]") -> None:
-        """Forget a program."""
-        with self.lock:
-            self._tell_guard(b"-%d\n" % process.pid)
-
-    def _tell_guard(self, message: bytes) -> None:
-        """Tell the guard; one that was killed is missed only if offsync is killed too."""
+    def tell_guard(self, sign: str, pid: int) -> None:
+        """Tell the guard that a program starts ("+") or ended ("-"): it ends those that run should offsync be killed."""
         try:
             if self.guard is not None:
-                os.write(self.guard, message)
-        except OSError:
+                os.write(self.guard, b"%s%d\n" % (sign.encode(), pid))
+        except OSError:                     # one that was killed is missed only if offsync is killed too
             self.guard = None
-
-    def stop(self) -> None:
-        """Have every running program ended (where its output is read), and let no further one start."""
-        self.stopping = True
 
 
 CHILDREN = Children()
@@ -1177,21 +1077,14 @@ def _read_output(process: "subprocess.Popen[bytes]", deadline: Optional[float], 
     return out, head + tail, timed_out
 
 
-def _mute(stream: Any) -> None:
-    """Point a broken output stream at /dev/null so that nothing fails on it again."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
-    os.close(null)
-
-
 class Progress:
     """One line for each thing that is being done, on a terminal's stderr; nothing anywhere else."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.texts: dict[str, tuple[str, float]] = {}       # name -> what is being done, since when
-        self.drawn: list[int] = []          # the length of each line on the screen
-        self.next = time.monotonic() + 0.3  # what takes less is not worth a line
+        self.drawn: list[str] = []
+        self.last = time.monotonic() + 0.3  # when it was drawn; what takes less than this at first is not worth a line
 
     def enabled(self) -> bool:
         """Return whether stderr is a terminal that can move its cursor."""
@@ -1210,57 +1103,39 @@ class Progress:
 
     def tick(self, interval: float = 0.5) -> None:
         """Draw all lines again if the last time was the interval (seconds) ago."""
-        with self.lock:
-            now = time.monotonic()
-            if (self.texts or self.drawn) and now >= self.next + interval:
-                self.next = now
-                self._draw(now)
+        now = time.monotonic()
+        if (self.texts or self.drawn) and now >= self.last + interval:
+            self.last = now
+            with self.lock:
+                self.draw(["%s: %s%s" % (name, text, ", %d s" % (now - since) if now - since >= 2 else "")
+                           for name, (text, since) in sorted(self.texts.items())])
 
-    def clear(self) -> None:
-        """Take the lines away so that something else can be printed."""
-        with self.lock:
-            if self.drawn:
-                self._write(self._back(self._size()[0]))
-                self.drawn = []
-
-    def _size(self) -> tuple[int, int]:
-        """Return the terminal's columns and rows; they change when a window does."""
+    def draw(self, lines: list[str]) -> None:
+        """Draw lines in place of those drawn before, cut to the terminal, at most as many as fit; [] takes them away."""
         try:
-            return os.get_terminal_size(sys.stderr.fileno())
+            columns, rows = (number or 80 for number in os.get_terminal_size(sys.stderr.fileno()))  # windows change
         except OSError:
-            return 80, 24
-
-    def _back(self, columns: int) -> str:
-        """Return what takes the cursor to the first line and clears the rest; a narrower window has wrapped long lines."""
-        rows = sum(max(-(-length // max(columns, 1)), 1) for length in self.drawn)
-        return "\x1b[%dA\r\x1b[J" % rows if rows else ""
-
-    def _draw(self, now: float) -> None:
-        """Draw all lines, cut to the terminal, at most as many as fit."""
-        columns, rows = self._size()
-        lines = []
-        for name, (text, since) in sorted(self.texts.items()):
-            seconds = ", %d s" % (now - since) if now - since >= 2 else ""
-            lines.append("%s: %s%s" % (name, text, seconds))
+            columns, rows = 80, 24
         if len(lines) > rows - 2:
             lines = lines[:max(rows - 3, 1)] + ["... and %d more" % (len(lines) - max(rows - 3, 1))]
-        lines = [line[:max(columns - 1, 1)] for line in lines]
-        self._write(self._back(columns) + "".join(line + "\n" for line in lines))
-        self.drawn = [len(line) for line in lines]
-
-    def _write(self, text: str) -> None:
-        """Write to the terminal; one that is gone is no error."""
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-            sys.stderr.flush()
+        with self.lock:
+            up = sum(max(-(-len(line) // columns), 1) for line in self.drawn)       # a narrower window has wrapped them
+            self.drawn = [line[:columns - 1] for line in lines]
+            with contextlib.suppress(OSError):              # a terminal that is gone is no error
+                sys.stderr.write(("\x1b[%dA\r\x1b[J" % up if up else "") + "".join(line + "\n" for line in self.drawn))
+                sys.stderr.flush()
 
 
 PROGRESS = Progress()
 
 
+LOST_OUTPUT: list[str] = []                 # why standard output could not be written: said at the end, for the work goes on
+
+
 def emit(text: Union[str, bytes], error: bool = False) -> None:
     """Print a line (or bytes as they are): a result on stdout, anything else on stderr. A reader who went away is no error."""
-    PROGRESS.clear()
+    if PROGRESS.drawn:
+        PROGRESS.draw([])
     stream = sys.stderr if error else sys.stdout
     try:
         if isinstance(text, bytes):
@@ -1269,19 +1144,19 @@ def emit(text: Union[str, bytes], error: bool = False) -> None:
         else:
             stream.write(text + "\n")
         stream.flush()
-    except BrokenPipeError:
-        _mute(stream)
     except OSError as problem:
-        _mute(stream)
-        if not error:
-            raise OffsyncError("standard output: %s; the rest of the output is lost" % problem.strerror) from None
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())      # nothing fails on it again
+        os.close(null)
+        if not error and not isinstance(problem, BrokenPipeError):
+            LOST_OUTPUT.append(problem.strerror)
 
 
-def run(argv: Sequence[Union[str, bytes]], *, stdin: Union[int, bytes] = b"", deadline: Optional[float] = None,
+def run(argv: Sequence[Union[str, bytes]], *, stdin: int = subprocess.DEVNULL, deadline: Optional[float] = None,
         on_line: Optional[Callable[[bytes], None]] = None, show_output: bool = False, last_words: bool = False) -> Result:
     """Start a program, the only place that does, and return how it ended.
 
-    stdin is a file descriptor or data; deadline is in seconds. stdout is returned, or given line by line to on_line
+    stdin is a file descriptor; deadline is in seconds. stdout is returned, or given line by line to on_line
     (\\r ends a line too), or shown on stderr. last_words lets it run although everything else is stopping.
     """
     if CHILDREN.verbose:
@@ -1290,19 +1165,14 @@ def run(argv: Sequence[Union[str, bytes]], *, stdin: Union[int, bytes] = b"", de
         return Result(None, b"", b"interrupted")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RSYNC_")}
     environment["LC_ALL"] = "C"
-    with open(os.devnull, "rb") if isinstance(stdin, int) or not stdin else tempfile.TemporaryFile() as given:
-        if isinstance(stdin, bytes) and stdin:
-            given.write(stdin)
-            given.seek(0)
-        try:
-            process = subprocess.Popen(argv, stdin=stdin if isinstance(stdin, int) else given, env=environment,
-                                       stdout=2 if show_output else subprocess.PIPE,
-                                       stderr=None if show_output else subprocess.PIPE, start_new_session=not show_output)
-        except OSError as error:
-            raise OffsyncError("%s: it cannot be started: %s; run: offsync install-deps"
-                               % (show_text(os.fsdecode(argv[0])), error.strerror)) from None
     try:
-        CHILDREN.started(process)
+        process = subprocess.Popen(argv, stdin=stdin, env=environment, stdout=2 if show_output else subprocess.PIPE,
+                                   stderr=None if show_output else subprocess.PIPE, start_new_session=not show_output)
+    except OSError as error:
+        raise OffsyncError("%s: it cannot be started: %s; run: offsync install-deps"
+                           % (show_text(os.fsdecode(argv[0])), error.strerror)) from None
+    try:
+        CHILDREN.tell_guard("+", process.pid)
         out, err, timed_out = ([], b"", False) if show_output else _read_output(process, deadline, on_line, last_words)
         status = process.wait()
     except BaseException:
@@ -1310,7 +1180,7 @@ def run(argv: Sequence[Union[str, bytes]], *, stdin: Union[int, bytes] = b"", de
         process.wait()
         raise
     finally:
-        CHILDREN.ended(process)
+        CHILDREN.tell_guard("-", process.pid)
         for stream in (process.stdout, process.stderr):
             if stream:
                 stream.close()
@@ -1319,7 +1189,10 @@ def run(argv: Sequence[Union[str, bytes]], *, stdin: Union[int, bytes] = b"", de
 
 def fingerprints(lines: Iterable[str]) -> list[tuple[int, str, str]]:
     """Return (bits, SHA256 fingerprint, type) of each known_hosts or public key line, as ssh-keygen reads them."""
-    result = run([program("ssh-keygen"), "-l", "-E", "sha256", "-f", "-"], stdin=("\n".join(lines) + "\n").encode())
+    with tempfile.TemporaryFile() as stream:
+        stream.writelines(line.encode() + b"\n" for line in lines)
+        stream.seek(0)
+        result = run([program("ssh-keygen"), "-l", "-E", "sha256", "-f", "-"], stdin=stream.fileno())
     found = [line.split() for line in result.stdout.decode("utf-8", "replace").splitlines()]
     return [(int(words[0]), words[1], words[-1].strip("()")) for words in found if len(words) > 2 and words[0].isdigit()]
 
@@ -1359,13 +1232,7 @@ def ask(question: str, twin: str) -> str:
     try:
         with open("/dev/tty", "r+b", buffering=0) as terminal:
             terminal.write(question.encode())
-            answer = b""
-            while not answer.endswith(b"\n"):
-                typed = os.read(terminal.fileno(), 65536)
-                if not typed:
-                    break
-                answer += typed
-            return answer.decode("utf-8", "replace").strip()
+            return terminal.readline().decode("utf-8", "replace").strip()
     except OSError:
         raise OffsyncError("there is no terminal to ask on; %s" % twin) from None
 
@@ -1401,11 +1268,9 @@ def write_atomically(path: str, data: bytes, mode: int) -> None:
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as stream:
-                os.fchmod(descriptor, mode)
                 if os.path.exists(path):
-                    owner = os.stat(path)
-                    if (owner.st_uid, owner.st_gid) != (os.fstat(descriptor).st_uid, os.fstat(descriptor).st_gid):
-                        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+                    os.fchown(descriptor, os.stat(path).st_uid, os.stat(path).st_gid)
+                os.fchmod(descriptor, mode)
                 stream.write(data)
                 stream.flush()
                 os.fsync(descriptor)
@@ -1421,17 +1286,10 @@ def write_atomically(path: str, data: bytes, mode: int) -> None:
 
 def make_directory(path: str, mode: int) -> None:
     """Create a directory, with its parents, if it is absent; the mode of one that exists is not ours to change."""
-    if os.path.isdir(path):
-        return
-    try:
+    if not os.path.isdir(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         os.mkdir(path, mode)
         os.chmod(path, mode)
-    except OSError as error:
-        if os.path.isdir(path):             # another thread was faster
-            return
-        raise OffsyncError("%s: the directory cannot be created: %s; create it, or choose another"
-                           % (show_text(path), error.strerror)) from None
 
 
 class Home:
@@ -1450,19 +1308,14 @@ class Home:
     def lock(self, what: str) -> None:
         """Take the writers' lock until offsync ends; the loser says who holds it."""
         path = os.path.join(self.path, "lock")
+        self.locked = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            self.locked = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = quote_answer(os.read(self.locked, 200)) or "another offsync"
-                raise OffsyncError("%s is running and holds the lock %s; try again when it has finished"
-                                   % (holder, path)) from None
-            os.ftruncate(self.locked, 0)
-            os.pwrite(self.locked, b"offsync %s (process %d)\n" % (what.encode(), os.getpid()), 0)
-        except OSError as error:
-            raise OffsyncError("%s: the lock cannot be taken: %s; mend that, then try again"
-                               % (show_text(path), error.strerror)) from None
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = quote_answer(os.read(self.locked, 200)) or "another offsync"
+            raise OffsyncError("%s is running and holds the lock %s; try again when it has finished" % (holder, path)) from None
+        os.ftruncate(self.locked, 0)
+        os.pwrite(self.locked, b"offsync %s (process %d)\n" % (what.encode(), os.getpid()), 0)
 
     def load(self) -> tuple[Config, Document, str]:
         """Return the config, its document and its text."""
@@ -1474,18 +1327,6 @@ class Home:
             raise UsageError("%s:%d: not UTF-8; correct the line" % (self.config, line)) from None
         return (*validate_config(text, self.config), text)
 
-    def check_key(self) -> None:
-        """Raise unless the private key is there and nobody else can read it."""
-        try:
-            mode = os.stat(self.key).st_mode
-        except FileNotFoundError:
-            raise OffsyncError("key %s: it does not exist; run: offsync init" % show_text(self.key)) from None
-        except OSError as error:
-            raise OffsyncError("key %s: %s; mend that" % (show_text(self.key), error.strerror)) from None
-        if mode & 0o077:
-            raise OffsyncError("key %s: others may read it (mode %04o); run: chmod 600 %s"
-                               % (show_text(self.key), stat.S_IMODE(mode), shlex.quote(self.key)))
-
     def open_log(self) -> int:
         """Return a descriptor for appending to operations.log; nothing is sent where that fails."""
         try:
@@ -1493,6 +1334,16 @@ class Home:
         except OSError as error:
             raise OffsyncError("log %s: it cannot be written: %s; nothing was sent; mend that, then apply again"
                                % (show_text(self.log), error.strerror)) from None
+
+
+def check_private(path: str) -> None:
+    """Raise unless a file is there and nobody else can read it."""
+    if not os.path.exists(path):
+        raise OffsyncError("%s: it does not exist; run: offsync init" % show_text(path))
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    if mode & 0o077:
+        raise OffsyncError("%s: others may read it (mode %04o); run: chmod %o %s"
+                           % (show_text(path), mode, mode & 0o700, shlex.quote(path)))
 
 
 def append_log(log: int, record: dict[str, Any]) -> None:
@@ -1678,16 +1529,11 @@ def scan_source(source: bytes) -> list[tuple[bytes, str]]:
 def hash_file(path: bytes) -> tuple[bytes, int]:
     """Return (sha256, size in bytes) of a file, never through a symlink."""
     digest, size = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        while True:
-            chunk = os.read(descriptor, 1 << 20)
-            if not chunk:
-                return digest.digest(), size
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as stream:
+        for chunk in iter(lambda: stream.read(1 << 20), b""):
             digest.update(chunk)
             size += len(chunk)
-    finally:
-        os.close(descriptor)
+    return digest.digest(), size
 
 
 def describe_entry(source: bytes, path: bytes) -> SourceEntry:
@@ -1806,7 +1652,7 @@ def check_source(rsync: str, config: Config) -> None:
     if offenders:
         raise OffsyncError("source %s: %s cannot be delivered: %s; remove or exclude them, then plan again"
                            % (show(source), plural(len(offenders), "entry", "entries"),
-                              some_of(["%s: %s" % (show(path), why) for path, why in offenders], ", ")))
+                              some_of(["%s: %s" % (show(path), why) for path, why in offenders])))
 
 
 # --- Operations: the connection ---------------------------------------------------------------------------------
@@ -1819,7 +1665,7 @@ class Run:
         self.jobs = jobs or config.jobs
         self.source = os.fsencode(config.source)
         self.ssh, self.rsync = program("ssh"), find_rsync()[0]
-        home.check_key()
+        check_private(home.key)
         self.reader = SourceReader(self.source)
         self.numbers = itertools.count()
         newer = run([self.ssh, *SSH_NEWER_OPTIONS, "-G", "--", "localhost"], deadline=SESSION_DEADLINE).status == 0
@@ -1874,64 +1720,53 @@ class Connection:
         connections under load (MaxStartups in sshd_config(5)): these are tried again.
         """
         for delay in (*RETRY_DELAYS, None):
-            result = self._try_command("-o", "ControlMaster=yes", "-o", "ControlPath=" + self.socket,
-                                       "-o", "ControlPersist=%d" % MASTER_IDLE)
-            failure = diagnose(self.target, result.stderr)
-            answered = self._was_refused(result, failure)
-            if answered and os.path.exists(self.socket):
+            failure = self._prove("-o", "ControlMaster=yes", "-o", "ControlPath=" + self.socket,
+                                  "-o", "ControlPersist=%d" % MASTER_IDLE)
+            if not failure and os.path.exists(self.socket):
                 return
             self.close()
-            if answered or failure.kind == "session-refused":
+            if not failure or failure.kind == "session-refused":
                 self._open_directly()
                 return
-            if result.status is None and not CHILDREN.stopping:
-                failure = TargetError("%s: it accepted the connection, then did not answer within %d seconds; look at "
-                                      "sshd and the login's shell there" % (self.target.login, CONNECT_DEADLINE), "timeout")
             if failure.kind not in RETRIED or delay is None or CHILDREN.stopping:
                 raise failure
             time.sleep(delay)
 
-    def _try_command(self, *options: str) -> Result:
-        """Connect and ask for a command, which must be refused; raises TargetError if it was not."""
-        result = run([self.shared.ssh, *options, *self.options(), *self.destination(), PROOF_COMMAND], deadline=CONNECT_DEADLINE)
-        self._judge_proof(result)
-        return result
+    def _prove(self, *options: str) -> Optional[TargetError]:
+        """Connect and ask for a command: None if it was refused, silently on stdout, as rrsync does; else why that is not known.
 
-    @staticmethod
-    def _was_refused(result: Result, failure: TargetError) -> bool:
-        """Return whether the target refused the command. A proof that was cut off is none.
-
-        255 is ssh's own failure, and how Perl's rrsync refuses.
+        Raises if it was not refused. 255 is ssh's own failure, and how Perl's rrsync refuses; a proof cut off is none.
         """
-        return result.status is not None and 0 < result.status < 255 or failure.kind == "perl-refusal"
-
-    def _judge_proof(self, result: Result) -> None:
-        """Raise unless the attempt to run a command was refused, silently on stdout, as rrsync does."""
-        login = self.target.login
+        login, link = self.target.login, "offsync link --path " + shlex.quote(self.target.remote_path)
+        result = run([self.shared.ssh, *options, *self.options(), *self.destination(), PROOF_COMMAND], deadline=CONNECT_DEADLINE)
         if PROOF_OUTPUT in result.stdout:
-            raise TargetError("%s: the key is NOT restricted: a shell command ran there, so nothing was sent; is there a line "
+            raise TargetError(login, "the key is NOT restricted: a shell command ran there, so nothing was sent; is there a line "
                               "without command=\"...\" for it in authorized_keys, or an IdentityFile with a shell in "
-                              "~/.ssh/config? Remove that, then run there: offsync link --path %s"
-                              % (login, shlex.quote(self.target.remote_path)), "open")
+                              "~/.ssh/config? Remove that, then run there: " + link, "open")
         if result.stdout.strip():
-            raise TargetError("%s: the login prints text where rrsync must be alone, so nothing was sent; make the shell start "
-                              "files there silent, or link the key again (it said: %s)"
-                              % (login, quote_answer(result.stdout)), "noise")
+            raise TargetError(login, "the login prints text where rrsync must be alone, so nothing was sent; make the shell "
+                              "start files there silent, or link the key again (it said: %s)" % quote_answer(result.stdout),
+                              "noise")
         if result.status == 0:
-            raise TargetError("%s: the forced command of the key there is not rrsync (it accepts any command and does nothing), "
-                              "so nothing was sent; run there: offsync link --path %s"
-                              % (login, shlex.quote(self.target.remote_path)), "not-rrsync")
+            raise TargetError(login, "the forced command of the key there is not rrsync (it accepts any command and does "
+                              "nothing), so nothing was sent; run there: " + link, "not-rrsync")
+        failure = diagnose(self.target, result.stderr)
+        if result.status is not None and 0 < result.status < 255 or failure.kind == "perl-refusal":
+            return None
+        if result.status is None and failure.kind != "session-refused" and not CHILDREN.stopping:
+            return TargetError(login, "it accepted the connection, then did not answer within %d seconds; look at sshd and the "
+                               "login's shell there" % CONNECT_DEADLINE, "timeout")
+        return failure
 
     def _open_directly(self) -> None:
         """Prove and go on without multiplexing; refused where ssh_config has other keys, since each session connects anew."""
         result = run([self.shared.ssh, *self.options(), "-G", *self.destination()], deadline=SESSION_DEADLINE)
         keys = re.findall(rb"^identityfile (.*)$", result.stdout, re.MULTILINE)
         if len(keys) != 1:
-            raise TargetError("%s: ssh cannot share one connection there, and ~/.ssh/config adds other keys (IdentityFile), so "
-                              "it would not be sure which is used; remove IdentityFile for this host" % self.target.login)
-        result = self._try_command(*SSH_NO_MULTIPLEXING)
-        failure = diagnose(self.target, result.stderr)
-        if not self._was_refused(result, failure):
+            raise TargetError(self.target.login, "ssh cannot share one connection there, and ~/.ssh/config adds other keys "
+                              "(IdentityFile), so it would not be sure which is used; remove IdentityFile for this host")
+        failure = self._prove(*SSH_NO_MULTIPLEXING)
+        if failure:
             raise failure
         self.direct = True
 
@@ -1944,6 +1779,12 @@ class Connection:
         """Run one ssh session for a proof."""
         self.ensure_open()
         return run([self.shared.ssh, *self.session_options(), *options, *self.destination(), command], deadline=SESSION_DEADLINE)
+
+    def rsync_words(self, path: str) -> tuple[list[str], str]:
+        """Return the options with which rsync uses this connection, and its name for a path on the target."""
+        shell = " ".join(quote_for_rsync(word) for word in [self.shared.ssh, *self.session_options()])
+        host = "[%s]" % self.target.host if ":" in self.target.host else self.target.host
+        return ["-e", shell, "--"], "%s@%s:%s" % (self.target.user, host, path)
 
     def rsync(self, options: Sequence[str], *, source: Optional[bytes] = None, stdin: Optional[BinaryIO] = None,
               on_item: Callable[[bytes], None] = lambda line: None, item_format: str = "%i %n", path: str = ".",
@@ -1965,19 +1806,18 @@ class Connection:
             elif on_other:
                 on_other(line)
 
-        host = "[%s]" % self.target.host if ":" in self.target.host else self.target.host
         start = stdin.tell() if stdin else 0
         for delay in (*RETRY_DELAYS, None):
             if not last_words:
                 self.ensure_open()
             time.sleep(max(self.free_at - time.monotonic(), 0))
-            words = [self.shared.ssh, *self.session_options()]
+            words, destination = self.rsync_words(path)
             if stdin:
                 os.lseek(stdin.fileno(), start, os.SEEK_SET)
-            result = run([self.shared.rsync, *RSYNC_ALWAYS, *options, b"--out-format=" + marker + item_format.encode(),
-                          "-e", " ".join(quote_for_rsync(word) for word in words), "--",
-                          (source or self.shared.source).rstrip(b"/") + b"/", "%s@%s:%s" % (self.target.user, host, path)],
-                         stdin=stdin.fileno() if stdin else b"", on_line=on_line, deadline=deadline, last_words=last_words)
+            result = run([self.shared.rsync, *RSYNC_ALWAYS, *options, b"--out-format=" + marker + item_format.encode(), *words,
+                          (source or self.shared.source).rstrip(b"/") + b"/", destination],
+                         stdin=stdin.fileno() if stdin else subprocess.DEVNULL, on_line=on_line, deadline=deadline,
+                         last_words=last_words)
             if result.status and not result.stderr:     # the last words of a dying rsync may be lost: its status is left
                 result = result._replace(stderr=b"rsync ended without a word (code %d)" % result.status)
             self.free_at = time.monotonic() + (LINGERING if result.status else 0)
@@ -2019,25 +1859,32 @@ def fetch_host_keys(shared: Run, target: Target) -> list[str]:
     return lines
 
 
-def known_host_keys(shared: Run, name: str) -> list[str]:
-    """Return the lines that the known_hosts files hold for a host name, hashed ones too."""
-    lines = []
-    for path in (shared.home.known_hosts, os.path.expanduser("~/.ssh/known_hosts")):
-        result = run([program("ssh-keygen"), "-F", name, "-f", path], deadline=SESSION_DEADLINE)
-        lines += [line for line in result.stdout.decode("utf-8", "replace").splitlines() if line and line[0] != "#"]
-    return lines
-
-
 def explain_changed_host_key(shared: Run, target: Target, error: TargetError) -> TargetError:
-    """Return the error with the fingerprints that were known and that the host shows now."""
+    """Return the error with the fingerprints that were known (in lines hashed or not) and that the host shows now."""
     try:
         shown = fetch_host_keys(shared, target)
-        known = known_host_keys(shared, shown[0].split()[0])
     except OffsyncError:
         return error
+    known = []
+    for path in (shared.home.known_hosts, os.path.expanduser("~/.ssh/known_hosts")):
+        result = run([program("ssh-keygen"), "-F", shown[0].split()[0], "-f", path], deadline=SESSION_DEADLINE)
+        known += [line for line in result.stdout.decode("utf-8", "replace").splitlines() if line and line[0] != "#"]
     described = [", ".join(sorted({"%s (%s)" % key[1:] for key in fingerprints(lines)})) or "none" for lines in (known, shown)]
-    return TargetError("%s: its host key CHANGED: known %s; shown now %s; if that is expected, confirm the new one with: offsync "
-                       "target add %s" % (target.login, *described, target.add_arguments), error.kind)
+    return TargetError(target.login, "its host key CHANGED: known %s; shown now %s; if that is expected, confirm the new one "
+                       "with: offsync target add %s" % (*described, target.add_arguments), error.kind)
+
+
+def open_connection(shared: Run, target: Target, known_hosts: Optional[str] = None) -> Connection:
+    """Return an open, proved connection; the error of a changed host key shows both fingerprints."""
+    connection = Connection(shared, target, known_hosts)
+    try:
+        connection.open()
+    except TargetError as error:
+        connection.close()
+        if error.kind != "host-key-changed":
+            raise
+        raise explain_changed_host_key(shared, target, error) from None
+    return connection
 
 
 def choose_host_keys(target: Target, lines: Sequence[str], wanted: Optional[str]) -> list[str]:
@@ -2111,15 +1958,6 @@ def prove_path(connection: Connection) -> Proof:
     return Proof(tried, None, "it does not tell where it writes (%s)" % (quote_answer(result.stderr) or "no answer"))
 
 
-def _pull(connection: Connection, into: bytes) -> Result:
-    """Try to list the target's files with rsync, as a reader would."""
-    target = connection.target
-    host = "[%s]" % target.host if ":" in target.host else target.host
-    remote = " ".join(quote_for_rsync(word) for word in [connection.shared.ssh, *connection.session_options()])
-    return run([connection.shared.rsync, "-n", "-r", "-e", remote, "--", "%s@%s:." % (target.user, host), into + b"/"],
-               deadline=SESSION_DEADLINE)
-
-
 def _prove_forwarding(connection: Connection) -> list[Proof]:
     """Try to forward a port to the target's own network, on a connection of its own.
 
@@ -2140,7 +1978,8 @@ def _prove_forwarding(connection: Connection) -> list[Proof]:
 def prove_restriction(connection: Connection) -> list[Proof]:
     """Try on an open connection what the key must not do, and that it can write; return what happened, no file sent."""
     target, empty = connection.target, empty_directory(connection.shared)
-    read, pulled = connection.session((), "cat /etc/passwd"), _pull(connection, empty)
+    read, (words, files) = connection.session((), "cat /etc/passwd"), connection.rsync_words(".")
+    pulled = run([connection.shared.rsync, "-n", "-r", *words, files, empty + b"/"], deadline=SESSION_DEADLINE)
     marker = os.urandom(8).hex()
     above = connection.rsync(("-n", "-r"), source=empty, path="../" + marker, deadline=SESSION_DEADLINE)
     # With a terminal the refusal would come back on stdout, since a terminal has one stream only.
@@ -2164,9 +2003,9 @@ def raise_if_open(target: Target, proofs: Sequence[Proof]) -> None:
     """Raise if a proof found anything open: then nothing is sent."""
     found = ["%s: %s" % (proof.tried, proof.answer) for proof in proofs if proof.closed is False]
     if found:
-        raise TargetError("%s: the key is not restricted as the config says, so nothing is sent: %s; run there: offsync link "
-                          "--path %s, or here, if only the path is another: offsync target add with that path"
-                          % (target.login, "; ".join(found), shlex.quote(target.remote_path)), "open")
+        raise TargetError(target.login, "the key is not restricted as the config says, so nothing is sent: %s; run there: "
+                          "offsync link --path %s, or here, if only the path is another: offsync target add with that path"
+                          % ("; ".join(found), shlex.quote(target.remote_path)), "open")
 
 
 # --- Operations: plan -------------------------------------------------------------------------------------------
@@ -2203,123 +2042,104 @@ class TargetPlan:
                    if c.kind == "added" or "content" in c.changes or "type" in c.changes)
 
 
-class Leftovers:
-    """Recognises what rsync leaves on a target when it is killed, and never takes a user's file for it.
+def original_name(path: bytes) -> Optional[bytes]:
+    """Return the path that rsync was going to give to this temporary file, None if it has no such name."""
+    directory, name = os.path.split(path)
+    if os.path.basename(directory) == STAGING:
+        return os.path.join(os.path.dirname(directory), name)
+    match = TEMPORARY_NAME.fullmatch(name)
+    return os.path.join(directory, match.group(1)) if match else None
+
+
+def find_leftovers(shared: Run, target: Target, paths: Iterable[bytes]) -> set[bytes]:
+    """Return those of the target's own paths that a killed rsync left, never a user's file; .~tmp~ itself if all below it is.
 
     .~tmp~/NAME is one if NAME is in the source or in the journal of an unfinished apply of this controller; .NAME.XXXXXX is
     one if NAME is in that journal, and XXXXXX looks random.
     """
-
-    def __init__(self, home: Home, target: Target) -> None:
-        self.path = os.path.join(home.unfinished, target.login)
-        self.names: set[bytes] = set()
-        for path in (self.path, self.path + ".logged"):
-            try:
-                with open(path, "rb") as stream:
-                    header = json.loads(stream.readline())
-                    self.names.update(base64.b64decode(name) for name in header["leftover"])
-                    self.names.update(name[2:] for name in stream.read().split(b"\0"))
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                warn("%s: an unfinished apply's journal cannot be read (%s)" % (path, error))
-
-    def original(self, path: bytes) -> Optional[bytes]:
-        """Return the path that rsync was going to give to this temporary file, None if it has no such name."""
-        directory, name = os.path.split(path)
-        if os.path.basename(directory) == STAGING:
-            return os.path.join(os.path.dirname(directory), name)
-        match = TEMPORARY_NAME.fullmatch(name)
-        return os.path.join(directory, match.group(1)) if match else None
-
-    def among(self, source: bytes, paths: Iterable[bytes]) -> set[bytes]:
-        """Return those of the target's own paths that are leftovers; .~tmp~ itself if all below it is."""
-        found, foreign, staging = set(), set(), set()
-        for path in paths:
-            original = self.original(path)
-            staged = os.path.basename(os.path.dirname(path)) == STAGING
-            if os.path.basename(path) == STAGING:
-                staging.add(path)
-            elif original and (original in self.names or staged and os.path.lexists(os.path.join(source, original))):
-                found.add(path)
-            else:
-                foreign.add(path)
-        return found | {directory for directory in staging if not any(path.startswith(directory + b"/") for path in foreign)}
+    journal = os.path.join(shared.home.unfinished, target.login)
+    sending: set[bytes] = set()
+    try:
+        with open(journal, "rb") as stream:
+            sending.update(base64.b64decode(name) for name in json.loads(stream.readline())["leftover"])
+            sending.update(name[2:] for name in stream.read().split(b"\0"))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        warn("%s: an unfinished apply's journal cannot be read (%s)" % (journal, error))
+    found, foreign, staging = set(), set(), set()
+    for path in paths:
+        original = original_name(path)
+        staged = os.path.basename(os.path.dirname(path)) == STAGING
+        if os.path.basename(path) == STAGING:
+            staging.add(path)
+        elif original and (original in sending or staged and os.path.lexists(os.path.join(shared.source, original))):
+            found.add(path)
+        else:
+            foreign.add(path)
+    return found | {directory for directory in staging if not any(path.startswith(directory + b"/") for path in foreign)}
 
 
-class Collector:
-    """Collects itemized lines, and has the changed source entries hashed while rsync is still comparing."""
-
-    def __init__(self, target: Target, reader: Optional[SourceReader] = None) -> None:
-        self.target, self.reader = target, reader
-        self.items: list[Itemized] = []
-        self.target_only = 0
-
-    def __call__(self, line: bytes) -> None:
-        """Take one line; raises TargetError for what is no itemized line."""
-        try:
-            item = parse_itemized(line)
-        except ValueError as error:
-            raise TargetError("%s: rsync printed %s; update rsync here and there" % (self.target.login, error)) from None
-        if not item:
-            return
-        self.items.append(item)
-        if item.action != "delete":
-            if self.reader:
-                self.reader.want(item.path)
-            return
-        self.target_only += sys.getsizeof(item.path) + 150
-        if self.target_only > MAX_TARGET_ONLY:
-            raise TargetError("%s: it reports too many entries of its own; is its path the right one?" % self.target.login)
-
-
-def name_list(shared: Run, paths: Iterable[bytes]) -> BinaryIO:
+def name_list(shared: Run, names: Iterable[bytes]) -> BinaryIO:
     """Return an open file with the NUL-terminated names, at its beginning."""
     stream = tempfile.TemporaryFile(dir=shared.scratch)
-    for path in paths:
-        stream.write(b"./" + path + b"\0")  # a bare name that begins with # or ; would be a comment to rsync
-    stream.flush()
+    stream.writelines(name + b"\0" for name in names)
     stream.seek(0)
     return stream
 
 
 def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iterable[bytes]] = None,
-            **more: Any) -> list[Itemized]:
-    """Return what one run of rsync itemizes, for the whole tree or for the given paths. Raises TargetError if it failed."""
-    collector = more.pop("collector", None) or Collector(connection.target)
+            reader: Optional[SourceReader] = None, **more: Any) -> list[Change]:
+    """Return what one run of rsync itemizes, for the whole tree or for the given paths. Raises TargetError if it failed.
+
+    A reader has the changed source entries hashed while rsync is still comparing.
+    """
+    login, found, room = connection.target.login, [], MAX_TARGET_ONLY
+
+    def on_item(line: bytes) -> None:
+        """Take one line; raises TargetError for what is no itemized line."""
+        nonlocal room
+        try:
+            change = parse_itemized(line)
+        except ValueError as error:
+            raise TargetError(login, "rsync printed %s; update rsync here and there" % error) from None
+        if not change:
+            return
+        found.append(change)
+        if change.kind == "missing":
+            room -= sys.getsizeof(change.path) + 150
+            if room < 0:
+                raise TargetError(login, "it reports too many entries of its own; is its path the right one?")
+        elif reader:
+            reader.want(change.path)
+
     if paths is None:
         excludes = ["--exclude=" + pattern for pattern in connection.shared.config.exclude]
-        result = connection.rsync((*options, *excludes), on_item=collector, **more)
+        result = connection.rsync((*options, *excludes), on_item=on_item, **more)
     else:
-        with name_list(connection.shared, paths) as names:
-            result = connection.rsync(options, stdin=names, on_item=collector, **more)
+        # A bare name that begins with # or ; would be a comment to rsync.
+        with name_list(connection.shared, (b"./" + path for path in paths)) as names:
+            result = connection.rsync(options, stdin=names, on_item=on_item, **more)
     if result.status != 0:
         raise diagnose(connection.target, result.stderr)
-    items: list[Itemized] = collector.items
-    return items
+    return found
 
 
-def classify(connection: Connection, items: list[Itemized], leftovers: Leftovers) -> list[Change]:
-    """Return the sorted changes of a target.
+def classify(connection: Connection, changes: list[Change]) -> list[Change]:
+    """Return the sorted changes of a target, from what rsync itemized.
 
     rsync shows an entry that replaces one of another type as new. So the new entries whose parent is not new (below a
     new directory all is new) are looked up on the target; what exists there is "modified" by type.
     """
-    new = {item.path for item in items if item.action == "new"}
+    new = {change.path for change in changes if change.kind == "added"}
     doubtful = [path for path in new if os.path.dirname(path) not in new]
-    absent = {item.path for item in itemize(connection, RSYNC_ABSENT, doubtful)} if doubtful else set()
-    replaced = set(doubtful) - absent
-    changes: list[Any] = items              # replaced one by one: there may be a million
-    left = leftovers.among(connection.shared.source, [item.path for item in items if item.action == "delete"])
-    for index, item in enumerate(items):
-        if item.action == "delete":
-            changes[index] = Change("leftover" if item.path in left else "missing", item.path, item.directory)
-        elif item.action == "change":
-            changes[index] = Change("modified", item.path, item.directory, item.changes, item.quick)
-        elif item.path in replaced:
-            changes[index] = Change("modified", item.path, item.directory, ("type",))
-        else:
-            changes[index] = Change("added", item.path, item.directory)
+    replaced = set(doubtful) - {change.path for change in itemize(connection, RSYNC_ABSENT, doubtful)} if doubtful else set()
+    left = find_leftovers(connection.shared, connection.target, [change.path for change in changes if change.kind == "missing"])
+    for index, change in enumerate(changes):        # replaced one by one: there may be a million
+        if change.kind == "missing" and change.path in left:
+            changes[index] = change._replace(kind="leftover")
+        elif change.kind == "added" and change.path in replaced:
+            changes[index] = change._replace(kind="modified", changes=("type",))
     changes.sort(key=lambda change: change.path)
     return changes
 
@@ -2329,23 +2149,19 @@ def plan_target(shared: Run, target: Target, mode: str) -> TargetPlan:
 
     Where there is something to do, the key must really write below the configured path: it is proved then.
     """
-    plan = TargetPlan(target)
-    connection = Connection(shared, target)
+    plan, connection = TargetPlan(target), None
     PROGRESS.update(target.login, "connecting")
     try:
-        connection.open()
+        connection = open_connection(shared, target)
         PROGRESS.update(target.login, "comparing")
-        items = itemize(connection, RSYNC_PLAN[mode], collector=Collector(target, shared.reader))
-        plan.changes = classify(connection, items, Leftovers(shared.home, target))
+        plan.changes = classify(connection, itemize(connection, RSYNC_PLAN[mode], reader=shared.reader))
         if plan.changes:
             raise_if_open(target, [prove_path(connection)])
             plan.connection = connection
     except (OffsyncError, OSError) as error:
-        if isinstance(error, TargetError) and error.kind == "host-key-changed":
-            error = explain_changed_host_key(shared, target, error)
-        plan.error, plan.changes = str(error), []
+        plan.error, plan.changes = getattr(error, "why", str(error)), []
     finally:
-        if plan.connection is None:
+        if connection and not plan.connection:
             connection.close()
         PROGRESS.update(target.login, None)
     return plan
@@ -2363,7 +2179,7 @@ def in_parallel(jobs: int, function: Callable[[_Item], _Value], items: Sequence[
             for future in futures:
                 yield future.result()
         except BaseException:
-            CHILDREN.stop()
+            CHILDREN.stopping = True
             raise
 
 
@@ -2423,62 +2239,59 @@ def check_plan_id(shared: Run, plans: Sequence[TargetPlan], wanted: str, plan_id
 
 # --- Operations: what killed runs left --------------------------------------------------------------------------
 
-def open_journal(home: Home, plan: TargetPlan, plan_id: str, timestamp: str) -> BinaryIO:
+def open_journal(home: Home, plan: TargetPlan, record: dict[str, Any]) -> BinaryIO:
     """Write the journal of one apply: a header line, then the names to send; return it open at the names.
 
-    It is the list that rsync reads (--files-from) and, should everything be killed, what the next run knows.
+    It is the list that rsync reads (--files-from) and, should everything be killed, what the next run knows. The header
+    has what operations.log must say then, and begins with whether it says so already; that one byte is set in place.
     """
-    make_directory(home.unfinished, 0o700)
-    leftovers = Leftovers(home, plan.target)
-    path, old = leftovers.path, filter(None, map(leftovers.original, [change.path for change in plan.of("leftover")]))
-    header = {"login": plan.target.login, "host": plan.target.host, "plan": plan_id, "timestamp": timestamp,
-              "leftover": [base64.b64encode(name).decode() for name in old]}
+    path = os.path.join(home.unfinished, plan.target.login)
+    old = filter(None, (original_name(change.path) for change in plan.of("leftover")))
+    header = {"logged": 0, "leftover": [base64.b64encode(name).decode() for name in old], "record": record}
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path + "~", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         stream = os.fdopen(descriptor, "w+b")
         stream.write(json.dumps(header).encode() + b"\n")
-        stream.flush()
         start = stream.tell()
-        for change in plan.of("added", "modified"):
-            stream.write(b"./" + change.path + b"\0")
+        stream.writelines(b"./" + change.path + b"\0" for change in plan.of("added", "modified"))
         stream.flush()
         stream.seek(start)
+        os.replace(path + "~", path)        # the old journal stays until the new one is whole
     except OSError as error:
         raise OffsyncError("%s: the journal cannot be written: %s; nothing was sent" % (show_text(path), error.strerror)) \
             from None
     return stream
 
 
-def close_journal(home: Home, target: Target, finished: bool) -> None:
-    """Drop the journal of a finished apply; that of a failed one stays, marked as logged, for its leftovers."""
-    path = os.path.join(home.unfinished, target.login)
+def close_journal(path: str, finished: bool) -> None:
+    """Drop the journal of a finished apply; that of a failed one stays for its leftovers, marked as logged."""
     try:
-        for name in (path, path + ".logged"):
-            if os.path.exists(name) and finished:
-                os.unlink(name)
-            elif os.path.exists(name):
-                os.replace(name, path + ".logged")
+        if finished:
+            os.unlink(path)
+        else:
+            with open(path, "r+b") as stream:
+                stream.write(b'{"logged": 1')
+    except FileNotFoundError:
+        pass
     except OSError as error:
         warn("%s: %s" % (path, error.strerror))
 
 
 def log_killed_runs(home: Home, log: int) -> None:
     """Log the runs that were killed before they could do so themselves; their journals say which."""
-    for name in sorted(os.listdir(home.unfinished)) if os.path.isdir(home.unfinished) else ():
+    for name in sorted(os.listdir(home.unfinished)):
         path = os.path.join(home.unfinished, name)
-        if name.endswith(".logged"):
-            continue
         try:
             with open(path, "rb") as stream:
                 header = json.loads(stream.readline())
-            append_log(log, {"timestamp": header["timestamp"], "host": header["host"], "operation": "apply",
-                             "files_changed": [], "login": header["login"], "plan": header["plan"],
-                             "result": "interrupted", "bytes_sent": 0, "seconds": 0,
-                             "error": "offsync was killed; what arrived is unknown; the next apply finishes the job"})
-            warn("an apply to %s was killed at %s; this run finishes its job" % (header["login"], header["timestamp"]))
+            if header["logged"]:
+                continue
+            append_log(log, header["record"])
+            warn("the apply to %(login)s of %(timestamp)s was killed; this run finishes its job" % header["record"])
+            close_journal(path, name.endswith("~"))     # no login ends so: that run was killed before it sent anything
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             warn("%s: a journal cannot be read (%s); it is dropped" % (path, error))
-        os.replace(path, path + ".logged")
+            close_journal(path, True)
 
 
 # --- Operations: transfer and verification ----------------------------------------------------------------------
@@ -2495,47 +2308,51 @@ def _lies_below(path: bytes, directories: set[bytes]) -> bool:
 class Delivery:
     """Carries one target's plan out and verifies it."""
 
-    def __init__(self, shared: Run, plan: TargetPlan, journal: Callable[[TargetPlan], BinaryIO]) -> None:
+    def __init__(self, shared: Run, plan: TargetPlan, journal: Callable[[], BinaryIO]) -> None:
         self.shared, self.plan, self.journal = shared, plan, journal
         self.login = plan.target.login
         self.sent = plan.of("added", "modified")
         kinds = ("missing", "leftover") if shared.config.delete else ("leftover",)
         self.deletable = {change.path: change.directory for change in plan.of(*kinds)}
-        self.bytes_sent = 0
+        self.bytes_sent, self.seconds = 0, 0.0
         self.different: Optional[set[bytes]] = None     # after the transfer; None: not known
+        self.result, self.error = "ok", ""              # or "failed", "interrupted", and why
+        self.delivered: list[bytes] = []
+        self.deleted: list[bytes] = []
 
-    def carry_out(self) -> Outcome:
-        """Send, delete and verify; return the outcome, also for a failure or an interruption."""
-        started, result, error = time.monotonic(), "ok", None
+    def carry_out(self) -> None:
+        """Send, delete and verify; what became of it stands in the attributes, also after a failure or an interruption."""
+        started = time.monotonic()
         try:
             if self.plan.error:
-                raise TargetError(self.plan.error)
+                raise TargetError(self.login, self.plan.error)
             if CHILDREN.stopping:
-                raise TargetError("%s: interrupted before anything was sent" % self.login)
+                raise TargetError(self.login, "interrupted before anything was sent")
             if self.plan.changes:
                 self._deliver()
         except (OffsyncError, OSError) as problem:
-            result, error = "failed", str(problem)
+            self.result, self.error = "failed", getattr(problem, "why", str(problem))
             if self.plan.connection and self.different is None:
                 self._find_out()
                 if self.different is None:
-                    error += " (what arrived is unknown; run: offsync verify)"
+                    self.error += " (what arrived is unknown; run: offsync verify)"
             if CHILDREN.stopping:
-                result, error = "interrupted", "%s: interrupted; apply again finishes the job" % self.login
+                self.result, self.error = "interrupted", "interrupted; apply again finishes the job"
         if self.plan.connection:
             self.plan.connection.close()
         PROGRESS.update(self.login, None)
         different = self.different if self.different is not None else {change.path for change in self.plan.changes}
-        return Outcome(self.plan.target, result, error, sorted({change.path for change in self.sent} - different),
-                       sorted(set(self.deletable) - different), self.bytes_sent, time.monotonic() - started)
+        self.delivered = sorted({change.path for change in self.sent} - different)
+        self.deleted = sorted(set(self.deletable) - different)
+        self.seconds = time.monotonic() - started
 
     def _deliver(self) -> None:
         """Do what the plan lists, in this order: what stands in the way goes, files are sent, the rest is deleted."""
         replaced = {c.path for c in self.sent if "type" in c.changes and not c.directory}
         blocking = {path: directory for path, directory in self.deletable.items() if _lies_below(path, replaced)}
-        wanted, leftovers = {change.path for change in self.sent}, Leftovers(self.shared.home, self.plan.target)
+        wanted = {change.path for change in self.sent}
         for change in self.plan.of("leftover"):     # what does not help to resume only takes room
-            if not change.directory and leftovers.original(change.path) not in wanted:
+            if not change.directory and original_name(change.path) not in wanted:
                 blocking[change.path] = False
         surprises: set[bytes] = set()
         if blocking:
@@ -2551,15 +2368,14 @@ class Delivery:
         self.different = {item.path for item in itemize(self.connection, RSYNC_COMPARE, sorted(suspects))} if suspects else set()
         self.different |= extraneous
         if surprises:
-            raise TargetError("%s: nothing was deleted, since new entries appeared there after the plan: %s; plan again"
-                              % (self.login, some_of(list(map(show, sorted(surprises))))))
+            raise TargetError(self.login, "nothing was deleted, since new entries appeared there after the plan: %s; plan again"
+                              % some_of(list(map(show, sorted(surprises)))))
         if self.different:
-            raise TargetError("%s: verification found %s: %s; apply again, or look for what changes them there"
-                              % (self.login, plural(len(self.different), "difference"),
-                                 some_of(list(map(show, sorted(self.different))))))
+            raise TargetError(self.login, "verification found %s: %s; apply again, or look for what changes them there"
+                              % (plural(len(self.different), "difference"), some_of(list(map(show, sorted(self.different))))))
         moved = [show(change.path) for change in self.sent if self.shared.reader.changed(change.path)]
         if moved:
-            raise TargetError("%s: the source changed during the run: %s; plan and apply again" % (self.login, some_of(moved)))
+            raise TargetError(self.login, "the source changed during the run: %s; plan and apply again" % some_of(moved))
 
     @property
     def connection(self) -> Connection:
@@ -2591,7 +2407,7 @@ class Delivery:
                     min(100 * done // max(total, 1), 100), format_bytes(total), match.group(2).decode()))
 
         PROGRESS.update(self.login, "sending %s" % format_bytes(total))
-        with self.journal(self.plan) as names:
+        with self.journal() as names:
             result = self.connection.rsync(options, stdin=names, on_item=on_item, on_other=on_other, item_format="%b %i %n")
         if result.status != 0:
             raise diagnose(self.plan.target, result.stderr)
@@ -2599,9 +2415,9 @@ class Delivery:
     def _compare_quickly(self, **more: Any) -> tuple[set[bytes], set[bytes]]:
         """Return (paths that differ by a quick check, paths that only the target has)."""
         PROGRESS.update(self.login, "comparing again")
-        items = itemize(self.connection, RSYNC_PLAN["quick"], **more)
-        extraneous = {item.path for item in items if item.action == "delete"}
-        return {item.path for item in items} - extraneous, extraneous
+        changes = itemize(self.connection, RSYNC_PLAN["quick"], **more)
+        extraneous = {change.path for change in changes if change.kind == "missing"}
+        return {change.path for change in changes} - extraneous, extraneous
 
     def _delete(self, paths: dict[bytes, bool], extraneous: set[bytes]) -> set[bytes]:
         """Delete these planned entries, unless others have appeared since the plan: then nothing; return those others."""
@@ -2614,9 +2430,7 @@ class Delivery:
             while b"/" in path:
                 path = os.path.dirname(path)
                 rules[format_include_rule(path, True)] = None
-        with tempfile.TemporaryFile(dir=self.shared.scratch) as stream:
-            stream.writelines(rule + b"\0" for rule in rules)
-            stream.seek(0)
+        with name_list(self.shared, rules) as stream:
             result = self.connection.rsync(RSYNC_DELETE, stdin=stream)
         if result.status != 0:
             raise diagnose(self.plan.target, result.stderr)
@@ -2635,15 +2449,18 @@ class Delivery:
 
 # --- Commands: read arguments, call, print, return a status -----------------------------------------------------
 
+# The programs that each role needs, and what raises OffsyncError where one is not here.
+PROGRAM_CHECKS: dict[str, dict[str, Callable[[], Any]]] = {
+    "controller": {"rsync": find_rsync, "ssh-keygen": lambda: program("ssh-keygen"), "ssh": lambda: program("ssh")},
+    "target": {"rsync": find_rsync, "ssh-keygen": lambda: program("ssh-keygen"), "sshd": lambda: program("sshd"),
+               "rrsync": lambda: find_rrsync(None)}}
+PROGRAM_CHECKS["both"] = {**PROGRAM_CHECKS["controller"], **PROGRAM_CHECKS["target"]}
+
+
 def missing_programs(role: str) -> list[str]:
     """Return the programs that this role needs and that are not here."""
     missing = []
-    checks: list[tuple[str, Callable[[], Any]]] = [("rsync", find_rsync), ("ssh-keygen", lambda: program("ssh-keygen"))]
-    if role in ("controller", "both"):
-        checks.append(("ssh", lambda: program("ssh")))
-    if role in ("target", "both"):
-        checks += [("sshd", lambda: program("sshd")), ("rrsync", lambda: find_rrsync(None))]
-    for name, check in checks:
+    for name, check in PROGRAM_CHECKS[role].items():
         try:
             check()
         except OffsyncError:
@@ -2656,8 +2473,8 @@ def install_commands(name: str, role: str) -> list[list[list[str]]]:
     manager = PACKAGE_MANAGERS[name]
     sudo = ["sudo"] if manager.sudo and os.geteuid() != 0 else []
     install = sudo + manager.install.split()
-    roles = {"controller": manager.controller, "target": manager.target, "both": manager.controller + " " + manager.target}
-    packages = list(dict.fromkeys(roles[role].split()))
+    wanted = (manager.controller if role != "target" else "") + " " + (manager.target if role != "controller" else "")
+    packages = list(dict.fromkeys(wanted.split()))
     steps = [[sudo + manager.refresh.split()]] if manager.refresh else []
     steps.append([install + packages])
     if manager.older:
@@ -2726,7 +2543,8 @@ def cmd_init(args: argparse.Namespace) -> int:
     if os.path.lexists(home.config):
         config, document, text = home.load()
         if source and source != config.source:
-            text = "\n".join(replace_scalar(document, document.nodes["source"], source))
+            replace_scalar(document.lines, document.nodes["source"], source)
+            text = "\n".join(document.lines)
             validate_config(text, home.config)
             write_atomically(home.config, text.encode(), 0o600)
     else:
@@ -2739,7 +2557,7 @@ def cmd_init(args: argparse.Namespace) -> int:
         result = run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", home.key])
         if result.status != 0:
             raise OffsyncError("key %s: ssh-keygen failed; mend that (it said: %s)" % (home.key, quote_answer(result.stderr)))
-    home.check_key()
+    check_private(home.key)
     if not os.path.exists(home.key + ".pub"):
         public = run([program("ssh-keygen"), "-y", "-f", home.key])
         if public.status != 0:
@@ -2780,7 +2598,7 @@ def replace_authorized_key(key: PublicKey, line: Optional[str]) -> tuple[Callabl
     if os.path.exists(path):
         old, mode = read_file(path, "authorized_keys", ""), stat.S_IMODE(os.stat(path).st_mode)
     try:
-        new = edit_authorized_keys(old, key, line)
+        new, was = edit_authorized_keys(old, key, line)
     except ValueError as error:
         raise OffsyncError("%s:%s: this key stands there in a line that offsync did not write, and sshd uses the first line "
                            "that has it; remove that line, then try again" % (path, error)) from None
@@ -2797,8 +2615,7 @@ def replace_authorized_key(key: PublicKey, line: Optional[str]) -> tuple[Callabl
         write_atomically(path, new, mode)
         os.close(directory)
 
-    lines, ours, _ = split_authorized_keys(old, key)
-    return write, lines[ours[0]].decode("utf-8", "replace").split(KEY_RESTRICTIONS)[0] if ours else ""
+    return write, was
 
 
 def sshd_is_running() -> bool:
@@ -2878,14 +2695,15 @@ def cmd_link(args: argparse.Namespace) -> int:
     path = validate_link_path(os.path.expanduser("~/.offsync/sync") if args.path is None else args.path, protected)
     command_line = validate_forced_command(words, path, account.pw_shell)
     key = read_key_argument(args)
-    write_keys, replaced = replace_authorized_key(key, format_authorized_key(command_line, key, from_pattern))
+    write_keys, old_line = replace_authorized_key(key, format_authorized_key(command_line, key, from_pattern))
     if path.startswith(os.path.realpath(os.path.expanduser("~/.offsync")) + "/"):
         make_directory(os.path.expanduser("~/.offsync"), 0o700)
     make_directory(path, 0o755)
     write_keys()
-    same = command_line in replaced.replace('\\"', '"')
-    if replaced and not same:
-        warn("this key was linked to another command before, which is replaced: " + show_text(replaced))
+    same = format_authorized_key(command_line, key).split(KEY_RESTRICTIONS)[0] in old_line
+    if old_line and not same:
+        warn("this key was linked to another command before, which is replaced: "
+             + show_text(old_line.split(KEY_RESTRICTIONS)[0]))
     emit("%s %s: the key may write below %s, nothing else"
          % ("already linked in" if same else "linked in", authorized_keys_path(), show_text(path)), error=True)
     settings = sshd_settings(account.pw_name)
@@ -2894,13 +2712,10 @@ def cmd_link(args: argparse.Namespace) -> int:
     warn_of_old_rsync()
     connection = os.environ.get("SSH_CONNECTION", "").split()
     ports = [connection[3]] if len(connection) == 4 else settings.get("port", ["22"])
-    command = ["offsync", "target", "add", "%s@%s" % (account.pw_name, os.uname().nodename), "--path", path]
-    command += ["--rrsync", rrsync] if rrsync != DEFAULT_RRSYNC else []
-    command += ["--port", ports[0]] if ports[0] != "22" else []
-    host_key = own_host_key()
-    command += ["--host-key", host_key] if host_key else []
+    user, host, host_key = account.pw_name, os.uname().nodename, own_host_key()
+    target = Target("%s@%s" % (user, host), user, host, path, rrsync, int(ports[0]) if ports[0] != "22" else None)
     emit("Now run this on the controller (with the name by which it reaches this host):", error=True)
-    emit(shlex.join(command))
+    emit("offsync target add " + target.add_arguments + (" --host-key " + host_key if host_key else ""))
     return 0
 
 
@@ -2911,24 +2726,6 @@ def cmd_unlink(args: argparse.Namespace) -> int:
     write_keys()
     emit("%s %s" % ("removed the key from" if removed else "the key has no entry in", authorized_keys_path()), error=True)
     return 0
-
-
-def _open_trusted(shared: Run, target: Target, lines: Optional[list[str]]) -> Optional[Connection]:
-    """Return an open, proved connection; None if the host key is unknown or changed and none was confirmed yet."""
-    path = None
-    if lines:
-        path = os.path.join(shared.scratch, "trusted")
-        write_atomically(path, "".join(line + "\n" for line in lines).encode(), 0o600)
-    connection = Connection(shared, target, path)
-    try:
-        connection.open()
-        return connection
-    except TargetError as error:
-        if lines or error.kind not in ("host-key-unknown", "host-key-changed"):
-            raise
-        if error.kind == "host-key-changed":
-            warn(str(explain_changed_host_key(shared, target, error)))
-        return None
 
 
 def cmd_target_add(args: argparse.Namespace) -> int:
@@ -2945,14 +2742,20 @@ def cmd_target_add(args: argparse.Namespace) -> int:
     config, _, text = home.load()
     home.lock("target add")
     with Run(home, config) as shared:
-        trusted: Optional[list[str]] = None
-        if args.host_key:
+        trusted: Sequence[str] = ()
+        try:
+            connection = None if args.host_key else open_connection(shared, target)
+        except TargetError as error:
+            if error.kind not in ("host-key-unknown", "host-key-changed"):
+                raise
+            if error.kind == "host-key-changed":
+                warn(str(error))
+            connection = None
+        if not connection:                  # trust what was confirmed for this one connection, and for good once it is proved
             trusted = choose_host_keys(target, fetch_host_keys(shared, target), args.host_key)
-        connection = _open_trusted(shared, target, trusted)
-        if connection is None:
-            trusted = choose_host_keys(target, fetch_host_keys(shared, target), None)
-            connection = _open_trusted(shared, target, trusted)
-        assert connection is not None
+            path = os.path.join(shared.scratch, "trusted")
+            write_atomically(path, "".join(line + "\n" for line in trusted).encode(), 0o600)
+            connection = open_connection(shared, target, path)
         proofs = prove_restriction(connection)
         raise_if_open(target, proofs)
         if trusted:
@@ -3005,29 +2808,19 @@ def load_targets(home: Home, patterns: Sequence[str]) -> tuple[Config, list[Targ
     return config, select_targets(config.targets, patterns)
 
 
-def without_login(target: Target, error: Optional[str]) -> str:
-    """Return an error without the login that stands before it anyway."""
-    text = str(error)
-    return text[len(target.login) + 2:] if text.startswith(target.login + ": ") else text
-
-
 def plan_summary(shared: Run, plan: TargetPlan) -> str:
-    """Return the counts of a plan."""
-    config = shared.config
-    remarks = {"missing": " (apply will delete)" if config.delete else " (apply will refuse: delete is false)",
-               "modified": "" if config.overwrite else " (apply will refuse: overwrite is false)"}
-    counts = ["%d %s%s" % (len(plan.of(kind)), kind, remarks.get(kind, ""))
-              for kind in KINDS if plan.of(kind)]
-    if not counts:
-        return "equal, nothing to do"
-    return "%s; %s to send" % (", ".join(counts), format_bytes(plan.size(shared.reader)))
+    """Return the counts of a plan, and what they need that the config forbids."""
+    remarks = {"missing": " (apply will delete)" if shared.config.delete else " (apply will refuse: delete is false)",
+               "modified": "" if shared.config.overwrite else " (apply will refuse: overwrite is false)"}
+    counts = ["%d %s%s" % (len(plan.of(kind)), kind, remarks.get(kind, "")) for kind in KINDS if plan.of(kind)]
+    return "%s; %s to send" % (", ".join(counts), format_bytes(plan.size(shared.reader))) if counts else "equal, nothing to do"
 
 
 def print_target_plan(shared: Run, plan: TargetPlan) -> None:
     """Print one target's plan: a line an entry, then a summary."""
     emit("%s:%s" % (plan.target.login, show_text(plan.target.remote_path)))
     if plan.error:
-        emit("  %s: %s" % (colour("failed", "not compared"), without_login(plan.target, plan.error)))
+        emit("  %s: %s" % (colour("failed", "not compared"), plan.error))
         return
     for change in plan.changes:
         size = ""
@@ -3120,38 +2913,35 @@ def refuse_by_policy(config: Config, plans: Sequence[TargetPlan], rsync: str) ->
                            "deletes; check that it is mounted and filled" % show_text(config.source))
 
 
-def log_record(outcome: Outcome, plan_id: str, timestamp: str) -> dict[str, Any]:
-    """Return one line of operations.log, or of apply --json."""
-    record: dict[str, Any] = {
-        "timestamp": timestamp, "host": outcome.target.host, "login": outcome.target.login, "operation": "apply",
-        "plan": plan_id, "result": outcome.result, "bytes_sent": outcome.bytes_sent, "seconds": round(outcome.seconds, 3),
-        "files_changed": sorted(path.decode("utf-8", "backslashreplace") for path in outcome.delivered + outcome.deleted)}
-    if outcome.error:
-        record["error"] = outcome.error
-    return record
-
-
-def deliver(shared: Run, log: int, plan: TargetPlan, plan_id: str, timestamp: str, records: list[dict[str, Any]]) -> Outcome:
-    """Carry out one target's plan and log it at once, whatever becomes of the others; return the outcome."""
-    outcome = Delivery(shared, plan, lambda plan: open_journal(shared.home, plan, plan_id, timestamp)).carry_out()
-    record = log_record(outcome, plan_id, timestamp)
+def deliver(shared: Run, log: int, plan: TargetPlan, plan_id: str, timestamp: str, records: list[dict[str, Any]]) -> Delivery:
+    """Carry out one target's plan and log it at once, whatever becomes of the others; return what became of it."""
+    target = plan.target
+    record = {"timestamp": timestamp, "host": target.host, "login": target.login, "operation": "apply", "plan": plan_id,
+              "result": "interrupted", "files_changed": [], "bytes_sent": 0, "seconds": 0,
+              "error": "offsync was killed; what arrived is unknown; the next apply finishes the job"}
+    done = Delivery(shared, plan, lambda: open_journal(shared.home, plan, record))
+    done.carry_out()
+    record.update(result=done.result, bytes_sent=done.bytes_sent, seconds=round(done.seconds, 3), error=done.error,
+                  files_changed=sorted(path.decode("utf-8", "backslashreplace") for path in done.delivered + done.deleted))
+    if not done.error:
+        del record["error"]
     records.append(record)
     append_log(log, record)
-    close_journal(shared.home, outcome.target, outcome.result == "ok")
-    return outcome
+    close_journal(os.path.join(shared.home.unfinished, target.login), done.result == "ok")
+    return done
 
 
-def print_outcome(outcome: Outcome) -> None:
+def print_outcome(done: Delivery) -> None:
     """Print what became of one target."""
-    counts = [plural(len(outcome.delivered), "entry", "entries") + " delivered"] if outcome.delivered else []
-    counts += ["%d deleted" % len(outcome.deleted)] if outcome.deleted else []
-    if outcome.result == "ok" and not counts:
+    counts = [plural(len(done.delivered), "entry", "entries") + " delivered"] if done.delivered else []
+    counts += ["%d deleted" % len(done.deleted)] if done.deleted else []
+    if done.result == "ok" and not counts:
         what = "equal, nothing to do"
-    elif outcome.result == "ok":
-        what = "%s, verified; %s sent in %.1f s" % (", ".join(counts), format_bytes(outcome.bytes_sent), outcome.seconds)
+    elif done.result == "ok":
+        what = "%s, verified; %s sent in %.1f s" % (", ".join(counts), format_bytes(done.bytes_sent), done.seconds)
     else:
-        what = "%s; %s before that" % (without_login(outcome.target, outcome.error), ", ".join(counts) or "nothing changed")
-    emit("%s: %s: %s" % (outcome.target.login, colour(outcome.result, outcome.result), what))
+        what = "%s; %s before that" % (done.error, ", ".join(counts) or "nothing changed")
+    emit("%s: %s: %s" % (done.login, colour(done.result, done.result), what))
 
 
 def cmd_apply(args: argparse.Namespace) -> int:
@@ -3171,12 +2961,13 @@ def cmd_apply(args: argparse.Namespace) -> int:
         if args.plan:
             check_plan_id(shared, plans, args.plan, plan_id)
         refuse_by_policy(config, plans, shared.rsync)
+        make_directory(home.unfinished, 0o700)
         log_killed_runs(home, log)
         records: list[dict[str, Any]] = []
         try:
-            for outcome in in_parallel(shared.jobs, lambda plan: deliver(shared, log, plan, plan_id, timestamp, records), plans):
+            for done in in_parallel(shared.jobs, lambda plan: deliver(shared, log, plan, plan_id, timestamp, records), plans):
                 if not args.json:
-                    print_outcome(outcome)
+                    print_outcome(done)
         finally:                            # also after a signal: in_parallel has waited for every target
             if args.json:
                 records.sort(key=lambda record: str(record["login"]))
@@ -3186,8 +2977,8 @@ def cmd_apply(args: argparse.Namespace) -> int:
                 emit("offsync: interrupted: %d of %d targets are delivered and verified, not: %s" % (
                     len(targets) - len(unfinished), len(targets), some_of([r["login"] for r in unfinished])), error=True)
     if unfinished:
-        raise OffsyncError("%d of %d targets failed: %s" % (len(unfinished), len(targets),
-                                                           "; ".join(str(record["error"]) for record in unfinished)))
+        raise OffsyncError("%d of %d targets failed: %s" % (
+            len(unfinished), len(targets), "; ".join("%(login)s: %(error)s" % record for record in unfinished)))
     return 0
 
 
@@ -3252,29 +3043,19 @@ def cmd_manifest(args: argparse.Namespace) -> int:
 
 def local_checks(home: Home) -> Iterator[tuple[str, Optional[str]]]:
     """Yield (what was checked, None or what is wrong) for this controller."""
-    def attempt(check: Callable[[], Any]) -> Optional[str]:
-        """Return what a check complains of."""
+    checks: dict[str, Callable[[], Any]] = {"program " + name: check for name, check in PROGRAM_CHECKS["controller"].items()}
+    checks["key " + home.key] = lambda: check_private(home.key)
+    for path in filter(os.path.exists, (home.path, home.config, home.log)):
+        checks["permissions of " + path] = functools.partial(check_private, path)
+    checks["config " + home.config] = home.load
+    checks["source"] = lambda: check_source(find_rsync()[0], home.load()[0])
+    for what, check in checks.items():
+        problem = None
         try:
             check()
-            return None
-        except OffsyncError as error:
-            return str(error)
-
-    def private(path: str) -> None:
-        """Raise if others may read a file."""
-        mode = os.stat(path).st_mode
-        if mode & 0o077:
-            raise OffsyncError("others may read it (mode %04o); run: chmod go-rwx %s" % (stat.S_IMODE(mode), shlex.quote(path)))
-
-    for name in ("ssh", "ssh-keygen"):
-        yield "program " + name, attempt(lambda name=name: program(name))      # type: ignore[misc]
-    yield "program rsync", attempt(find_rsync)
-    yield "key " + home.key, attempt(home.check_key)
-    for path in (home.path, home.config, home.log):
-        if os.path.exists(path):
-            yield "permissions of " + path, attempt(lambda path=path: private(path))    # type: ignore[misc]
-    yield "config " + home.config, attempt(home.load)
-    yield "source", attempt(lambda: check_source(find_rsync()[0], home.load()[0]))
+        except (OffsyncError, OSError) as error:
+            problem = str(error)
+        yield what, problem
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
@@ -3294,13 +3075,10 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         for target in targets:
             emit("%s:%s" % (target.login, show_text(target.remote_path)))
             try:
-                connection = Connection(shared, target)
-                connection.open()
+                connection = open_connection(shared, target)
                 proofs = prove_restriction(connection)
                 connection.close()
             except TargetError as error:
-                if error.kind == "host-key-changed":
-                    error = explain_changed_host_key(shared, target, error)
                 emit("  %s  %s" % (colour("failed", "PROBLEM"), error))
                 healthy = False
                 continue
@@ -3381,9 +3159,9 @@ def next_step(home: Home) -> str:
     config, _, _ = home.load()
     if not config.targets:
         return "Next: offsync link --path DIR   (on a target), then here the 'offsync target add' command that it prints"
-    killed = [name for name in (os.listdir(home.unfinished) if os.path.isdir(home.unfinished) else ())]
-    if killed:
-        return "An apply did not finish: %s. Next: offsync apply" % some_of(sorted(name.split(".logged")[0] for name in killed))
+    unfinished = sorted(os.listdir(home.unfinished)) if os.path.isdir(home.unfinished) else []
+    if unfinished:
+        return "An apply did not finish: %s. Next: offsync apply" % some_of(unfinished)
     return "%s configured. Next: offsync plan" % plural(len(config.targets), "target")
 
 
@@ -3502,7 +3280,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = command(commands, "doctor", cmd_doctor, "controller: check this machine, and prove what the key can do on targets",
                      "offsync doctor deploy@node02")
     target_arguments(doctor, jobs=False)
-    completion = command(commands, "completion", cmd_completion, "either: print the code that completes offsync's words in a shell",
+    completion = command(commands, "completion", cmd_completion, "either: print the code that completes words in a shell",
                          "offsync completion bash > /etc/bash_completion.d/offsync")
     completion.add_argument("shell", choices=("bash", "zsh", "words"), metavar="SHELL", help="bash or zsh")
     completion.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -3511,7 +3289,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _raise_interrupted(signum: int, _: object) -> NoReturn:
     """Stop everything: the first signal ends the programs in an orderly way, all further ones are ignored meanwhile."""
-    CHILDREN.stop()
+    CHILDREN.stopping = True
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise Interrupted(signum)
@@ -3552,9 +3330,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         where = show_text(os.fsdecode(error.filename)) + ": " if error.filename else ""
         emit("offsync: %s%s; mend that, then try again" % (where, error.strerror or error), error=True)
     except Interrupted as interrupted:
-        CHILDREN.stop()
         emit("offsync: interrupted by %s" % signal.Signals(interrupted.signum).name, error=True)
         status = interrupted.status
+    if LOST_OUTPUT:
+        emit("offsync: standard output: %s; the rest of the output is lost" % LOST_OUTPUT[0], error=True)
+        status = status or 1
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)           # all is done: nothing is left to be interrupted
     return status

@@ -43,15 +43,17 @@ def make_tar(files: dict, top: str) -> bytes:
 
 def make_wheel(program: bytes, readme: str, version: str) -> bytes:
     """Return a wheel of the one file: the module offsync and the command of that name (packaging.python.org, wheel 1.0)."""
-    info = "offsync-%s.dist-info/" % version
+    info, summary = "offsync-%s.dist-info/" % version, program.decode().split('"""')[1].split("\n")[0]
     files = {
         "offsync.py": program,
         info + "METADATA": ("Metadata-Version: 2.1\nName: offsync\nVersion: %s\nSummary: %s\nRequires-Python: >=3.9\n"
-                            "Description-Content-Type: text/markdown\n\n%s" % (version, program.decode().split('"""')[1].split("\n")[0], readme)).encode(),
+                            "Description-Content-Type: text/markdown\n\n%s" % (version, summary, readme)).encode(),
         info + "WHEEL": b"Wheel-Version: 1.0\nGenerator: offsync\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         info + "entry_points.txt": b"[console_scripts]\noffsync = offsync:main\n"}
-    record = "".join("%s,sha256=%s,%d\n" % (name, base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("="), len(data))
-                     for name, data in files.items())
+    record = ""
+    for name, data in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
+        record += "%s,sha256=%s,%d\n" % (name, digest, len(data))
     files[info + "RECORD"] = (record + info + "RECORD,,\n").encode()
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:       # stored: zlib's bytes depend on its release

@@ -348,6 +348,11 @@ class BadSurroundings(LabCase):
                 self.assertEqual(done.returncode, 1)
                 self.assertRegex(done.stderr, r"\Aoffsync: standard output: No space left on device; .*\n\Z")
         self.assertEqual(snapshot(self.lab.base + "/one/data"), snapshot(self.lab.source))
+        two = self.lab.joined("two")        # what cannot be printed for one target keeps nothing from the other
+        write(self.lab.source + "/more")
+        self.assertEqual(shell("OFFSYNC apply --jobs 1 > /dev/full").returncode, 1)
+        self.assertEqual([record["result"] for record in self.lab.records()[-2:]], ["ok", "ok"])
+        self.assertEqual(snapshot(two.path), snapshot(self.lab.source))
 
     def test_odd_environments(self) -> None:
         self.lab.init()

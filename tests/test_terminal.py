@@ -73,7 +73,8 @@ class Suggestions(LabCase):
         one = self.lab.joined("one")
         for words, wanted in ((["paln"], '"plan"'), (["target", "delete"], "known are: add, list, remove"), (["target", "ad"], '"add"'),
                               (["install-deps", "--role", "targets"], '"target"'), (["plan", one.login[:-2] + "9"], '"%s"' % one.login),
-                              (["apply", one.address[:-1] + "8"], '"%s"' % one.address), (["target", "remove", one.login + "1"], '"%s"' % one.login)):
+                              (["apply", one.address[:-1] + "8"], '"%s"' % one.address),
+                              (["target", "remove", one.login + "1"], '"%s"' % one.login)):
             with self.subTest(words=words):
                 self.assert_refused(self.lab.offsync(*words), 2, wanted)
         self.assertNotIn("did you mean", self.lab.offsync("zzzzzz", check=2).err)

@@ -114,23 +114,23 @@ class Config(unittest.TestCase):
 class Itemized(unittest.TestCase):
     # Captured from rsync 3.5.0, 3.2.7 and 3.1.3 ("%i %n").
     GOLDEN = {
-        b"<f+++++++++ sent mail": (b"sent mail", "new", False, (), True),
-        b"cd+++++++++ d/": (b"d", "new", True, (), True),
-        b"cL+++++++++ l": (b"l", "new", False, (), True),
-        b"*deleting   gone": (b"gone", "delete", False, (), True),
-        b"*deleting   d/x/": (b"d/x", "delete", True, (), True),
-        b"<fc........ same size and time": (b"same size and time", "change", False, ("content",), False),
-        b"<fcst...... a": (b"a", "change", False, ("content",), True),
-        b".f...p..... m": (b"m", "change", False, ("mode",), True),
-        b".f..tp..... m": (b"m", "change", False, ("mode",), False),
-        b".d...p..... d/": (b"d", "change", True, ("mode",), True),
-        b".d..tp..... d/": (b"d", "change", True, ("mode",), True),
-        b"cLc.t...... l": (b"l", "change", False, ("link",), True),
-        b"cLcs....... l": (b"l", "change", False, ("link",), True),
-        b"<f+++++++++ new\\#012line": (b"new\nline", "new", False, (), True),
-        b"<f+++++++++ a\\#134#012b": (b"a\\#012b", "new", False, (), True),
-        b"<f+++++++++  lead": (b" lead", "new", False, (), True),
-        b"<f+++++++++ \xff\x85\t": (b"\xff\x85\t", "new", False, (), True),
+        b"<f+++++++++ sent mail": (b"sent mail", "added", False, (), True),
+        b"cd+++++++++ d/": (b"d", "added", True, (), True),
+        b"cL+++++++++ l": (b"l", "added", False, (), True),
+        b"*deleting   gone": (b"gone", "missing", False, (), True),
+        b"*deleting   d/x/": (b"d/x", "missing", True, (), True),
+        b"<fc........ same size and time": (b"same size and time", "modified", False, ("content",), False),
+        b"<fcst...... a": (b"a", "modified", False, ("content",), True),
+        b".f...p..... m": (b"m", "modified", False, ("mode",), True),
+        b".f..tp..... m": (b"m", "modified", False, ("mode",), False),
+        b".d...p..... d/": (b"d", "modified", True, ("mode",), True),
+        b".d..tp..... d/": (b"d", "modified", True, ("mode",), True),
+        b"cLc.t...... l": (b"l", "modified", False, ("link",), True),
+        b"cLcs....... l": (b"l", "modified", False, ("link",), True),
+        b"<f+++++++++ new\\#012line": (b"new\nline", "added", False, (), True),
+        b"<f+++++++++ a\\#134#012b": (b"a\\#012b", "added", False, (), True),
+        b"<f+++++++++  lead": (b" lead", "added", False, (), True),
+        b"<f+++++++++ \xff\x85\t": (b"\xff\x85\t", "added", False, (), True),
     }
 
     def test_golden_lines(self) -> None:
@@ -158,18 +158,18 @@ class AuthorizedKeys(unittest.TestCase):
 
     def test_other_lines_stay_byte_for_byte(self) -> None:
         other = b"# \xff comment\r\n\n  ssh-rsa AAAAB3 someone\nssh-ed25519 AAAAother x"
-        added = offsync.edit_authorized_keys(other, KEY, LINE)
+        added = offsync.edit_authorized_keys(other, KEY, LINE)[0]
         self.assertEqual(added, other + b"\n" + LINE.encode() + b"\n")
         moved = LINE.replace("/srv/app-data", "/srv/else").replace("me@here", "new comment")
         between = added + b"# after\n"
-        replaced = offsync.edit_authorized_keys(between, KEY, moved)
+        replaced = offsync.edit_authorized_keys(between, KEY, moved)[0]
         self.assertEqual(replaced, other + b"\n" + moved.encode() + b"\n# after\n")
-        self.assertEqual(offsync.edit_authorized_keys(replaced, KEY, None), other + b"\n# after\n")
-        self.assertEqual(offsync.edit_authorized_keys(other, KEY, None), other)
+        self.assertEqual(offsync.edit_authorized_keys(replaced, KEY, None)[0], other + b"\n# after\n")
+        self.assertEqual(offsync.edit_authorized_keys(other, KEY, None)[0], other)
 
     def test_two_lines_of_ours_become_one(self) -> None:
         twice = (LINE + "\n" + 'from="10.0.0.1",' + LINE + "\n").encode()
-        self.assertEqual(offsync.edit_authorized_keys(twice, KEY, LINE), LINE.encode() + b"\n")
+        self.assertEqual(offsync.edit_authorized_keys(twice, KEY, LINE)[0], LINE.encode() + b"\n")
 
     def test_a_foreign_line_with_the_key_is_named(self) -> None:
         for foreign in ("ssh-ed25519 %s x", 'command="/bin/sh" ssh-ed25519 %s', 'restrict ssh-ed25519 %s me',
@@ -177,12 +177,12 @@ class AuthorizedKeys(unittest.TestCase):
             with self.subTest(foreign=foreign):
                 text = ("# one\n" + foreign.replace("%s", KEY.blob) + "\n" + LINE + "\n").encode()
                 with self.assertRaises(ValueError) as caught:
-                    offsync.edit_authorized_keys(text, KEY, LINE)
+                    offsync.edit_authorized_keys(text, KEY, LINE)[0]
                 self.assertEqual(caught.exception.args, (2,))
 
     def test_a_commented_line_is_a_comment(self) -> None:
         text = ("#ssh-ed25519 %s x\n" % KEY.blob).encode()
-        self.assertEqual(offsync.edit_authorized_keys(text, KEY, LINE), text + LINE.encode() + b"\n")
+        self.assertEqual(offsync.edit_authorized_keys(text, KEY, LINE)[0], text + LINE.encode() + b"\n")
 
 
 class Names(unittest.TestCase):
