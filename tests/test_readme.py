@@ -1,0 +1,201 @@
+"""What the README and the release promise: its commands run, its config and tables are true, two builds are identical."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+from lab import HERE, OFFSYNC, USER, read, snapshot, write
+from test_job import LabCase
+from test_text import offsync
+
+TOP = os.path.dirname(OFFSYNC)
+README = read(os.path.join(TOP, "README.md"))
+BLOCKS = [(language, text) for _, language, text in re.findall(r"(?ms)^( *)```(\w+)\n(.*?)^ *```$", README)]
+
+
+def section(title: str) -> str:
+    """Return the text below one heading."""
+    return README.split("\n## %s\n" % title)[1].split("\n## ")[0]
+
+
+def options_of(parser) -> set:
+    """Return the long options of a parser, and -y, but those that all have."""
+    return {name for action in parser._actions for name in action.option_strings if name.startswith("--") or name == "-y"} - {"--help", "--verbose", "--yes"}
+
+
+def subparser(*words: str):
+    """Return the parser of a command."""
+    parser = offsync.build_parser()
+    for word in words:
+        parser = next(action for action in parser._actions if action.dest == "==SUPPRESS==" and action.choices).choices[word]
+    return parser
+
+
+class Claims(LabCase):
+    def test_the_quick_start_as_it_stands(self) -> None:
+        """Every line of it is typed, the names of the example replaced by those of the laboratory."""
+        lines = [line.strip() for _, text in re.findall(r"(?ms)^ *```(sh)\n(.*?)^ *```$", section("Quick start")) for line in text.splitlines()]
+        self.assertEqual(len(lines), 9, lines)
+        lab, prefix, key = self.lab, self.lab.base + "/prefix", ""
+        write(lab.source + "/file", "delivered")
+        target = lab.target("one")
+        environments = {"controller": lab.env, "target": dict(lab.env, HOME=target.home)}
+        clone = lab.base + "/clone"
+        os.mkdir(clone)
+        for name in ("offsync.py", "install.sh"):
+            shutil.copy(os.path.join(TOP, name), clone)
+        seen = []
+        for line in lines:
+            command = line.split("#")[0].strip()
+            role = "target" if " link " in command else "controller"
+            if command.startswith("git clone"):
+                continue
+            command = command.replace("sudo ", "").replace("/srv/app-data", target.path if " link " in command or "target add" in command else lab.source)
+            command = command.replace("deploy@node02", target.login + " --port %d" % target.port if "target add" in command else target.login)
+            command = command.replace("SHA256:...", target.fingerprint).replace("ssh-ed25519 AAAA... offsync@controller", key)
+            done = subprocess.run(["sh", "-c", command], cwd=clone, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env=dict(environments[role], PREFIX=prefix, PATH=prefix + "/bin:" + lab.env["PATH"]), start_new_session=True)
+            self.assertEqual(done.returncode, 0, command + done.stderr)
+            seen.append(command.split()[0:2])
+            if " init " in command:
+                key = done.stdout.strip()
+                self.assertIn(key, done.stderr)
+            if " link " in command:
+                self.assertTrue(done.stdout.startswith("offsync target add "))
+        self.assertEqual(seen[-1], ["offsync", "verify"])
+        self.assertEqual(snapshot(target.path), snapshot(lab.source))
+
+    def test_every_command_in_code_is_one(self) -> None:
+        inline = re.findall(r"`(offsync [a-z][^`|]*)`", README)
+        code = re.sub(r"(?m)^Description=.*", "", " ".join(text.replace("\\\n", " ") for _, text in BLOCKS))
+        code = re.sub(r"'?ssh-ed25519 AAAA\.\.\. offsync@controller'?|'?\{\{.*?\}\}'?", "KEY", code)
+        commands = re.findall(r"(?m)(?:^ *|['\" ]|/bin/|sudo )(offsync [a-z-]+(?![:\w])[^\n'\"#>|&;(]*)", code)
+        self.assertEqual((len(inline), len(commands)), (5, 14), (inline, commands))
+        for command in inline + commands:
+            words = command.split()[1:]
+            with self.subTest(command=command):
+                if words[0] == "completion":
+                    self.assertIn(words[1], offsync.COMPLETION)
+                try:
+                    self.assertIsNotNone(offsync.build_parser().parse_args(words).function)
+                except offsync.UsageError as error:
+                    self.assertIn("are required", str(error))       # a command is mentioned, not shown
+                    self.assertNotIn(command, commands)
+
+    def test_the_table_of_commands_is_that_of_the_parser(self) -> None:
+        rows = [line for line in section("Commands").splitlines() if line.startswith("| ")][1:]
+        listed = {}
+        for row in rows:
+            for usage in re.findall(r"`([^`]+)`", row.replace("\\|", "/").split("|")[2]):
+                words = usage.split()
+                name = words[:2] if words[0] == "target" else words[:1]
+                listed[" ".join(name)] = set(re.findall(r"--[a-z-]+|-y", usage))
+        names = [name for name in subparser()._actions[-1].choices if name != "target"]
+        names += ["target " + name for name in subparser("target")._actions[-1].choices]
+        self.assertEqual(sorted(listed), sorted(names))
+        for name, options in listed.items():
+            self.assertEqual(options, options_of(subparser(*name.split())), name)
+
+    def test_the_config_block_is_what_the_writer_makes(self) -> None:
+        text = next(text for language, text in BLOCKS if language == "yaml" and text.startswith("version:"))
+        config, _ = offsync.validate_config(text, "README")
+        target = config.targets[0]
+        self.assertEqual(offsync.add_target_lines(offsync.format_new_config(config.source), target), text)
+        for key in ("jobs", "bwlimit", "compress", "port", *offsync.Config._fields):
+            if key != "targets":
+                self.assertIn("`%s" % key, section("Configuration") if key not in ("source",) else "`source")
+
+    def test_the_json_is_what_plan_prints(self) -> None:
+        self.lab.joined("one")
+        write(self.lab.source + "/file", "x")
+        os.symlink("file", self.lab.source + "/link")
+        document = json.loads(self.lab.offsync("plan", "--json", check=0).out)
+        text = section("JSON")
+        for key in {*document, *document["targets"][0], *(key for entry in document["targets"][0]["added"] for key in entry)}:
+            self.assertRegex(text, "[`\"]%s[`\"]" % key)
+        self.assertEqual(re.findall(r'"(\w+)":', text.split("`. Entries")[0]), ["version", "plan", "source", "targets", "added", "modified", "missing", "leftover"])
+
+    def test_troubleshooting_quotes_messages(self) -> None:
+        program = " ".join(re.sub(r'"\s*\n\s*"', "", read(OFFSYNC)).split())
+        for symptom in re.findall(r"(?m)^\| (`.*?`) \|", section("Troubleshooting")):
+            for quoted in re.findall("`([^`]+)`", symptom):
+                for part in quoted.split("..."):
+                    self.assertIn(part.strip(), program)
+
+    def test_cron_has_no_terminal_and_little_environment(self) -> None:
+        line = next(text for language, text in BLOCKS if language == "cron").splitlines()[-1]
+        schedule, user, command = re.fullmatch(r"((?:\S+ +){5})(\S+) +(.*)", line).groups()
+        unit = next(text for language, text in BLOCKS if language == "ini" and "ExecStart" in text)
+        self.assertIn("User=%s\nExecStart=%s\n" % (user, command), unit)
+        self.lab.joined("one")
+        installed = self.lab.base + "/usr/local/bin/offsync"
+        write(installed, '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, OFFSYNC), 0o755)
+        for expected in (0, 3):
+            done = subprocess.run(["env", "-i", "HOME=" + self.lab.home, "LOGNAME=" + USER, "SHELL=/bin/sh", "PATH=/usr/bin:/bin", "sh", "-c", self.lab.base + command],
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd="/")
+            self.assertEqual((done.returncode, bool(done.stdout)), (expected, bool(expected)), done.stderr)
+            write(self.lab.source + "/new", "x")
+
+    def test_what_it_says_of_files_is_there(self) -> None:
+        for name in re.findall(r"make (\w+)", README):
+            if name not in ("the", "sure", "it"):
+                self.assertRegex(read(TOP + "/Makefile"), "(?m)^%s:" % name)
+
+
+class Dist(unittest.TestCase):
+    def setUp(self) -> None:
+        self.base = tempfile.mkdtemp(prefix="offsync-dist-")
+        self.addCleanup(shutil.rmtree, self.base)
+
+    def build(self, top: str, name: str, umask: int) -> dict:
+        """Build the release of a tree; return {file name: its bytes}."""
+        out = os.path.join(self.base, name)
+        subprocess.run(["sh", "-c", 'umask %03o; exec "$0" "$@"' % umask, sys.executable, top + "/tests/dist.py", out], check=True, stdout=subprocess.DEVNULL)
+        found = {}
+        for file in os.listdir(out):
+            with open(os.path.join(out, file), "rb") as stream:
+                found[file] = stream.read()
+        return found
+
+    def test_two_builds_are_identical_also_from_the_tarball(self) -> None:
+        first = self.build(TOP, "one", 0o022)
+        version = offsync.VERSION
+        self.assertEqual(sorted(first), ["install.sh", "offsync-%s-py3-none-any.whl" % version, "offsync-%s.tar.gz" % version, "offsync.py", "offsync.py.sha256"])
+        subprocess.run(["tar", "-xzf", "%s/one/offsync-%s.tar.gz" % (self.base, version), "-C", self.base], check=True)
+        unpacked = "%s/offsync-%s" % (self.base, version)
+        self.assertEqual(self.build(unpacked, "two", 0o077), first)
+        subprocess.run(["sha256sum", "--status", "-c", "offsync.py.sha256"], cwd=self.base + "/one", check=True)
+        installed = subprocess.run(["sh", unpacked + "/install.sh"], env={**os.environ, "PREFIX": self.base + "/p"}, check=True, stdout=subprocess.PIPE, text=True).stdout
+        self.assertIn(hashlib.sha256(first["offsync.py"]).hexdigest(), installed)
+        self.assertEqual(first["offsync.py"].decode(), read(OFFSYNC))
+
+    def test_the_wheel_gives_the_command_without_a_network(self) -> None:
+        self.build(TOP, "dist", 0o022)
+        if subprocess.run([sys.executable, "-c", "import venv, ensurepip"], stderr=subprocess.DEVNULL).returncode:
+            self.skipTest("this Python has no venv with pip")
+        subprocess.run([sys.executable, "-m", "venv", self.base + "/venv"], check=True)
+        bin_ = self.base + "/venv/bin/"
+        line = next(line for language, text in BLOCKS for line in text.splitlines() if line.startswith("pip install"))
+        subprocess.run([bin_ + "python", "-m", *line.split()], check=True, cwd=self.base, stdout=subprocess.DEVNULL)
+        out = subprocess.run([bin_ + "offsync", "--version"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        with open(OFFSYNC, "rb") as stream:
+            self.assertIn(hashlib.sha256(stream.read()).hexdigest(), out)
+        self.assertEqual(subprocess.run([bin_ + "offsync", "paln"], stderr=subprocess.DEVNULL).returncode, 2)
+
+    def test_all_tests_are_released(self) -> None:
+        self.build(TOP, "dist", 0o022)
+        listed = subprocess.run(["tar", "-tzf", "%s/dist/offsync-%s.tar.gz" % (self.base, offsync.VERSION)], check=True, stdout=subprocess.PIPE, text=True).stdout
+        for name in os.listdir(HERE):
+            if not name.startswith("__"):
+                self.assertIn("/tests/%s\n" % name, listed)
+
+
+if __name__ == "__main__":
+    unittest.main()
