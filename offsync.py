@@ -1149,7 +1149,7 @@ def emit(text: Union[str, bytes], error: bool = False) -> None:
         os.dup2(null, stream.fileno())      # nothing fails on it again
         os.close(null)
         if not error and not isinstance(problem, BrokenPipeError):
-            LOST_OUTPUT.append(problem.strerror)
+            LOST_OUTPUT.append(str(problem.strerror))
 
 
 def run(argv: Sequence[Union[str, bytes]], *, stdin: int = subprocess.DEVNULL, deadline: Optional[float] = None,

@@ -346,7 +346,7 @@ class BadSurroundings(LabCase):
             with self.subTest(command=command):
                 done = shell(command)
                 self.assertEqual(done.returncode, 1)
-                self.assertRegex(done.stderr, r"\Aoffsync: standard output: No space left on device; .*\n\Z")
+                self.assertRegex(done.stderr, r"(?m)^offsync: standard output: No space left on device; .*\n\Z")
         self.assertEqual(snapshot(self.lab.base + "/one/data"), snapshot(self.lab.source))
         two = self.lab.joined("two")        # what cannot be printed for one target keeps nothing from the other
         write(self.lab.source + "/more")
