@@ -1500,23 +1500,25 @@ def scan_source(source: bytes) -> list[tuple[bytes, str]]:
     pending = [b""]
     while pending:
         directory = pending.pop()
+        prefix = directory + b"/" if directory else b""
         PROGRESS.update("source", "scanning " + show(directory or b"."))
         try:
             with os.scandir(os.path.join(source, directory)) as entries:
                 for entry in entries:
-                    path = os.path.join(directory, entry.name)
+                    path = prefix + entry.name
                     if entry.name == STAGING:
                         offenders.append((path, "rsync reserves the name .~tmp~ for itself; rename it"))
-                    if entry.is_symlink():
+                    if entry.is_file(follow_symlinks=False):        # most are
+                        why = "it cannot be read" if check_access and not os.access(entry.path, os.R_OK) else ""
+                    elif entry.is_symlink():
                         why = _symlink_offence(source, real_source, path)
-                        if why:
-                            offenders.append((path, why))
                     elif entry.is_dir(follow_symlinks=False):
+                        why = ""
                         pending.append(path)
-                    elif not entry.is_file(follow_symlinks=False):
-                        offenders.append((path, "it is a device, socket or fifo"))
-                    elif check_access and not os.access(entry.path, os.R_OK):
-                        offenders.append((path, "it cannot be read"))
+                    else:
+                        why = "it is a device, socket or fifo"
+                    if why:
+                        offenders.append((path, why))
         except OSError as error:
             if not directory:
                 raise OffsyncError("source %s: %s; name a readable directory: offsync init --source DIR"

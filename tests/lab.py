@@ -259,7 +259,9 @@ class Lab:
         return target
 
     def joined_by_hand(self, name: str, options: str = "") -> LabTarget:
-        """Return a new target like joined(), its files written directly: for tests of many targets."""
+        """Return a new target like joined(), its files written directly, in a tenth of the time: for tests of what comes later."""
+        if not os.path.exists(self.state):
+            self.init()
         target = self.target(name, options)
         write(target.keys, 'command="/usr/bin/rrsync -wo %s",no-port-forwarding,no-agent-forwarding,no-X11-forwarding,no-pty,restrict %s'
               % (target.path, read(os.path.join(self.state, "id_ed25519.pub"))))

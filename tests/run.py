@@ -19,17 +19,16 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def classes(names: list) -> list:
-    """Return "module.Class" of every test class of these modules (default: all)."""
-    found = []
+    """Return "module.Class" of every test class of these modules (default: all), those with many tests first."""
+    found = {}
     for name in names or sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(HERE, "test_*.py"))):
         if "." in name:
-            found.append(name)
+            found[name] = 1
             continue
-        module = importlib.import_module(name)
-        found += ["%s.%s" % (name, key) for key, value in vars(module).items() if isinstance(value, type)
-                  and issubclass(value, unittest.TestCase) and value.__module__ == name
-                  and unittest.defaultTestLoader.getTestCaseNames(value)]
-    return found
+        for key, value in vars(importlib.import_module(name)).items():
+            if isinstance(value, type) and issubclass(value, unittest.TestCase) and value.__module__ == name:
+                found["%s.%s" % (name, key)] = len(unittest.defaultTestLoader.getTestCaseNames(value))
+    return sorted((name for name, count in found.items() if count), key=lambda name: -found[name])
 
 
 def run_one(name: str) -> None:

@@ -274,7 +274,7 @@ class Trouble(SharedLab):
         self.assertEqual(read(self.lab.base + "/n").strip(), "3")
 
     def test_one_failing_target_does_not_stop_the_others(self) -> None:
-        other = self.lab.joined("other")
+        other = self.lab.joined_by_hand("other")
         self.addCleanup(lambda: self.lab.offsync("target", "remove", other.login, check=0))
         write(self.source + "/f")
         keys = read(other.keys)
@@ -327,7 +327,7 @@ class Hostile(SharedLab):
 
 class BadSurroundings(LabCase):
     def test_closed_and_full_streams(self) -> None:
-        self.lab.joined("one")
+        self.lab.joined_by_hand("one")
         write(self.lab.source + "/f")
         for number in range(300):
             write(self.lab.source + "/n%d" % number)
@@ -348,7 +348,7 @@ class BadSurroundings(LabCase):
                 self.assertEqual(done.returncode, 1)
                 self.assertRegex(done.stderr, r"(?m)^offsync: standard output: No space left on device; .*\n\Z")
         self.assertEqual(snapshot(self.lab.base + "/one/data"), snapshot(self.lab.source))
-        two = self.lab.joined("two")        # what cannot be printed for one target keeps nothing from the other
+        two = self.lab.joined_by_hand("two")        # what cannot be printed for one target keeps nothing from the other
         write(self.lab.source + "/more")
         self.assertEqual(shell("OFFSYNC apply --jobs 1 > /dev/full").returncode, 1)
         self.assertEqual([record["result"] for record in self.lab.records()[-2:]], ["ok", "ok"])
@@ -386,7 +386,7 @@ class BadSurroundings(LabCase):
 
     @unittest.skipIf(os.geteuid() == 0, "root may write anywhere")
     def test_state_directory_read_only(self) -> None:
-        target = self.lab.joined("one")
+        target = self.lab.joined_by_hand("one")
         write(self.lab.source + "/f")
         os.chmod(self.lab.state, 0o500)
         self.addCleanup(os.chmod, self.lab.state, 0o700)

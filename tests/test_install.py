@@ -85,7 +85,7 @@ class InstallDeps(LabCase):
         for answer, said in (("openrsync: protocol version 29\nrsync version 2.6.9 compatible", "openrsync"), ("rsync  version 3.0.9  protocol version 30", "3.0.9, too old")):
             write(self.bin + "/rsync", "#!/bin/sh\ncat <<'E'\n%s\nE\n" % answer, 0o755)
             if not self.lab.targets:
-                self.lab.joined("one")
+                self.lab.joined_by_hand("one")
             self.assert_refused(self.lab.offsync("plan", env={"PATH": self.bin}), 1, said, "OFFSYNC_RSYNC")
         self.lab.offsync("plan", env={"PATH": self.lab.bin + ":" + self.bin, "OFFSYNC_RSYNC": require("rsync")}, check=0)
 
@@ -151,7 +151,7 @@ class FirstSteps(LabCase):
         self.assertIn("offsync init", self.lab.offsync(check=2).err)
         self.lab.init()
         self.assertIn("offsync link", self.lab.offsync(check=2).err)
-        self.lab.joined("one")
+        self.lab.joined_by_hand("one")
         self.assertIn("offsync plan", self.lab.offsync(check=2).err)
 
     def test_every_help_has_an_example(self) -> None:
@@ -170,7 +170,7 @@ class FirstSteps(LabCase):
         self.assertIn("sha256 unknown", piped.stdout)
 
     def test_verbose_shows_every_program(self) -> None:
-        self.lab.joined("one")
+        self.lab.joined_by_hand("one")
         err = self.lab.offsync("-v", "plan", check=0).err
         self.assertRegex(err, r"(?m)^\+ \S+ssh .*ControlMaster=yes")
         self.assertRegex(err, r"(?m)^\+ \S+rsync -8 -n -rlptc --delete")

@@ -22,7 +22,7 @@ class SharedLab(LabCase):
     def setUpClass(cls) -> None:
         cls.lab = Lab()
         cls.addClassCleanup(cls.lab.close)
-        cls.target = cls.lab.joined("one")
+        cls.target = cls.lab.joined_by_hand("one")
         cls.config = read(cls.lab.state + "/config.yaml")
 
     def setUp(self) -> None:
@@ -208,7 +208,7 @@ class Reasons(SharedLab):
 
 class Policies(SharedLab):
     def test_delete_false_and_overwrite_false_refuse_the_whole_run(self) -> None:
-        other = self.lab.joined("other")
+        other = self.lab.joined_by_hand("other")
         self.addCleanup(lambda: self.lab.offsync("target", "remove", other.login, check=0))
         write(self.source + "/f", b"new")
         write(self.there + "/f", b"old")
@@ -274,7 +274,7 @@ class PlanIds(SharedLab):
         write(self.there + "/g", b"gggg", os.stat(self.source + "/g").st_mode & 0o777)
         self.refused(plan_id, "g: was modified, is absent from the plan")
         write(self.there + "/g", b"hhhh")
-        other = self.lab.joined("other")
+        other = self.lab.joined_by_hand("other")
         self.refused(plan_id, other.login + ": the target itself: was absent from the plan, is planned")
         self.lab.offsync("target", "remove", other.login, check=0)
         self.lab.configure(delete="true")

@@ -33,7 +33,7 @@ class RandomTrees(unittest.TestCase):
     def setUpClass(cls) -> None:
         cls.lab = Lab()
         cls.addClassCleanup(cls.lab.close)
-        cls.target = cls.lab.joined("target")
+        cls.target = cls.lab.joined_by_hand("target")
         cls.lab.configure(delete="true")
 
     def make_pair(self, rng: random.Random) -> tuple:

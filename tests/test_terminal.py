@@ -32,7 +32,7 @@ class Completion(LabCase):
             with self.subTest(shell=shell):
                 config = self.lab.state + "/config.yaml"
                 if not self.lab.targets:
-                    one = self.lab.joined("one")
+                    one = self.lab.joined_by_hand("one")
                     more = ["far@127.0.0.1", "far@127.0.0.11", "six@[2001:db8::1]"]
                     write(config, read(config) + "".join(
                         "  - login: '%s'\n    user: '%s'\n    host: '%s'\n    remote_path: '/x'\n" % (login, login[:3], login[4:].strip("[]"))
@@ -58,7 +58,7 @@ class Completion(LabCase):
                                 (["zzz"], []), (["target", "add", "--host"], ["--host-key"])):
             self.assertEqual(self.words(*words), expected, words)
         self.assertIn("manifest", self.words(""))
-        one = self.lab.joined("one")
+        one = self.lab.joined_by_hand("one")
         self.assertEqual(self.words("plan", ""), [one.address, one.login])
         self.assertEqual(self.words("target", "remove", ""), [one.login])
         self.assertEqual(self.words("doctor", one.login[:6]), [one.login])
@@ -70,7 +70,7 @@ class Completion(LabCase):
 
 class Suggestions(LabCase):
     def test_the_nearest_command_choice_and_target(self) -> None:
-        one = self.lab.joined("one")
+        one = self.lab.joined_by_hand("one")
         for words, wanted in ((["paln"], '"plan"'), (["target", "delete"], "known are: add, list, remove"), (["target", "ad"], '"add"'),
                               (["install-deps", "--role", "targets"], '"target"'), (["plan", one.login[:-2] + "9"], '"%s"' % one.login),
                               (["apply", one.address[:-1] + "8"], '"%s"' % one.address),
@@ -83,7 +83,7 @@ class Suggestions(LabCase):
 class ProgressLines(LabCase):
     def setUp(self) -> None:
         super().setUp()
-        self.one = self.lab.joined("one")
+        self.one = self.lab.joined_by_hand("one")
         for number in range(300):
             write(self.lab.source + "/d%d/file" % number, b"x" * 100)
         # As slow as with large files: the comparing rsync starts late.
