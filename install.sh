@@ -49,6 +49,7 @@ main() {
     if [ -z "${PREFIX-}" ]; then
         if [ "$(id -u)" -eq 0 ]; then PREFIX=/usr/local; else PREFIX=${HOME:?HOME is not set; set PREFIX}/.local; fi
     fi
+    case $PREFIX in /*) ;; *) fail "PREFIX $PREFIX is not absolute; name a directory from / on" ;; esac
     directory=${DESTDIR-}$PREFIX/bin
     case ${1-} in
     --uninstall)

@@ -122,7 +122,7 @@ RSYNC_LIST = ("-n", "-rlD")
 RSYNC_OLDEST = (3, 1, 0)
 RSYNC_SAFER = (3, 4, 0)                     # CVE-2024-12084 to 12088 and 12747: remote code execution
 STAGING = b".~tmp~"                         # where --delay-updates collects files
-# A killed receiver leaves .NAME.XXXXXX. Words and numbers are no random letters and digits (1 of 100 of rsync's look like that).
+# A killed receiver leaves .NAME.XXXXXX. Words and numbers are no random letters and digits (1 or 2 of 100 of rsync's look so).
 TEMPORARY_NAME = re.compile(rb"\.(.+)\.(?![A-Za-z]?[a-z]+\Z|[A-Z]+\Z|[0-9]+\Z)[A-Za-z0-9]{6}\Z", re.DOTALL)
 
 CONNECT_DEADLINE = 60.0                     # seconds for connection and proof
@@ -144,6 +144,7 @@ KINDS = ("added", "modified", "missing", "leftover")
 DEFAULT_JOBS = 8
 DEFAULT_EXCLUDE = (".git/",)
 
+SILENT = b"rsync ended without a word"      # said for it
 # Printed by a shell, quoted by whatever only repeats the command: so the proof cannot be mistaken for an echo.
 PROOF_COMMAND, PROOF_OUTPUT = 'echo offsync-""shell-""answers', b"offsync-shell-answers"
 
@@ -736,7 +737,7 @@ def format_authorized_key(command: str, key: PublicKey, from_pattern: str = "") 
 
 
 _OUR_LINE = re.compile(r'(?:from="[^"]*",)?command="(?:\\"|[^"])*-wo (?:\\"|[^"])*",'
-                       + re.escape(KEY_RESTRICTIONS) + r" \S+ \S+(?: .*)?")
+                       + re.escape(KEY_RESTRICTIONS) + r" \S+ (\S+)(?: .*)?")
 
 
 def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -> tuple[bytes, str]:
@@ -748,9 +749,10 @@ def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -
     new = b"" if new_line is None else os.fsencode(new_line) + b"\n"
     for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", text), 1):
         decoded = line.decode("utf-8", "surrogateescape").strip()
-        if decoded.startswith("#") or key.blob not in decoded.split():
+        written = _OUR_LINE.fullmatch(decoded)
+        if decoded.startswith("#") or key.blob not in decoded.split() or written and written[1] != key.blob:
             kept.append(line)
-        elif not _OUR_LINE.fullmatch(decoded):
+        elif not written:
             raise ValueError(number)
         else:
             kept.append(b"" if was else new)
@@ -1099,7 +1101,7 @@ class Progress:
             if text is not None:
                 same_phase = before[0].split(" ")[0] == text.split(" ")[0]
                 self.texts[name] = (text, before[1] if same_phase else time.monotonic())
-            self.tick(0.1)
+            self.tick(0.1 if text else 0)
 
     def tick(self, interval: float = 0.5) -> None:
         """Draw all lines again if the last time was the interval (seconds) ago."""
@@ -1107,7 +1109,7 @@ class Progress:
         if (self.texts or self.drawn) and now >= self.last + interval:
             self.last = now
             with self.lock:
-                self.draw(["%s: %s%s" % (name, text, ", %d s" % (now - since) if now - since >= 2 else "")
+                self.draw(["%s: %s%s" % (name, text, " (%d s)" % (now - since) if now - since >= 2 else "")
                            for name, (text, since) in sorted(self.texts.items())])
 
     def draw(self, lines: list[str]) -> None:
@@ -1227,10 +1229,20 @@ def colour(kind: str, text: str) -> str:
     return "\x1b[%dm%s\x1b[0m" % (code, text)
 
 
+def open_terminal() -> BinaryIO:
+    """Return the terminal, also where stdin is a pipe, as ssh does; under "su -c" only stdin leads to it. Raises OSError."""
+    try:
+        return open("/dev/tty", "r+b", buffering=0)
+    except OSError:
+        if not os.isatty(0):
+            raise
+        return open(os.dup(0), "r+b", buffering=0)
+
+
 def ask(question: str, twin: str) -> str:
     """Return the answer typed on the terminal; without a terminal, an error that names the non-interactive twin."""
     try:
-        with open("/dev/tty", "r+b", buffering=0) as terminal:
+        with open_terminal() as terminal:
             terminal.write(question.encode())
             return terminal.readline().decode("utf-8", "replace").strip()
     except OSError:
@@ -1240,7 +1252,7 @@ def ask(question: str, twin: str) -> str:
 def has_terminal() -> bool:
     """Return whether a question could be asked."""
     try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        open_terminal().close()
         return True
     except OSError:
         return False
@@ -1319,7 +1331,7 @@ class Home:
 
     def load(self) -> tuple[Config, Document, str]:
         """Return the config, its document and its text."""
-        data = read_file(self.config, "config", "run first: offsync init")
+        data = read_file(self.config, "config", "run first: offsync init --source DIR")
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -1330,7 +1342,11 @@ class Home:
     def open_log(self) -> int:
         """Return a descriptor for appending to operations.log; nothing is sent where that fails."""
         try:
-            return os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            log = os.open(self.log, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            size = os.fstat(log).st_size
+            if size and os.pread(log, 1, size - 1) != b"\n":        # the disk was full once: what follows stays readable
+                os.write(log, b"\n")
+            return log
         except OSError as error:
             raise OffsyncError("log %s: it cannot be written: %s; nothing was sent; mend that, then apply again"
                                % (show_text(self.log), error.strerror)) from None
@@ -1531,7 +1547,9 @@ def scan_source(source: bytes) -> list[tuple[bytes, str]]:
 def hash_file(path: bytes) -> tuple[bytes, int]:
     """Return (sha256, size in bytes) of a file, never through a symlink."""
     digest, size = hashlib.sha256(), 0
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as stream:
+    with open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(22, "it is no regular file any more", path)
         for chunk in iter(lambda: stream.read(1 << 20), b""):
             digest.update(chunk)
             size += len(chunk)
@@ -1608,7 +1626,7 @@ class SourceReader:
             path = self.wanted.get()
             try:
                 self.entries[path] = describe_entry(self.source, path).pack()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, struct.error) as error:
                 self.errors[path] = getattr(error, "strerror", None) or str(error)
             finally:
                 self.wanted.task_done()
@@ -1652,7 +1670,7 @@ def check_source(rsync: str, config: Config) -> None:
         included = included_names(rsync, source, config.exclude, complete=False)
         offenders = [(path, why) for path, why in offenders if path in included]
     if offenders:
-        raise OffsyncError("source %s: %s cannot be delivered: %s; remove or exclude them, then plan again"
+        raise OffsyncError("source %s: %s cannot be delivered: %s; remove or exclude what is named, then plan again"
                            % (show(source), plural(len(offenders), "entry", "entries"),
                               some_of(["%s: %s" % (show(path), why) for path, why in offenders])))
 
@@ -1821,7 +1839,7 @@ class Connection:
                          stdin=stdin.fileno() if stdin else subprocess.DEVNULL, on_line=on_line, deadline=deadline,
                          last_words=last_words)
             if result.status and not result.stderr:     # the last words of a dying rsync may be lost: its status is left
-                result = result._replace(stderr=b"rsync ended without a word (code %d)" % result.status)
+                result = result._replace(stderr=SILENT + b" (code %d)" % result.status)
             self.free_at = time.monotonic() + (LINGERING if result.status else 0)
             if result.status == 0 or seen or delay is None or last_words or CHILDREN.stopping \
                     or diagnose(self.target, result.stderr).kind not in RETRIED:
@@ -1945,18 +1963,20 @@ def prove_path(connection: Connection) -> Proof:
     rsync's complaint names the directory in which it looked for our random name: that must be the configured one.
     """
     expected = os.fsencode(connection.target.remote_path)
-    marker = os.urandom(8).hex().encode()
-    result = connection.rsync(("-n", "-r"), source=empty_directory(connection.shared), path="/%s/x" % marker.decode(),
-                              deadline=SESSION_DEADLINE)
-    complaint = parse_rsync_name(result.stderr)
-    found = re.search(rb' "(/[^\n]*?)/*' + marker, complaint)
-    tried = "write to a path outside"
-    if result.status == 0:
-        return Proof(tried, False, "it writes anywhere")
-    if b' "%s/%s' % (expected, marker) in complaint:
-        return Proof(tried, True, "it stays below " + show(expected))
-    if found:
-        return Proof(tried, False, "its key writes below %s, not below %s" % (show(found.group(1)), show(expected)))
+    tried, marker = "write to a path outside", os.urandom(8).hex().encode()
+    for _ in RETRY_DELAYS:                  # a dying rsync now and then loses its last words
+        result = connection.rsync(("-n", "-r"), source=empty_directory(connection.shared), path="/%s/x" % marker.decode(),
+                                  deadline=SESSION_DEADLINE)
+        complaint = parse_rsync_name(result.stderr)
+        found = re.search(rb' "(/[^\n]*?)/*' + marker, complaint)
+        if result.status == 0:
+            return Proof(tried, False, "it writes anywhere")
+        if b' "%s/%s' % (expected, marker) in complaint:
+            return Proof(tried, True, "it stays below " + show(expected))
+        if found:
+            return Proof(tried, False, "its key writes below %s, not below %s" % (show(found.group(1)), show(expected)))
+        if not result.stderr.startswith(SILENT):
+            break
     return Proof(tried, None, "it does not tell where it writes (%s)" % (quote_answer(result.stderr) or "no answer"))
 
 
@@ -2050,15 +2070,26 @@ def original_name(path: bytes) -> Optional[bytes]:
     if os.path.basename(directory) == STAGING:
         return os.path.join(os.path.dirname(directory), name)
     match = TEMPORARY_NAME.fullmatch(name)
-    return os.path.join(directory, match.group(1)) if match else None
+    return os.path.join(directory, b"." + match.group(1)) if match else None
 
 
-def find_leftovers(shared: Run, target: Target, paths: Iterable[bytes]) -> set[bytes]:
+def temporary_name(path: bytes) -> bytes:
+    """Return what rsync's temporary file for a path is called before its .XXXXXX (get_tmpname in receiver.c): one dot, cut."""
+    directory, name = os.path.split(path)
+    name = name[1:] if name.startswith(b".") else name
+    if len(name) > 246:
+        name = re.sub(rb"[\x80-\xff]+\Z", b"", name[:246])
+    return os.path.join(directory, b"." + name)
+
+
+def find_leftovers(shared: Run, target: Target, missing: Sequence[Change]) -> set[bytes]:
     """Return those of the target's own paths that a killed rsync left, never a user's file; .~tmp~ itself if all below it is.
 
     .~tmp~/NAME is one if NAME is in the source or in the journal of an unfinished apply of this controller; .NAME.XXXXXX is
     one if NAME is in that journal, and XXXXXX looks random.
     """
+    if not missing:
+        return set()
     journal = os.path.join(shared.home.unfinished, target.login)
     sending: set[bytes] = set()
     try:
@@ -2069,11 +2100,12 @@ def find_leftovers(shared: Run, target: Target, paths: Iterable[bytes]) -> set[b
         pass
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         warn("%s: an unfinished apply's journal cannot be read (%s)" % (journal, error))
+    sending.update([*map(temporary_name, sending)])
     found, foreign, staging = set(), set(), set()
-    for path in paths:
-        original = original_name(path)
+    for path, directory in ((change.path, change.directory) for change in missing):
+        original = None if directory else original_name(path)
         staged = os.path.basename(os.path.dirname(path)) == STAGING
-        if os.path.basename(path) == STAGING:
+        if directory and os.path.basename(path) == STAGING:
             staging.add(path)
         elif original and (original in sending or staged and os.path.lexists(os.path.join(shared.source, original))):
             found.add(path)
@@ -2136,7 +2168,7 @@ def classify(connection: Connection, changes: list[Change]) -> list[Change]:
     new = {change.path for change in changes if change.kind == "added"}
     doubtful = [path for path in new if os.path.dirname(path) not in new]
     replaced = set(doubtful) - {change.path for change in itemize(connection, RSYNC_ABSENT, doubtful)} if doubtful else set()
-    left = find_leftovers(connection.shared, connection.target, [change.path for change in changes if change.kind == "missing"])
+    left = find_leftovers(connection.shared, connection.target, [change for change in changes if change.kind == "missing"])
     for index, change in enumerate(changes):        # replaced one by one: there may be a million
         if change.kind == "missing" and change.path in left:
             changes[index] = change._replace(kind="leftover")
@@ -2177,9 +2209,13 @@ def in_parallel(jobs: int, function: Callable[[_Item], _Value], items: Sequence[
     from concurrent.futures import ThreadPoolExecutor       # here, since it is slow to import
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         futures = [pool.submit(function, item) for item in items]
+        finished = itertools.count(1)
+        for future in futures if len(items) > 1 else ():
+            future.add_done_callback(lambda _: PROGRESS.update("(all)", "%d of %d done" % (next(finished), len(items))))
         try:
             for future in futures:
                 yield future.result()
+            PROGRESS.update("(all)", None)
         except BaseException:
             CHILDREN.stopping = True
             raise
@@ -2288,8 +2324,9 @@ def log_killed_runs(home: Home, log: int) -> None:
                 header = json.loads(stream.readline())
             if header["logged"]:
                 continue
+            said = "the apply to %(login)s of %(timestamp)s was killed; the next one finishes its job" % header["record"]
             append_log(log, header["record"])
-            warn("the apply to %(login)s of %(timestamp)s was killed; this run finishes its job" % header["record"])
+            warn(said)
             close_journal(path, name.endswith("~"))     # no login ends so: that run was killed before it sent anything
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             warn("%s: a journal cannot be read (%s); it is dropped" % (path, error))
@@ -2357,10 +2394,11 @@ class Delivery:
             if not change.directory and original_name(change.path) not in wanted:
                 blocking[change.path] = False
         surprises: set[bytes] = set()
-        if blocking:
-            surprises = self._delete(blocking, self._compare_quickly()[1])
-        if self.sent and not surprises:
-            self._send()
+        with self.journal() as names:       # before the first change: should we be killed, the next run must know
+            if blocking:
+                surprises = self._delete(blocking, self._compare_quickly()[1])
+            if self.sent and not surprises:
+                self._send(names)
         different, extraneous = self._compare_quickly()
         if extraneous & set(self.deletable) and not surprises:
             surprises = self._delete(self.deletable, extraneous)
@@ -2385,7 +2423,7 @@ class Delivery:
         assert self.plan.connection
         return self.plan.connection
 
-    def _send(self) -> None:
+    def _send(self, names: BinaryIO) -> None:
         """Send exactly the planned entries. How rsync ends says little; verification decides."""
         config, total = self.shared.config, self.plan.size(self.shared.reader)
         options = list(RSYNC_SEND)
@@ -2402,15 +2440,14 @@ class Delivery:
 
         def on_other(line: bytes) -> None:
             """Show the progress that rsync prints."""
-            match = re.match(rb" *([0-9][0-9,.]*) +[0-9]+% +([0-9.,]+[kMGT]?B/s)", line)
+            match = re.match(rb" *([0-9][0-9,.]*) +[0-9]+% +([0-9.,]+)([kMGT]?B/s)", line)
             if match:
                 done = int(re.sub(rb"[,.]", b"", match.group(1)))
-                PROGRESS.update(self.login, "sending %d%% of %s, %s" % (
-                    min(100 * done // max(total, 1), 100), format_bytes(total), match.group(2).decode()))
+                PROGRESS.update(self.login, "sending %d%% of %s at %s %s" % (
+                    min(100 * done // max(total, 1), 100), format_bytes(total), match[2].decode(), match[3].decode()))
 
         PROGRESS.update(self.login, "sending %s" % format_bytes(total))
-        with self.journal() as names:
-            result = self.connection.rsync(options, stdin=names, on_item=on_item, on_other=on_other, item_format="%b %i %n")
+        result = self.connection.rsync(options, stdin=names, on_item=on_item, on_other=on_other, item_format="%b %i %n")
         if result.status != 0:
             raise diagnose(self.plan.target, result.stderr)
 
@@ -2645,7 +2682,7 @@ def link_warnings(account: pwd.struct_passwd, sshd: dict[str, list[str]], delive
     for path in (home, os.path.join(home, ".ssh"), authorized_keys_path()):
         status = os.stat(path) if os.path.exists(path) else None
         if status and (status.st_mode & 0o022 or status.st_uid not in (0, account.pw_uid)):
-            yield ("%s is writable or owned by others: sshd ignores the key then (StrictModes in sshd_config(5)); run: "
+            yield ("%s is writable or owned by others: sshd may ignore the key then (StrictModes in sshd_config(5)); run: "
                    "chmod go-w %s" % (path, shlex.quote(path)))
     if os.path.basename(account.pw_shell) in NO_LOGIN_SHELLS:
         yield "the login shell %s refuses commands, so rrsync cannot start; run: chsh -s /bin/sh" % account.pw_shell
@@ -2692,19 +2729,25 @@ def cmd_link(args: argparse.Namespace) -> int:
     rrsync, words = find_rrsync(args.rrsync)
     from_pattern = validate_from_pattern(args.from_pattern) if args.from_pattern is not None else ""
     state = Home()                          # a controller's files, offsync itself and rrsync must not be replaced
-    ourselves = [path for path in (sys.argv[0], globals().get("__file__", "")) if os.path.exists(path)]
-    protected = [rrsync, state.config, state.key, state.known_hosts, *ourselves]
+    module = globals().get("__file__", "")
+    ourselves = [sys.argv[0], module, os.path.join(os.path.dirname(module), "__pycache__")]
+    protected = [rrsync, state.config, state.key, state.known_hosts, state.log, state.plans, state.unfinished,
+                 *filter(os.path.exists, ourselves)]
     path = validate_link_path(os.path.expanduser("~/.offsync/sync") if args.path is None else args.path, protected)
     command_line = validate_forced_command(words, path, account.pw_shell)
     key = read_key_argument(args)
     write_keys, old_line = replace_authorized_key(key, format_authorized_key(command_line, key, from_pattern))
     if path.startswith(os.path.realpath(os.path.expanduser("~/.offsync")) + "/"):
         make_directory(os.path.expanduser("~/.offsync"), 0o700)
-    make_directory(path, 0o755)
+    try:
+        make_directory(path, 0o755)
+    except PermissionError:
+        raise OffsyncError("path %s: you may not create it; run as root: install -d -o %s %s; then link again"
+                           % (show_text(path), account.pw_name, shlex.quote(path))) from None
     write_keys()
-    same = format_authorized_key(command_line, key).split(KEY_RESTRICTIONS)[0] in old_line
+    same = old_line.startswith(format_authorized_key(command_line, key, from_pattern).split(KEY_RESTRICTIONS)[0])
     if old_line and not same:
-        warn("this key was linked to another command before, which is replaced: "
+        warn("this key was linked in another way before, which is replaced: "
              + show_text(old_line.split(KEY_RESTRICTIONS)[0]))
     emit("%s %s: the key may write below %s, nothing else"
          % ("already linked in" if same else "linked in", authorized_keys_path(), show_text(path)), error=True)
@@ -2797,7 +2840,8 @@ def cmd_target_remove(args: argparse.Namespace) -> int:
             show_text(args.login), nearest(args.login, [target.login for target in config.targets]),
             ", ".join(sorted(target.login for target in config.targets)) or "none"))
     write_atomically(home.config, remove_target_lines(text, args.login).encode(), 0o600)
-    emit("removed %s here; to revoke the key, run there: offsync unlink" % args.login, error=True)
+    emit("removed %s here; to revoke the key, run there: offsync unlink, with the key that 'offsync init' prints" % args.login,
+         error=True)
     return 0
 
 
@@ -2883,6 +2927,8 @@ def show_plans(shared: Run, args: argparse.Namespace, targets: Sequence[Target],
         for plan in plans if len(plans) > 1 else ():
             emit("%s: %s" % (plan.target.login, "not compared" if plan.error else plan_summary(shared, plan)))
         emit("plan %s" % plan_id)
+        if sys.stdout.isatty() and any(plan.changes for plan in plans):
+            emit("Next: offsync apply --plan %s" % plan_id[:12], error=True)
     failed = [plan.target.login for plan in plans if plan.error]
     if failed:
         raise OffsyncError("%s could not be compared: %s; see the reasons above"
@@ -2936,7 +2982,10 @@ def deliver(shared: Run, log: int, plan: TargetPlan, plan_id: str, timestamp: st
 def print_outcome(done: Delivery) -> None:
     """Print what became of one target."""
     counts = [plural(len(done.delivered), "entry", "entries") + " delivered"] if done.delivered else []
-    counts += ["%d deleted" % len(done.deleted)] if done.deleted else []
+    leftovers = {change.path for change in done.plan.of("leftover")} & set(done.deleted)
+    deleted = len(done.deleted) - len(leftovers)
+    counts += ["%d deleted" % deleted] if deleted else []
+    counts += [plural(len(leftovers), "leftover") + " cleared"] if leftovers else []
     if done.result == "ok" and not counts:
         what = "equal, nothing to do"
     elif done.result == "ok":
@@ -2975,12 +3024,12 @@ def cmd_apply(args: argparse.Namespace) -> int:
                 records.sort(key=lambda record: str(record["login"]))
                 emit(json.dumps({"version": 1, "plan": plan_id, "targets": records}, sort_keys=True))
             unfinished = [record for record in records if record["result"] != "ok"]
-            if CHILDREN.stopping:
-                emit("offsync: interrupted: %d of %d targets are delivered and verified, not: %s" % (
-                    len(targets) - len(unfinished), len(targets), some_of([r["login"] for r in unfinished])), error=True)
+            if CHILDREN.stopping and unfinished:
+                emit("offsync: interrupted: %d of %d targets are delivered and verified, not: %s; apply again finishes the job"
+                     % (len(targets) - len(unfinished), len(targets), some_of([r["login"] for r in unfinished])), error=True)
     if unfinished:
-        raise OffsyncError("%d of %d targets failed: %s" % (
-            len(unfinished), len(targets), "; ".join("%(login)s: %(error)s" % record for record in unfinished)))
+        reasons = sorted("%(login)s: %(error)s" % record for record in unfinished)
+        raise OffsyncError("%d of %d targets failed: %s" % (len(unfinished), len(targets), some_of(reasons, "; ")))
     return 0
 
 
@@ -3009,6 +3058,8 @@ def cmd_manifest(args: argparse.Namespace) -> int:
     """Print the sha256 manifest of a tree, or check a tree against one."""
     directory: Optional[str] = args.directory
     exclude: tuple[str, ...] = ()
+    if directory is None and not os.path.exists(Home().config):
+        raise UsageError("manifest: there is no config here that names a source; name a directory: offsync manifest DIR")
     if directory is None:
         config, _, _ = Home().load()
         directory, exclude = config.source, config.exclude
@@ -3016,7 +3067,7 @@ def cmd_manifest(args: argparse.Namespace) -> int:
     if not os.path.isdir(root):
         raise UsageError("manifest: %s is not a directory; name one" % show(root))
     expected = None
-    if args.check:
+    if args.check is not None:
         data = sys.stdin.buffer.read(FILE_LIMIT) if args.check == "-" else read_file(args.check, "manifest", "name it", False)
         try:
             expected = parse_manifest(data)
@@ -3024,20 +3075,17 @@ def cmd_manifest(args: argparse.Namespace) -> int:
             raise UsageError("manifest %s:%s: not a line of sha256sum; correct it" % (show_text(args.check), error)) from None
     names = sorted(included_names(find_rsync()[0], root, exclude))
     paths = [name for name in names if os.path.isfile(os.path.join(root, name)) and not os.path.islink(os.path.join(root, name))]
-    found: dict[bytes, str] = {}
     try:
         digests = in_parallel(min(os.cpu_count() or 1, 4), lambda path: hash_file(os.path.join(root, path))[0].hex(), paths)
-        for path, digest in zip(paths, digests):
-            found[path] = digest
-            PROGRESS.update("manifest", "hashed %d of %s" % (len(found), plural(len(paths), "file")))
+        found = dict(zip(paths, digests))
     except OSError as error:
         raise OffsyncError("manifest: %s: %s; nothing was printed"
                            % (show_text(os.fsdecode(error.filename or root)), error.strerror)) from None
     if expected is not None:
         return print_manifest_differences(expected, found)
     manifest = b"".join(format_manifest_line(path, digest) for path, digest in found.items())
-    emit(manifest)
     digest = hashlib.sha256(manifest).hexdigest()
+    emit(re.sub(rb"[\x00-\x09\x0b-\x1f\x7f]", b"?", manifest) if sys.stdout.isatty() else manifest)
     emit("%s; digest of the whole (sha256 of the manifest), to compare by voice: %s"
          % (plural(len(found), "file"), " ".join(re.findall("....", digest))), error=True)
     return 0
@@ -3066,8 +3114,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     healthy = True
     for what, problem in local_checks(home):
         healthy = healthy and problem is None
-        emit("%-8s %s%s" % (colour("failed" if problem else "ok", "%-8s" % ("PROBLEM" if problem else "ok")), what,
-                            ": " + problem if problem else ""))
+        emit("%s %s" % (colour("failed" if problem else "ok", "%-8s" % ("PROBLEM" if problem else "ok")), problem or what))
     if not healthy:
         raise OffsyncError("doctor: this controller has problems; mend what is marked PROBLEM above, then run it again")
     warn_of_old_rsync()
@@ -3081,7 +3128,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
                 proofs = prove_restriction(connection)
                 connection.close()
             except TargetError as error:
-                emit("  %s  %s" % (colour("failed", "PROBLEM"), error))
+                emit("  %s  %s" % (colour("failed", "PROBLEM"), error.why))
                 healthy = False
                 continue
             for proof in proofs:
@@ -3097,26 +3144,24 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 # What the shells do with our candidates; both ask offsync itself for them, so parser and targets are always those of now.
 COMPLETION = {
     "bash": """_offsync() {
-    local line=${COMP_LINE:0:COMP_POINT} words current before candidate
-    read -r -a words <<<"$line"
-    [[ $line == *[[:blank:]] ]] && words+=("")
-    current=${words[${#words[@]}-1]}
+    local line=${COMP_LINE:0:COMP_POINT} current before candidate
+    current=${line##*[[:blank:]]}
     before=${current%"${current##*[@:=]}"}      # readline replaces what follows : or =, or from @ on
     before=${before%@}
     COMPREPLY=()
     while IFS= read -r candidate; do
         COMPREPLY+=("${candidate#"$before"}")
-    done < <(offsync completion words "${words[@]:1}" 2>/dev/null)
+    done < <(offsync completion bash --line "$line" 2>/dev/null)
 }
 complete -o default -F _offsync offsync
 """,
     "zsh": """#compdef offsync
 _offsync() {
     local -a candidates
-    candidates=(${(f)"$(offsync completion words "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+    candidates=(${(f)"$(offsync completion zsh --line "${(j: :)words[1,CURRENT]}" 2>/dev/null)"})
     compadd -a candidates || _files
 }
-compdef _offsync offsync
+if [[ $funcstack[1] == _offsync ]]; then _offsync "$@"; else compdef _offsync offsync; fi
 """}
 
 
@@ -3128,10 +3173,12 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction) and word in action.choices:
                 parser = action.choices[word]
+    if option and option.dest == "plan":
+        return os.listdir(Home().plans)
     if option and option.nargs != 0:
         return [str(choice) for choice in option.choices or ()]
-    if words[-1:] and words[-1].startswith("-"):
-        return [name for action in parser._actions for name in action.option_strings]
+    if words[-1].startswith("-"):
+        return [name for action in parser._actions if action.help != argparse.SUPPRESS for name in action.option_strings]
     found: list[str] = []
     for action in parser._actions:
         if not action.option_strings and action.choices is not None:
@@ -3143,14 +3190,12 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]
 
 
 def cmd_completion(args: argparse.Namespace) -> int:
-    """Print the completion code of a shell, or, for that code, the candidates for the last of the given words."""
-    if args.shell == "words":
-        words = args.words or [""]
-        for name in complete(build_parser(), words):
-            if name.startswith(words[-1]):
-                emit(name)
+    """Print the code of a shell, or, for that code, the candidates for the last word of a line."""
+    if args.line is None:
+        emit(COMPLETION[args.shell].encode())
     else:
-        emit(COMPLETION[args.shell].rstrip("\n"))
+        words = re.split("[ \t]+", args.line.lstrip())[1:] or [""]
+        emit("".join(name + "\n" for name in complete(build_parser(), words) if name.startswith(words[-1])).encode())
     return 0
 
 
@@ -3161,7 +3206,7 @@ def next_step(home: Home) -> str:
     config, _, _ = home.load()
     if not config.targets:
         return "Next: offsync link --path DIR   (on a target), then here the 'offsync target add' command that it prints"
-    unfinished = sorted(os.listdir(home.unfinished)) if os.path.isdir(home.unfinished) else []
+    unfinished = [t.login for t in config.targets if os.path.exists(os.path.join(home.unfinished, t.login))]
     if unfinished:
         return "An apply did not finish: %s. Next: offsync apply" % some_of(unfinished)
     return "%s configured. Next: offsync plan" % plural(len(config.targets), "target")
@@ -3170,11 +3215,22 @@ def next_step(home: Home) -> str:
 # --- Parser and main --------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but wrong usage is one line on stderr like every other error."""
+    """argparse, but wrong usage is one line on stderr like every other error, and options are not abbreviated."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
         raise UsageError("%s; see: %s --help" % (message, self.prog))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Raise for an unknown option here, where the command is known, naming the nearest."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [name for action in self._actions for name in action.option_strings]
+            self.error("%s: unknown%s" % (show_text(unknown[0]), nearest(unknown[0], options)))
+        return namespace, unknown
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Raise for an unknown command (or choice), naming the nearest."""
@@ -3201,7 +3257,7 @@ def _jobs(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    main_parser = Parser(prog="offsync", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    main_parser = Parser(prog="offsync", description=__doc__)
     main_parser.add_argument("--version", action="store_true", help="print the version and the sha256 of this file")
     main_parser.add_argument("-v", "--verbose", action="store_true", help="print every program before it starts")
     main_parser.set_defaults(function=None)
@@ -3209,8 +3265,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(parent: Any, name: str, function: Callable[[argparse.Namespace], int], text: str, example: str) -> Parser:
         """Add one subcommand, with its example."""
-        added: Parser = parent.add_parser(name, help=text, description=text, epilog="example:\n  " + example,
-                                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        added: Parser = parent.add_parser(name, help=text, description=text, epilog="example:\n  " + example)
         added.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
                            help="print every program before it starts")
         added.set_defaults(function=function)
@@ -3243,8 +3298,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "offsync unlink --key 'ssh-ed25519 AAAA...'"))
 
     target = commands.add_parser("target", help="controller: add, list or remove targets",
-                                 description="Add, list or remove targets.", epilog="example:\n  offsync target list",
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+                                 description="Add, list or remove targets.", epilog="example:\n  offsync target list")
     target.set_defaults(function=lambda args: target.error("choose add, list or remove"))
     target_commands = target.add_subparsers(metavar="COMMAND", parser_class=Parser)
     add = command(target_commands, "add", cmd_target_add, "prove trust and restriction of a target, then save it",
@@ -3284,16 +3338,20 @@ def build_parser() -> argparse.ArgumentParser:
     target_arguments(doctor, jobs=False)
     completion = command(commands, "completion", cmd_completion, "either: print the code that completes words in a shell",
                          "offsync completion bash > /etc/bash_completion.d/offsync")
-    completion.add_argument("shell", choices=("bash", "zsh", "words"), metavar="SHELL", help="bash or zsh")
-    completion.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    completion.add_argument("shell", choices=sorted(COMPLETION), metavar="SHELL", help="bash or zsh")
+    completion.add_argument("--line", help=argparse.SUPPRESS)
     return main_parser
+
+
+def _ignore(signum: int, _: object) -> None:
+    """Do nothing. Unlike SIG_IGN this is not inherited by programs, nor trouble for a signal that just arrives."""
 
 
 def _raise_interrupted(signum: int, _: object) -> NoReturn:
     """Stop everything: the first signal ends the programs in an orderly way, all further ones are ignored meanwhile."""
     CHILDREN.stopping = True
     for other in SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
+        signal.signal(other, _ignore)
     raise Interrupted(signum)
 
 
@@ -3304,6 +3362,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
@@ -3329,7 +3388,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         emit("offsync: " + str(error), error=True)
         status = error.status
     except OSError as error:
-        where = show_text(os.fsdecode(error.filename)) + ": " if error.filename else ""
+        where = show_text(os.fsdecode(error.filename)) + ": " if isinstance(error.filename, (str, bytes)) else ""
         emit("offsync: %s%s; mend that, then try again" % (where, error.strerror or error), error=True)
     except Interrupted as interrupted:
         emit("offsync: interrupted by %s" % signal.Signals(interrupted.signum).name, error=True)
@@ -3338,7 +3397,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         emit("offsync: standard output: %s; the rest of the output is lost" % LOST_OUTPUT[0], error=True)
         status = status or 1
     for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)           # all is done: nothing is left to be interrupted
+        signal.signal(signum, _ignore)      # all is done: nothing is left to be interrupted
     return status
 
 

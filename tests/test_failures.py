@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -52,6 +53,9 @@ class Kills(SharedLab):
 
     def assert_finished_by_the_next_apply(self) -> None:
         self.lab.configure(bwlimit="0")
+        for path in self.arriving():        # now and then rsync's random letters look like a word, which is a user's file
+            if path[-7] == ".":
+                os.rename(path, path[:-6] + "aB3xY7")
         planned = self.lab.offsync("plan", check=0).out
         self.assertNotIn("missing", planned)
         self.lab.offsync("apply", check=0)
@@ -122,16 +126,63 @@ class Kills(SharedLab):
         write(self.there + "/d/.big.backup", "a word")
         write(self.there + "/d/.other.aB3xY9", "another name")
         write(self.there + "/x/.~tmp~/precious", "not in the source")
+        write(self.there + "/y/.~tmp~", "a file")
+        os.mkdir(self.there + "/d/.big.cD4zZ9")
         self.lab.configure(bwlimit="0")
         out = self.lab.offsync("plan", check=0).out
         self.assertRegex(out, r"leftover +- +d/\.big\.aB3xY9\n")
-        for name in (r"d/\.big\.backup", r"d/\.other\.aB3xY9", r"x/\.~tmp~/precious"):
+        for name in (r"d/\.big\.backup", r"d/\.other\.aB3xY9", r"x/\.~tmp~/precious", r"y/\.~tmp~", r"directory  d/\.big\.cD4zZ9"):
             self.assertRegex(out, r"missing +- +%s\n" % name)
         self.lab.offsync("apply", check=1)
         for name in ("d/.big.backup", "d/.other.aB3xY9", "x/.~tmp~/precious"):
             os.unlink(self.there + "/" + name)
+        os.rmdir(self.there + "/d/.big.cD4zZ9")
         shutil.rmtree(self.there + "/x")
+        shutil.rmtree(self.there + "/y")
         self.assert_finished_by_the_next_apply()
+
+    def test_leftovers_of_names_that_rsync_shortens(self) -> None:
+        for name in ("..big", "big" + "\u00e9" * 125):      # one dot more is none; bytes beyond 246 are cut, and those of cut characters
+            with self.subTest(name=name):
+                self.setUp()
+                os.rename(self.source + "/d/big", self.source + "/d/" + name)
+                process = self.apply_until_it_sends()
+                for pid in [p for p in descendants(self.target.process.pid) if "rsync" in comm(p)]:
+                    try:
+                        os.kill(pid, signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass
+                process.communicate(timeout=60)
+                path, = self.arriving()
+                self.assertEqual(path[-7], ".")
+                os.rename(path, path[:-6] + "aB3xY7")
+                shown = os.path.relpath(path[:-6], self.there)
+                self.assertNotEqual(shown, "d/.%s." % name)
+                self.assertRegex(self.lab.offsync("plan", check=0).out, "leftover +- +" + re.escape(shown + "aB3xY7\n"))
+                self.lab.configure(bwlimit="0")
+                self.lab.offsync("apply", check=0)
+                self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_killed_while_deleting_is_logged_by_the_next_run(self) -> None:
+        for name in ("big", "small"):
+            os.unlink(self.source + "/d/" + name)
+            write(self.there + "/d/" + name)
+        self.lab.configure(delete="true", bwlimit="0")
+        killer = self.lab.program("killer", '#!/bin/sh\n%s "$@"\ns=$?\ncase "$*" in *include-from*) kill -9 $PPID;; esac\nexit $s\n' % shutil.which("rsync"))
+        self.lab.offsync("apply", env={"OFFSYNC_RSYNC": killer}, check=-9)
+        self.assertEqual(os.listdir(self.there + "/d"), [])
+        self.assertIn("was killed", self.lab.offsync("apply", check=0).err)
+        self.assertEqual([(r["result"], r["files_changed"]) for r in self.lab.records()[-2:]], [("interrupted", []), ("ok", [])])
+
+    def test_two_signals_at_once(self) -> None:
+        for pair in ((signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM)):
+            self.setUp()
+            process = self.apply_until_it_sends()
+            for signum in pair:
+                process.send_signal(signum)
+            _, err = process.communicate(timeout=60)
+            self.assertNotIn(b"Traceback", err)
+            self.assertIn(process.returncode, (130, 143))
 
 
 def comm(pid: int) -> str:
@@ -155,6 +206,17 @@ class Trouble(SharedLab):
         self.addCleanup(lambda: os.path.isdir(log) and os.rmdir(log))
         self.assert_refused(self.lab.offsync("apply"), 1, "operations.log", "nothing was sent")
         self.assertEqual(snapshot(self.there), {})
+
+    def test_a_torn_record_spoils_no_other(self) -> None:
+        write(self.source + "/f")
+        log = self.lab.state + "/operations.log"
+        self.lab.offsync("apply", check=0)
+        with open(log, "a") as stream:
+            stream.write('{"bytes_sent": 1')
+        self.lab.offsync("apply", check=0)
+        lines = read(log).splitlines()
+        self.assertEqual((lines[-2], '"result": "ok"' in lines[-1], lines[-1][0]), ('{"bytes_sent": 1', True, "{"))
+        write(log, "\n".join(lines[:-2] + lines[-1:]) + "\n")
 
     def test_two_applies_and_apply_and_init(self) -> None:
         import fcntl

@@ -140,6 +140,7 @@ class InstallScript(unittest.TestCase):
         write(self.base + "/offsync.py.sha256", "%s  offsync.py\n" % hashlib.sha256(open(OFFSYNC, "rb").read()).hexdigest())
         self.install("sh", PREFIX=prefix)
         self.assertIn("usage", self.install("sh", "--nonsense", check=1).stderr)
+        self.assertIn("not absolute", self.install("sh", check=1, PREFIX="relative").stderr)
         self.assertIn("usage", self.install("sh", "--help").stdout)
         old = self.base + "/old"
         write(old + "/python3", "#!/bin/sh\ncase $1 in --version) echo Python 3.6.8;; *) exit 1;; esac\n", 0o755)
@@ -153,6 +154,9 @@ class FirstSteps(LabCase):
         self.assertIn("offsync link", self.lab.offsync(check=2).err)
         self.lab.joined_by_hand("one")
         self.assertIn("offsync plan", self.lab.offsync(check=2).err)
+        write(self.lab.state + "/unfinished/" + self.lab.targets[0].login)
+        write(self.lab.state + "/unfinished/gone@example.org")
+        self.assertIn("An apply did not finish: %s. Next: offsync apply" % self.lab.targets[0].login, self.lab.offsync(check=2).err)
 
     def test_every_help_has_an_example(self) -> None:
         commands = ["init", "link", "unlink", "target", "target add", "target list", "target remove", "install-deps", "plan", "apply", "verify", "manifest", "doctor"]

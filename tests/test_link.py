@@ -146,6 +146,27 @@ class Linking(LabCase):
         self.assertEqual(status, 0, seen)
         self.assertIn(self.key.split()[1], read(self.keys))
 
+    def test_where_only_stdin_leads_to_the_terminal(self) -> None:
+        """As under su -c: the session has no terminal of its own."""
+        env = dict(self.lab.env, HOME=self.target_home)
+        status, seen = type_on_terminal([require("setsid"), "-w", sys.executable, OFFSYNC, "link", "--path", self.path], env, (b"Paste", self.key + "\n"))
+        self.assertEqual(status, 0, seen)
+        self.assertIn(self.key.split()[1], read(self.keys))
+
+    def test_a_changed_line_is_never_already_linked(self) -> None:
+        self.assertIn("linked in", self.link("--from", "10.0.0.1").err)
+        self.assertIn("already linked in", self.link("--from", "10.0.0.1").err)
+        for more in ((), ("--from", "10.0.0.2")):
+            said = self.link(*more).err
+            self.assertNotIn("already", said)
+            self.assertIn("is replaced", said)
+        self.path += "2"
+        self.link()
+        self.path = self.path[:-1]
+        said = self.link().err
+        self.assertNotIn("already", said)
+        self.assertIn("data2", said)
+
     def test_warnings_name_what_makes_sshd_ignore_the_key(self) -> None:
         os.chmod(self.target_home, 0o777)
         done = self.link(check=0)

@@ -320,6 +320,8 @@ class Manifests(SharedLab):
         differing = self.lab.offsync("manifest", self.there, "--check", "-", input=done.stdout, check=3)
         self.assertEqual([line.split(None, 1)[0] for line in differing.out.splitlines()], ["missing", "added", "modified"])
         self.assert_refused(self.lab.offsync("manifest", self.there, "--check", "-", input=b"nonsense\n"), 2, ":1")
+        self.assert_refused(self.lab.offsync("manifest", self.there, "--check", ""), 2, "does not exist")
+        self.assert_refused(self.lab.offsync("manifest", env={"OFFSYNC_HOME": self.lab.base + "/none"}), 2, "offsync manifest DIR")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def section(title: str) -> str:
 
 def options_of(parser) -> set:
     """Return the long options of a parser, and -y, but those that all have."""
-    return {name for action in parser._actions for name in action.option_strings if name.startswith("--") or name == "-y"} - {"--help", "--verbose", "--yes"}
+    return {name for action in parser._actions for name in action.option_strings if action.help != "==SUPPRESS==" and (name.startswith("--") or name == "-y")} - {"--help", "--verbose", "--yes"}
 
 
 def subparser(*words: str):
@@ -42,7 +42,7 @@ class Claims(LabCase):
     def test_the_quick_start_as_it_stands(self) -> None:
         """Every line of it is typed, the names of the example replaced by those of the laboratory."""
         lines = [line.strip() for _, text in re.findall(r"(?ms)^ *```(sh)\n(.*?)^ *```$", section("Quick start")) for line in text.splitlines()]
-        self.assertEqual(len(lines), 9, lines)
+        self.assertEqual(len(lines), 10, lines)
         lab, prefix, key = self.lab, self.lab.base + "/prefix", ""
         write(lab.source + "/file", "delivered")
         target = lab.target("one")
@@ -54,11 +54,11 @@ class Claims(LabCase):
         seen = []
         for line in lines:
             command = line.split("#")[0].strip()
-            role = "target" if " link " in command else "controller"
+            role = "target" if " link " in command or "install -d" in command else "controller"
             if command.startswith("git clone"):
                 continue
-            command = command.replace("sudo ", "").replace("/srv/app-data", target.path if " link " in command or "target add" in command else lab.source)
-            command = command.replace("deploy@node02", target.login + " --port %d" % target.port if "target add" in command else target.login)
+            command = command.replace("sudo ", "").replace("/srv/app-data", target.path if role == "target" or "target add" in command else lab.source)
+            command = command.replace("-o deploy", "-o " + USER).replace("deploy@node02", target.login + " --port %d" % target.port if "target add" in command else target.login)
             command = command.replace("SHA256:...", target.fingerprint).replace("ssh-ed25519 AAAA... offsync@controller", key)
             done = subprocess.run(["sh", "-c", command], cwd=clone, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                   env=dict(environments[role], PREFIX=prefix, PATH=prefix + "/bin:" + lab.env["PATH"]), start_new_session=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 import unittest
 
@@ -49,22 +50,36 @@ class Completion(LabCase):
                 self.assertIn("equal, nothing to do", shown)
                 self.assertIn("everything for the role target is here", shown)
 
+    @unittest.skipUnless(shutil.which("zsh"), "zsh is not installed")
+    def test_the_first_tab_in_zsh_when_installed_below_fpath(self) -> None:
+        write(self.lab.base + "/functions/_offsync", self.lab.offsync("completion", "zsh", check=0).out)
+        self.lab.program("offsync", '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, OFFSYNC))
+        env = dict(self.lab.env, PS1="$ ", TERM="xterm", FPATH=self.lab.base + "/functions:" + subprocess.run(
+            ["zsh", "-fc", "print -n $FPATH"], stdout=subprocess.PIPE, text=True, check=True).stdout)
+        shown = type_on_terminal([shutil.which("zsh"), "-f", "-i"], env, (b"$ ", "autoload -Uz compinit; compinit -D -u; PS1='rea''dy> '\n"),
+                                 (b"ready> ", "offsync install-d\t--role target -y\n"), (b"ready> ", "exit\n"))[1]
+        self.assertIn("everything for the role target is here", shown)
+
     def words(self, *words: str) -> list:
-        return self.lab.offsync("completion", "words", *words, check=0).out.splitlines()
+        return self.lab.offsync("completion", "bash", "--line", " ".join(("offsync", *words)), check=0).out.splitlines()
 
     def test_candidates(self) -> None:
         for words, expected in ((["pl"], ["plan"]), (["target", ""], ["add", "list", "remove"]), (["plan", "--j"], ["--jobs", "--json"]),
-                                (["install-deps", "--role", "t"], ["target"]), (["-v", "ver"], ["verify"]), (["apply", "--plan", ""], []),
+                                (["install-deps", "--role", "t"], ["target"]), (["-v", "ver"], ["verify"]), (["manifest", "--check", ""], []),
                                 (["zzz"], []), (["target", "add", "--host"], ["--host-key"])):
             self.assertEqual(self.words(*words), expected, words)
         self.assertIn("manifest", self.words(""))
+        self.assertEqual(self.words("completion", ""), ["bash", "zsh"])
+        self.assertNotIn("--line", self.words("completion", "--"))
         one = self.lab.joined_by_hand("one")
         self.assertEqual(self.words("plan", ""), [one.address, one.login])
         self.assertEqual(self.words("target", "remove", ""), [one.login])
         self.assertEqual(self.words("doctor", one.login[:6]), [one.login])
+        plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
+        self.assertEqual(self.words("apply", "--plan", ""), [plan_id])
 
     def test_without_a_config_it_says_so_and_completes_nothing(self) -> None:
-        self.assert_refused(self.lab.offsync("completion", "words", "plan", ""), 2, "offsync init")
+        self.assert_refused(self.lab.offsync("completion", "zsh", "--line", "offsync plan "), 2, "offsync init")
         self.assert_refused(self.lab.offsync("completion", "fish"), 2, "SHELL fish: unknown")
 
 
@@ -74,7 +89,8 @@ class Suggestions(LabCase):
         for words, wanted in ((["paln"], '"plan"'), (["target", "delete"], "known are: add, list, remove"), (["target", "ad"], '"add"'),
                               (["install-deps", "--role", "targets"], '"target"'), (["plan", one.login[:-2] + "9"], '"%s"' % one.login),
                               (["apply", one.address[:-1] + "8"], '"%s"' % one.address),
-                              (["target", "remove", one.login + "1"], '"%s"' % one.login)):
+                              (["target", "remove", one.login + "1"], '"%s"' % one.login), (["plan", "--jsn"], '"--json"?; see: offsync plan'),
+                              (["target", "list", "x"], "x: unknown; see: offsync target list --help")):
             with self.subTest(words=words):
                 self.assert_refused(self.lab.offsync(*words), 2, wanted)
         self.assertNotIn("did you mean", self.lab.offsync("zzzzzz", check=2).err)
@@ -114,7 +130,7 @@ class ProgressLines(LabCase):
         seen = self.on_terminal()
         for phase in ("comparing", "sending", "verifying"):
             self.assertIn("%s: %s" % (self.one.login, phase), seen)
-        self.assertIn("comparing, 2 s", seen)
+        self.assertIn("comparing (2 s)", seen)
         seen = re.sub(r"\x1b\[\d*m", "", seen)
         for line in re.split(r"\r?\n|\x1b\[\d*[AJ]|\r", seen):
             if line.startswith(self.one.login) and " ok: " not in line:
@@ -122,6 +138,20 @@ class ProgressLines(LabCase):
         left = self.screen(seen)
         self.assertEqual(len(left), 1, left)
         self.assertIn("600 entries delivered", left[0])
+
+    def test_nothing_is_left_when_several_targets_are_equal(self) -> None:
+        self.lab.joined_by_hand("two")
+        self.lab.offsync("apply", check=0)
+        env = {**self.lab.env, "TERM": "xterm", "OFFSYNC_RSYNC": self.slow}
+        status, seen = type_on_terminal([sys.executable, OFFSYNC, "verify"], env, columns=40)
+        self.assertEqual((status, self.screen(seen)), (0, []), seen)
+        self.assertIn("%s: comparing" % self.one.login, seen)
+
+    def test_a_manifest_cannot_write_to_the_terminal(self) -> None:
+        write(self.lab.source + "/d0/\x1b[31mred", b"x")
+        status, seen = type_on_terminal([sys.executable, OFFSYNC, "manifest"], {**self.lab.env, "TERM": "dumb"})
+        self.assertEqual((status, "\x1b" in seen, "d0/?[31mred" in seen), (0, False, True))
+        self.assertIn("d0/\x1b[31mred", self.lab.offsync("manifest", check=0).out)
 
     def test_none_on_a_dumb_terminal_and_no_colour_where_none_is_wanted(self) -> None:
         self.assertNotIn("\x1b", self.on_terminal(TERM="dumb"))

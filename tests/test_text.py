@@ -156,6 +156,11 @@ class AuthorizedKeys(unittest.TestCase):
         self.assertEqual(offsync.format_authorized_key(command, KEY), LINE)
         self.assertTrue(offsync.format_authorized_key(command, KEY, "10.0.0.*").startswith('from="10.0.0.*",command="'))
 
+    def test_our_blob_as_the_comment_of_another_key(self) -> None:
+        other = LINE.replace(KEY.blob, "AAAAother").replace("me@here", KEY.blob).encode() + b"\n"
+        self.assertEqual(offsync.edit_authorized_keys(other, KEY, None), (other, ""))
+        self.assertEqual(offsync.edit_authorized_keys(other, KEY, LINE), (other + LINE.encode() + b"\n", ""))
+
     def test_other_lines_stay_byte_for_byte(self) -> None:
         other = b"# \xff comment\r\n\n  ssh-rsa AAAAB3 someone\nssh-ed25519 AAAAother x"
         added = offsync.edit_authorized_keys(other, KEY, LINE)[0]

@@ -216,6 +216,17 @@ class Restriction(LabCase):
         self.force("case \\\"$SSH_ORIGINAL_COMMAND\\\" in rsync*) eval exec $SSH_ORIGINAL_COMMAND;; *) exit 1;; esac")
         self.assert_nothing_written("not restricted as the config says")
 
+    def test_a_lost_complaint_is_asked_for_again(self) -> None:
+        """An rsync that dies under load can lose its last words: silence is no proof of the path."""
+        write(self.target.keys, self.line.replace(self.target.path, self.lab.base + "/elsewhere"))
+        os.mkdir(self.lab.base + "/elsewhere")
+        real, once = require("rsync"), self.lab.base + "/once"
+        forgetful = self.lab.program("forgetful", '#!/bin/sh\ncase "$*" in *:/*/x) mkdir %s 2>/dev/null && exec %s "$@" 2>/dev/null;; esac\nexec %s "$@"\n'
+                                     % (once, real, real))
+        self.assertIn("its key writes below %s/elsewhere" % self.lab.base, self.lab.offsync("apply", env={"OFFSYNC_RSYNC": forgetful}, check=1).err)
+        self.assertTrue(os.path.isdir(once))
+        self.assertEqual(os.listdir(self.lab.base + "/elsewhere"), [])
+
     def test_forwarding_and_terminal(self) -> None:
         command = self.line.split(",no-port")[0]
         write(self.target.keys, command + " " + self.line.split("restrict ")[1])
