@@ -141,6 +141,7 @@ KILL_AFTER = 3.0                            # seconds from SIGTERM to SIGKILL
 PLANS_KEPT = 10                             # reviewed plans kept so that "apply --plan" can name differences
 LISTED = 20                                 # offenders, differences: the first ones, then a count
 KINDS = ("added", "modified", "missing", "leftover")
+HASHED_AT_ONCE = 64                         # source entries that a thread takes at a time
 DEFAULT_JOBS = 8
 DEFAULT_EXCLUDE = (".git/",)
 
@@ -1547,12 +1548,19 @@ def scan_source(source: bytes) -> list[tuple[bytes, str]]:
 def hash_file(path: bytes) -> tuple[bytes, int]:
     """Return (sha256, size in bytes) of a file, never through a symlink."""
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(22, "it is no regular file any more", path)
-        for chunk in iter(lambda: stream.read(1 << 20), b""):
+        while size < status.st_size:        # not "until the end": one read is enough for most files
+            chunk = os.read(descriptor, min(status.st_size + 1, 1 << 18))
+            if not chunk:
+                break
             digest.update(chunk)
             size += len(chunk)
+    finally:
+        os.close(descriptor)
     return digest.digest(), size
 
 
@@ -1579,7 +1587,8 @@ class SourceReader:
         self.source = source
         self.entries: dict[bytes, bytes] = {}           # path -> SourceEntry.pack(), b"" until it is described
         self.errors: dict[bytes, str] = {}
-        self.wanted: queue.Queue[bytes] = queue.Queue()
+        self.batch: list[bytes] = []        # a queue costs as much for one as for many
+        self.wanted: queue.Queue[list[bytes]] = queue.Queue()
         self.threads = 0
         self.lock = threading.Lock()
 
@@ -1589,16 +1598,26 @@ class SourceReader:
             if path in self.entries:
                 return
             self.entries[path] = b""
-            self.wanted.put(path)
-            if self.threads < min(os.cpu_count() or 1, 4):
-                self.threads += 1
-                threading.Thread(target=self._work, daemon=True).start()
+            self.batch.append(path)
+            if len(self.batch) >= HASHED_AT_ONCE:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give the batch to a thread; starts as many as are of use."""
+        self.wanted.put(self.batch)
+        self.batch = []
+        if self.threads < min(os.cpu_count() or 1, 4):
+            self.threads += 1
+            threading.Thread(target=self._work, daemon=True).start()
 
     def wait(self) -> None:
         """Return when every wanted entry is described; raise for those that vanished or cannot be read."""
+        with self.lock:
+            if self.batch:
+                self._hand_over()
         with self.wanted.all_tasks_done:    # queue.join(), with progress
             while self.wanted.unfinished_tasks:
-                PROGRESS.update("source", "hashing, %s to go" % plural(self.wanted.unfinished_tasks, "entry", "entries"))
+                PROGRESS.update("source", "hashing, up to %d entries to go" % (self.wanted.unfinished_tasks * HASHED_AT_ONCE))
                 self.wanted.all_tasks_done.wait(0.2)
         PROGRESS.update("source", None)
         if self.errors:
@@ -1623,13 +1642,12 @@ class SourceReader:
     def _work(self) -> None:
         """Describe wanted entries, in a daemon thread."""
         while True:
-            path = self.wanted.get()
-            try:
-                self.entries[path] = describe_entry(self.source, path).pack()
-            except (OSError, ValueError, struct.error) as error:
-                self.errors[path] = getattr(error, "strerror", None) or str(error)
-            finally:
-                self.wanted.task_done()
+            for path in self.wanted.get():
+                try:
+                    self.entries[path] = describe_entry(self.source, path).pack()
+                except (OSError, ValueError, struct.error) as error:
+                    self.errors[path] = getattr(error, "strerror", None) or str(error)
+            self.wanted.task_done()
 
 
 def _new_marker() -> bytes:
