@@ -114,7 +114,7 @@ class Bench:
 
     def row_many(self) -> None:
         """16 targets, 50 ms away each, nothing to do, against one such target."""
-        delay = "%s %s %%h %%p 0.025" % (sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "delay.py"))
+        delay = "%s -I -S %s %%h %%p 0.025" % (sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "delay.py"))
         targets = [self.target] + [self.lab.joined("far%d" % number) for number in range(4 if QUICK else 15)]
         write(self.lab.ssh_config, "ProxyCommand %s\n" % delay)
         self.fresh(200, 1000)

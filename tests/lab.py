@@ -223,9 +223,9 @@ class Lab:
         return done
 
     def start(self, *args, **more) -> subprocess.Popen:
-        """Start offsync.py in the background, as a terminal would: a SIGINT that we ourselves ignore is not passed on."""
+        """Start offsync.py in the background, as a terminal would: signals that we ourselves ignore (nohup) are not passed on."""
         return subprocess.Popen([sys.executable, OFFSYNC, *args], env=dict(self.env, **more.pop("env", {})),
-                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                                preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 start_new_session=True, cwd=self.base, **more)
 
