@@ -102,8 +102,8 @@ class Bench:
         count, size = (20, 10_000_000) if QUICK else (200, 40_000_000)
         self.fresh(count, size)
         self.offsync("apply")
-        self.measure("%d large files, 10 changed" % count, "1.15", {"rsync -n": lambda: self.dry(), "plan": lambda: self.offsync("plan")}, lambda: self.touch(10), 3)
-        self.measure("%d large files, 10 changed" % count, "2.1", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, lambda: self.touch(10), 3)
+        self.measure("%d large files, 10 changed" % count, "1.15", {"rsync -n": lambda: self.dry(), "plan": lambda: self.offsync("plan")}, lambda: self.touch(10), min(RUNS, 3))
+        self.measure("%d large files, 10 changed" % count, "2.1", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, lambda: self.touch(10), min(RUNS, 3))
 
     def dry(self) -> float:
         """The yardstick as a dry run, so that what plan sees stays changed."""
