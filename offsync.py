@@ -83,8 +83,8 @@ SSH_OPTIONS = (
     "-o", "RequestTTY=no",
     "-o", "EscapeChar=none",
     "-o", "ConnectTimeout=15",
-    "-o", "ServerAliveInterval=15",         # a dead link ends within a minute ...
-    "-o", "ServerAliveCountMax=3",          # ... because rsync's own --timeout kills healthy checksum passes
+    "-o", "ServerAliveInterval=15",         # a dead link ends within a minute
+    "-o", "ServerAliveCountMax=3",
     "-o", "LogLevel=ERROR",                 # no banner on stderr, but every reason
 )
 # Of OpenSSH 8.7; an unknown option is fatal to an older ssh, which has no such settings either.
@@ -104,7 +104,8 @@ HOST_KEY_FAMILIES = ("ssh-ed25519", "ecdsa-sha2-nistp256,ecdsa-sha2-nistp384,ecd
                      "rsa-sha2-512,rsa-sha2-256")
 
 # -8: names arrive as raw bytes in every locale. -i is implied by the %i in --out-format.
-RSYNC_ALWAYS = ("-8",)
+# --timeout (seconds): who is silent for so long hangs. Hours, since a large file is hashed in silence.
+RSYNC_ALWAYS = ("-8", "--timeout=10800")
 # One pass shows additions, changes and deletions. -t only adds time flags, which tell whether a quick
 # check could have noticed a change; differences of time alone are not reported.
 RSYNC_PLAN = {"hash": ("-n", "-rlptc", "--delete"), "quick": ("-n", "-rlpt", "--delete")}
@@ -210,7 +211,8 @@ SYMPTOMS = (
              "the connection was refused; is sshd running there, on this port?"),
     ("unreachable", r"No route to host|Network is unreachable|Host is down",
              "there is no route to it; check the network"),
-    ("timeout", r"timed out|Timeout, server|not responding", "it did not answer in time; check host and network"),
+    ("timeout", r"timed out|Timeout, server|not responding|io timeout after",
+             "it did not answer in time; check host and network"),
     ("ssh-config", r"Bad configuration option|bad configuration options|Bad SSH2 ",
              "ssh cannot use its configuration; mend ~/.ssh/config"),
     ("key-file", r"UNPROTECTED PRIVATE KEY|Load key .*(?:Permission denied|invalid format|error in libcrypto)",
@@ -1137,16 +1139,17 @@ LOST_OUTPUT: list[str] = []                 # why standard output could not be w
 
 def emit(text: Union[str, bytes], error: bool = False) -> None:
     """Print a line (or bytes as they are): a result on stdout, anything else on stderr. A reader who went away is no error."""
-    if PROGRESS.drawn:
-        PROGRESS.draw([])
     stream = sys.stderr if error else sys.stdout
     try:
-        if isinstance(text, bytes):
+        with PROGRESS.lock:                 # no other thread draws in between
+            if PROGRESS.drawn:
+                PROGRESS.draw([])
+            if isinstance(text, bytes):
+                stream.flush()
+                stream.buffer.write(text)
+            else:
+                stream.write(text + "\n")
             stream.flush()
-            stream.buffer.write(text)
-        else:
-            stream.write(text + "\n")
-        stream.flush()
     except OSError as problem:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())      # nothing fails on it again
@@ -1982,7 +1985,7 @@ def prove_path(connection: Connection) -> Proof:
     """
     expected = os.fsencode(connection.target.remote_path)
     tried, marker = "write to a path outside", os.urandom(8).hex().encode()
-    for _ in RETRY_DELAYS:                  # a dying rsync now and then loses its last words
+    for _ in range(5):                      # a dying rsync now and then loses its last words
         result = connection.rsync(("-n", "-r"), source=empty_directory(connection.shared), path="/%s/x" % marker.decode(),
                                   deadline=SESSION_DEADLINE)
         complaint = parse_rsync_name(result.stderr)
@@ -2233,10 +2236,10 @@ def in_parallel(jobs: int, function: Callable[[_Item], _Value], items: Sequence[
         try:
             for future in futures:
                 yield future.result()
-            PROGRESS.update("(all)", None)
         except BaseException:
             CHILDREN.stopping = True
             raise
+    PROGRESS.update("(all)", None)          # here, since the last result comes before its callback
 
 
 def canonical_plan(shared: Run, plans: Sequence[TargetPlan]) -> Iterator[str]:
@@ -2748,9 +2751,8 @@ def cmd_link(args: argparse.Namespace) -> int:
     from_pattern = validate_from_pattern(args.from_pattern) if args.from_pattern is not None else ""
     state = Home()                          # a controller's files, offsync itself and rrsync must not be replaced
     module = globals().get("__file__", "")
-    ourselves = [sys.argv[0], module, os.path.join(os.path.dirname(module), "__pycache__")]
     protected = [rrsync, state.config, state.key, state.known_hosts, state.log, state.plans, state.unfinished,
-                 *filter(os.path.exists, ourselves)]
+                 *filter(os.path.exists, (sys.argv[0], module)), os.path.join(os.path.dirname(module), "__pycache__")]
     path = validate_link_path(os.path.expanduser("~/.offsync/sync") if args.path is None else args.path, protected)
     command_line = validate_forced_command(words, path, account.pw_shell)
     key = read_key_argument(args)

@@ -45,6 +45,14 @@ class Kills(SharedLab):
         wait_for(self.arriving, "the large file to be on its way")
         return process
 
+    def kill_rsync_there(self) -> None:
+        """Kill rsync, and rrsync, on the target."""
+        for pid in [p for p in descendants(self.target.process.pid) if "rsync" in comm(p)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
     def assert_clean(self) -> None:
         """No process, socket or temporary directory of the run is left, and live files are whole."""
         wait_for(lambda: not mentions(self.lab.tmp) and not os.listdir(self.lab.tmp), "processes and files to be gone")
@@ -116,11 +124,7 @@ class Kills(SharedLab):
     def test_leftovers_are_no_users_files(self) -> None:
         """.NAME.XXXXXX is rsync's only beside a name that an unfinished apply was sending; words are never taken for it."""
         process = self.apply_until_it_sends()
-        for pid in [p for p in descendants(self.target.process.pid) if "rsync" in comm(p)]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        self.kill_rsync_there()
         process.communicate(timeout=60)
         write(self.there + "/d/.big.aB3xY9", "like rsync's")
         write(self.there + "/d/.big.backup", "a word")
@@ -148,11 +152,7 @@ class Kills(SharedLab):
                 self.setUp()
                 os.rename(self.source + "/d/big", self.source + "/d/" + name)
                 process = self.apply_until_it_sends()
-                for pid in [p for p in descendants(self.target.process.pid) if "rsync" in comm(p)]:
-                    try:
-                        os.kill(pid, signal.SIGKILL)
-                    except ProcessLookupError:
-                        pass
+                self.kill_rsync_there()
                 process.communicate(timeout=60)
                 for path in self.arriving():        # a receiver that died last has put it into .~tmp~ instead
                     if "/.~tmp~/" not in path:
@@ -459,7 +459,7 @@ class BadSurroundings(LabCase):
 
 
 class ManyTargets(LabCase):
-    """Far-away targets, five of them dead in different ways (GOOD sets how many are not)."""
+    """Far-away targets, six of them dead in different ways (GOOD sets how many are not)."""
 
     def test_the_dead_are_named_and_the_others_served(self) -> None:
         good_ones = int(os.environ.get("GOOD", "4"))
@@ -467,15 +467,18 @@ class ManyTargets(LabCase):
         lab.init()
         quick = lab.base + "/offsync.py"        # the deadlines are shortened in a copy; bounded they are anyhow
         text = read(OFFSYNC).replace("CONNECT_DEADLINE = 60.0", "CONNECT_DEADLINE = 20.0")
-        write(quick, text.replace("ConnectTimeout=15", "ConnectTimeout=5"))
+        write(quick, text.replace("ConnectTimeout=15", "ConnectTimeout=5").replace("--timeout=10800", "--timeout=10"))
         good = [lab.joined_by_hand("good%d" % number) for number in range(good_ones)]
-        refusing, silent, hanging, full, keyless = (lab.joined_by_hand(name) for name in ("refusing", "silent", "hanging", "full", "keyless"))
+        refusing, silent, hanging, mute, full, keyless = (
+            lab.joined_by_hand(name) for name in ("refusing", "silent", "hanging", "mute", "full", "keyless"))
         refusing.stop()
         silent.stop()
         with socket.socket() as listener:       # accepts nobody's banner
             listener.bind((silent.address, silent.port))
             listener.listen(5)
-            write(hanging.keys, read(hanging.keys).replace("/usr/bin/rrsync", "cat > /dev/null; /usr/bin/rrsync"))
+            # One hangs at once, as long as its connection lasts; one refuses the proof (which says nothing), then hangs.
+            for target, how in ((hanging, "while kill -0 $PPID; do sleep 0.1; done"), (mute, "cat > /dev/null")):
+                write(target.keys, read(target.keys).replace("/usr/bin/rrsync", how + "; /usr/bin/rrsync"))
             small = os.geteuid() == 0
             if small:
                 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", full.path], check=True)
@@ -488,11 +491,11 @@ class ManyTargets(LabCase):
         for target in good:
             self.assertEqual(snapshot(target.path), snapshot(lab.source), target.name)
         reasons = {refusing: "refused|closed the connection", silent: "did not answer in time|closed the connection|timed out",
-                   hanging: "did not answer within 20 seconds", keyless: "refused our key", **({full: "disk is full"} if small else {})}
+                   hanging: "did not answer within 20 seconds", mute: "did not answer in time", keyless: "refused our key", **({full: "disk is full"} if small else {})}
         for target, reason in reasons.items():
             self.assertRegex(done.err, "%s: [^;]*(%s)" % (target.login, reason))
-        self.assertIn("offsync: %d of %d targets failed" % (len(reasons), good_ones + 5), done.err)
-        self.assertEqual(sorted(r["result"] for r in lab.records()), ["failed"] * len(reasons) + ["ok"] * (good_ones + 5 - len(reasons)))
+        self.assertIn("offsync: %d of %d targets failed" % (len(reasons), good_ones + 6), done.err)
+        self.assertEqual(sorted(r["result"] for r in lab.records()), ["failed"] * len(reasons) + ["ok"] * (good_ones + 6 - len(reasons)))
 
 
 class Soak(SharedLab):

@@ -177,7 +177,7 @@ class FirstSteps(LabCase):
         self.lab.joined_by_hand("one")
         err = self.lab.offsync("-v", "plan", check=0).err
         self.assertRegex(err, r"(?m)^\+ \S+ssh .*ControlMaster=yes")
-        self.assertRegex(err, r"(?m)^\+ \S+rsync -8 -n -rlptc --delete")
+        self.assertRegex(err, r"(?m)^\+ \S+rsync -8 --timeout=10800 -n -rlptc --delete")
 
 
 if __name__ == "__main__":

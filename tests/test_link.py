@@ -73,6 +73,11 @@ class Linking(LabCase):
         self.assertIn("-wo %s/.offsync/sync\"" % self.target_home, read(self.keys))
         self.assertTrue(os.path.isdir(self.target_home + "/.offsync/sync"))
 
+    @unittest.skipIf(os.geteuid() == 0, "root may create it anywhere")
+    def test_a_path_that_only_root_may_create(self) -> None:
+        self.assert_refused(self.link(path="/srv/offsync-test/x"), 1, "run as root: install -d -o")
+        self.assertFalse(os.path.exists(self.keys))
+
     def test_paths_that_would_be_a_shell(self) -> None:
         os.makedirs(self.target_home + "/.ssh/sub")
         os.symlink(self.target_home, self.lab.base + "/alias")
@@ -82,7 +87,7 @@ class Linking(LabCase):
         os.makedirs(controller + "/in")
         for path in ("", "/", "//", "/etc", "/etc/cron.d/x", "/usr", pwd.getpwuid(os.geteuid()).pw_dir + "/.ssh/x", "/var/spool", "/usr/lib/python3", self.target_home + "/bin", self.target_home + "/.config", "/usr/bin", "/proc/self", "/dev/shm", self.target_home, self.target_home + "/.ssh",
                      self.target_home + "/.ssh/sub", self.lab.base, self.lab.base + "/alias", self.lab.base + "/alias/.ssh",
-                     self.target_home + "/x/../.ssh", self.lab.base + "/tool", controller, "relative", "/a\nb", "/a\x1b"):
+                     self.target_home + "/x/../.ssh", self.lab.base + "/tool", self.lab.base + "/tool/__pycache__", controller, controller + "/plans/x", "relative", "/a\nb", "/a\x1b"):
             with self.subTest(path=path):
                 self.assert_refused(self.lab.offsync("link", "--path", path, "--key", self.key, home=self.target_home, program=copy,
                                                      env={"OFFSYNC_HOME": controller}), 2)

@@ -143,9 +143,18 @@ class ProgressLines(LabCase):
         self.lab.joined_by_hand("two")
         self.lab.offsync("apply", check=0)
         env = {**self.lab.env, "TERM": "xterm", "OFFSYNC_RSYNC": self.slow}
-        status, seen = type_on_terminal([sys.executable, OFFSYNC, "verify"], env, columns=40)
+        status, seen = type_on_terminal([sys.executable, OFFSYNC, "verify", "--jobs", "1"], env, columns=40)
         self.assertEqual((status, self.screen(seen)), (0, []), seen)
         self.assertIn("%s: comparing" % self.one.login, seen)
+        self.assertIn("(all): 1 of 2 done", seen)
+
+    def test_a_plan_ends_with_a_line_for_each_target_and_the_next_step(self) -> None:
+        two = self.lab.joined_by_hand("two")
+        out = self.lab.offsync("plan", check=0).out.splitlines()
+        self.assertEqual([line.split(";")[0] for line in out[-3:-1]], ["%s: 600 added" % self.one.login, "%s: 600 added" % two.login])
+        self.assertTrue(out[-1].startswith("plan "), out[-1])
+        seen = type_on_terminal([sys.executable, OFFSYNC, "plan"], {**self.lab.env, "TERM": "dumb"})[1].splitlines()
+        self.assertEqual(seen[-2:], [out[-1], "Next: offsync apply --plan " + out[-1].split()[1][:12]])
 
     def test_a_manifest_cannot_write_to_the_terminal(self) -> None:
         write(self.lab.source + "/d0/\x1b[31mred", b"x")
