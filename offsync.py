@@ -1512,9 +1512,10 @@ def _symlink_offence(source: bytes, real_source: bytes, path: bytes) -> str:
     return ""
 
 
-def scan_source(source: bytes) -> list[tuple[bytes, str]]:
-    """Walk the source once; return [(path, why it cannot be delivered)], sorted, excludes not applied."""
+def scan_source(source: bytes) -> tuple[list[tuple[bytes, str]], int]:
+    """Walk the source once; return ([(path, why it cannot be delivered)], number of entries), excludes not applied."""
     offenders: list[tuple[bytes, str]] = []
+    count = 0
     real_source = os.path.realpath(source)
     check_access = os.geteuid() != 0        # root reads everything
     pending = [b""]
@@ -1524,7 +1525,7 @@ def scan_source(source: bytes) -> list[tuple[bytes, str]]:
         PROGRESS.update("source", "scanning " + show(directory or b"."))
         try:
             with os.scandir(os.path.join(source, directory)) as entries:
-                for entry in entries:
+                for count, entry in enumerate(entries, count + 1):
                     path = prefix + entry.name
                     if entry.name == STAGING:
                         offenders.append((path, "rsync reserves the name .~tmp~ for itself; rename it"))
@@ -1545,7 +1546,7 @@ def scan_source(source: bytes) -> list[tuple[bytes, str]]:
                                    % (show(source), error.strerror)) from None
             offenders.append((directory, "it cannot be read: %s" % error.strerror))
     PROGRESS.update("source", None)
-    return sorted(offenders)
+    return sorted(offenders), count
 
 
 def hash_file(path: bytes) -> tuple[bytes, int]:
@@ -1677,8 +1678,8 @@ def included_names(rsync: str, source: bytes, exclude: Sequence[str], complete: 
     return names - {b".", b""}
 
 
-def check_source(rsync: str, config: Config) -> None:
-    """Raise unless every entry of the source that is not excluded can be delivered."""
+def check_source(rsync: str, config: Config) -> int:
+    """Return how many entries the source has. Raises unless every one that is not excluded can be delivered."""
     source = os.fsencode(config.source)
     if not os.path.isdir(source):
         raise OffsyncError("source %s: it is not a readable directory; name one: offsync init --source DIR"
@@ -1686,7 +1687,7 @@ def check_source(rsync: str, config: Config) -> None:
     if (os.path.realpath(os.fsencode(Home().path)) + b"/").startswith(os.path.realpath(source).rstrip(b"/") + b"/"):
         raise OffsyncError("source %s: it contains %s with the private key; choose a directory that holds only what is to be "
                            "delivered: offsync init --source DIR" % (show(source), Home().path))
-    offenders = scan_source(source)
+    offenders, count = scan_source(source)
     if offenders and config.exclude:
         included = included_names(rsync, source, config.exclude, complete=False)
         offenders = [(path, why) for path, why in offenders if path in included]
@@ -1694,6 +1695,7 @@ def check_source(rsync: str, config: Config) -> None:
         raise OffsyncError("source %s: %s cannot be delivered: %s; remove or exclude what is named, then plan again"
                            % (show(source), plural(len(offenders), "entry", "entries"),
                               some_of(["%s: %s" % (show(path), why) for path, why in offenders])))
+    return count
 
 
 # --- Operations: the connection ---------------------------------------------------------------------------------
@@ -1708,6 +1710,7 @@ class Run:
         self.ssh, self.rsync = program("ssh"), find_rsync()[0]
         check_private(home.key)
         self.reader = SourceReader(self.source)
+        self.entries = 0                    # of the source, once apply has checked it
         self.numbers = itertools.count()
         newer = run([self.ssh, *SSH_NEWER_OPTIONS, "-G", "--", "localhost"], deadline=SESSION_DEADLINE).status == 0
         self.ssh_options = [*(SSH_NEWER_OPTIONS if newer else ()), *SSH_OPTIONS]
@@ -2417,17 +2420,20 @@ class Delivery:
         surprises: set[bytes] = set()
         with self.journal() as names:       # before the first change: should we be killed, the next run must know
             if blocking:
-                surprises = self._delete(blocking, self._compare_quickly()[1])
+                surprises = self._delete(blocking, self._compare("quick")[1])
             if self.sent and not surprises:
                 self._send(names)
-        different, extraneous = self._compare_quickly()
+        # Where all of the source was sent, one pass by hash says everything, and hashes no byte that was not sent.
+        whole = len(self.sent) == self.shared.entries and not self.deletable
+        different, extraneous = self._compare("hash" if whole else "quick")
         if extraneous & set(self.deletable) and not surprises:
             surprises = self._delete(self.deletable, extraneous)
-            different, extraneous = self._compare_quickly()
-        PROGRESS.update(self.login, "verifying")
-        suspects = different | {change.path for change in self.sent}
-        self.different = {item.path for item in itemize(self.connection, RSYNC_COMPARE, sorted(suspects))} if suspects else set()
-        self.different |= extraneous
+            different, extraneous = self._compare("quick")
+        suspects = set() if whole else different | {change.path for change in self.sent}
+        if suspects:
+            PROGRESS.update(self.login, "verifying")
+            different = {item.path for item in itemize(self.connection, RSYNC_COMPARE, sorted(suspects))}
+        self.different = different | extraneous
         if surprises:
             raise TargetError(self.login, "nothing was deleted, since new entries appeared there after the plan: %s; plan again"
                               % some_of(list(map(show, sorted(surprises)))))
@@ -2472,10 +2478,10 @@ class Delivery:
         if result.status != 0:
             raise diagnose(self.plan.target, result.stderr)
 
-    def _compare_quickly(self, **more: Any) -> tuple[set[bytes], set[bytes]]:
-        """Return (paths that differ by a quick check, paths that only the target has)."""
-        PROGRESS.update(self.login, "comparing again")
-        changes = itemize(self.connection, RSYNC_PLAN["quick"], **more)
+    def _compare(self, mode: str, **more: Any) -> tuple[set[bytes], set[bytes]]:
+        """Compare the whole tree; return (paths that differ, paths that only the target has)."""
+        PROGRESS.update(self.login, "comparing again" if mode == "quick" else "verifying")
+        changes = itemize(self.connection, RSYNC_PLAN[mode], **more)
         extraneous = {change.path for change in changes if change.kind == "missing"}
         return {change.path for change in changes} - extraneous, extraneous
 
@@ -2500,7 +2506,7 @@ class Delivery:
         """After a failure or an interruption, learn what arrived nevertheless, within a bounded time."""
         more: dict[str, Any] = {"deadline": RESCAN_DEADLINE, "last_words": True}
         try:
-            extraneous = self._compare_quickly(**more)[1]
+            extraneous = self._compare("quick", **more)[1]
             sent = [change.path for change in self.sent]
             self.different = extraneous | {item.path for item in itemize(self.connection, RSYNC_COMPARE, sent, **more)}
         except (OffsyncError, OSError):
@@ -3025,7 +3031,7 @@ def cmd_apply(args: argparse.Namespace) -> int:
     home.lock("apply")
     config, targets = load_targets(home, args.targets)
     with Run(home, config, args.jobs) as shared:
-        check_source(shared.rsync, config)
+        shared.entries = check_source(shared.rsync, config)
         log = home.open_log()
         plans = list(plan_targets(shared, targets, config.verify))
         plan_id = identify(shared, plans)

@@ -268,6 +268,24 @@ class Trouble(SharedLab):
         self.failing("verification found 1 difference: f")
         self.assertEqual((self.lab.records()[-1]["result"], self.lab.records()[-1]["files_changed"]), ("failed", []))
 
+    def test_a_target_that_changes_what_it_gets(self) -> None:
+        """Same size, same time stamp: only the hashes tell, in a first delivery as in a later one."""
+        rrsync = self.lab.base + "/corrupting-rrsync"
+        write(rrsync, '#!/bin/sh\n/usr/bin/rrsync "$@"\nstatus=$?\ncase "$SSH_ORIGINAL_COMMAND" in *--delay-updates*)\n'
+                      'touch -r %s/f %s/time; echo evil > %s/f; touch -r %s/time %s/f;; esac\nexit $status\n'
+              % (self.there, self.lab.base, self.there, self.lab.base, self.there), 0o755)
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        write(self.source + "/unchanging")
+        for content in ("good", "fine"):
+            write(self.source + "/f", content + "\n")
+            write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
+            self.failing("verification found 1 difference: f")
+            self.assertEqual(self.lab.records()[-1]["files_changed"], [] if content == "fine" else ["unchanging"])
+            write(self.target.keys, line)
+            self.lab.offsync("apply", check=0)
+            self.assertEqual(snapshot(self.there), snapshot(self.source))
+
     @unittest.skipUnless(os.geteuid() == 0, "mounting a small tmpfs needs root")
     def test_disk_full(self) -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", self.there], check=True)

@@ -125,6 +125,20 @@ class Connections(LabCase):
         self.lab.offsync("apply", check=0)
         self.assertEqual(self.authentications(target), before + 1)
 
+    def test_no_session_too_many(self) -> None:
+        """A session each for: the proof, the plan; what of the new is really new, the path, sending, verification (two if only a part was sent)."""
+        target = self.lab.joined_by_hand("one")
+        for name in ("d/f", "d/g"):
+            write("%s/%s" % (self.lab.source, name), name)
+        for content, commands, sessions in (("", ["plan"], 4), ("", ["apply", "plan", "apply", "verify"], 6 + 3 * 2), ("new", ["apply"], 6)):
+            if content:
+                write(self.lab.source + "/d/f", content)
+            before = target.read_log().count("Starting session: forced-command")
+            for command in commands:
+                self.lab.offsync(command, check=0)
+            self.assertEqual(target.read_log().count("Starting session: forced-command") - before, sessions, commands)
+        self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
+
     def test_a_server_that_allows_one_session_at_a_time(self) -> None:
         target = self.lab.joined("one", "MaxSessions 1")
         write(self.lab.source + "/f")
