@@ -1,23 +1,28 @@
 #!/usr/bin/env python3
-"""Push one directory to many targets with rsync over SSH, using a key that can only write below one path.
-
-Every run is explicit: plan -> apply -> verify.
+"""Push one directory to many targets with rsync over SSH, using a key that can
+only write below one path. Every run is explicit: plan -> apply -> verify.
 
 roles
-  controller  owns the source directory and the private key; runs init, target, plan, apply, verify, doctor
-  target      receives files; runs link once (and unlink to revoke); afterwards only sshd, rrsync and rsync run there
+  controller  owns the source directory and the private key;
+              runs init, target, plan, apply, verify, doctor
+  target      receives files; runs link once (and unlink to revoke);
+              afterwards only sshd, rrsync and rsync run there
 
-reads     the source directory; through ssh: ~/.ssh/config for routing, known_hosts of the user and the system for host keys
-writes    on the controller: $OFFSYNC_HOME (default ~/.offsync) and temporary files below $TMPDIR, removed at the end
-          on the target: one line of ~/.ssh/authorized_keys, the --path directory if it is absent,
-          and, through rsync, what a plan lists below that path
-runs      ssh, ssh-keygen and rsync, always as argument lists, never through a shell; -v shows each before it starts;
-          link also asks sshd -T; install-deps runs the package manager, after showing the commands
-never     deletes without "delete: true" (but what its own killed rsync left), overwrites without "overwrite: true",
-          forwards an agent or a port, trusts a host key that neither you nor those known_hosts confirm,
-          sends a file before the restriction of the key is proved
-exit      0 done; 1 failed, refused or some target failed; 2 wrong usage or config; 3 differences found;
-          129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM
+reads   the source directory; through ssh: ~/.ssh/config for routing, and the
+        known_hosts files of the user and the system for host keys
+writes  on the controller: $OFFSYNC_HOME (default ~/.offsync), and temporary
+        files below $TMPDIR, /tmp or /var/tmp that are removed at the end;
+        on the target: one line of ~/.ssh/authorized_keys, the --path directory
+        if it is absent, and, through rsync, what a plan lists below that path
+runs    ssh, ssh-keygen and rsync, always as argument lists, never through a
+        shell; -v shows each before it starts; link also asks sshd -T;
+        install-deps runs the package manager, after showing the commands
+never   deletes without "delete: true" (but what its own killed rsync left),
+        overwrites without "overwrite: true", forwards an agent or a port,
+        trusts a host key that neither you nor those known_hosts confirm,
+        sends a file before the restriction of the key is proved
+exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
+        config; 3 differences found; 129, 130, 143 ended by a signal
 """
 import signal
 import sys
@@ -64,6 +69,7 @@ VERSION = "1.0.0"
 
 # Every ssh that offsync starts gets all of these; the command line wins over ~/.ssh/config (ssh_config(5)).
 SSH_OPTIONS = (
+    "-o", "IgnoreUnknown=*",                # the last four are of OpenSSH 8.7; an older ssh has no such settings either
     "-o", "BatchMode=yes",                  # never ask: a question would hang a cron job
     "-o", "IdentitiesOnly=yes",             # the dedicated key, no agent ...
     "-o", "IdentityAgent=none",
@@ -86,13 +92,13 @@ SSH_OPTIONS = (
     "-o", "ServerAliveInterval=15",         # a dead link ends within a minute
     "-o", "ServerAliveCountMax=3",
     "-o", "LogLevel=ERROR",                 # no banner on stderr, but every reason
+    "-o", "StrictHostKeyChecking=yes",
+    "-o", "KnownHostsCommand=none", "-o", "SessionType=default", "-o", "StdinNull=no", "-o", "ForkAfterAuthentication=no",
 )
-# Of OpenSSH 8.7; an unknown option is fatal to an older ssh, which has no such settings either.
-SSH_NEWER_OPTIONS = ("-o", "KnownHostsCommand=none", "-o", "SessionType=default", "-o", "StdinNull=no",
-                     "-o", "ForkAfterAuthentication=no")
-SSH_STRICT = ("-o", "StrictHostKeyChecking=yes")
 # A session over the open connection only: were the master gone, "false" keeps ssh from connecting afresh, unproved.
-SSH_SESSION = ("-o", "ControlMaster=no", "-o", "ProxyCommand=false", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR")
+# Nothing of ~/.ssh/config is for a session (RemoteCommand, RemoteForward, StdinNull).
+SSH_SESSION = ("-F", "/dev/null", "-o", "ControlMaster=no", "-o", "ProxyCommand=false", "-o", "BatchMode=yes",
+               "-o", "LogLevel=ERROR")
 # The master ends itself after this idle time even if everything that should end it was killed (seconds).
 MASTER_IDLE = 600
 # A host without multiplexing support gets one connection per session instead.
@@ -134,14 +140,16 @@ RETRY_DELAYS = (0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0)      # seconds; for MaxStartu
 LINGERING = 0.07
 SOCKET_PATH_LIMIT = 104 - 17                # bytes: sun_path on macOS, less what ssh appends while binding
 MAX_NAME_BYTES = 1 << 16                    # one line of rsync's; names are at most 4096 bytes, times 5 when escaped
-MAX_TARGET_ONLY = 1 << 30                   # bytes that a target's own entries may take: it must not fill our memory
+MAX_ENTRIES = 1 << 31                       # bytes that the entries of one target's plan may take: it must not fill our memory
 STDERR_KEPT = 1 << 15                       # bytes of a program's stderr that are kept, of its head and of its tail
 STDOUT_LIMIT = 1 << 22                      # bytes of a program's stdout, where it is not read line by line
 FILE_LIMIT = 1 << 30                        # bytes of a config, key file, manifest ... that are read
 KILL_AFTER = 3.0                            # seconds from SIGTERM to SIGKILL
-PLANS_KEPT = 10                             # reviewed plans kept so that "apply --plan" can name differences
+PLANS_KEPT = 10                             # reviewed plans kept so that "apply --plan" can name differences,
+PLAN_KEPT_LIMIT = 1 << 25                   # of at most so many bytes
 LISTED = 20                                 # offenders, differences: the first ones, then a count
 KINDS = ("added", "modified", "missing", "leftover")
+POLICIES = {"missing": "delete", "modified": "overwrite"}       # what the config must allow for it
 HASHED_AT_ONCE = 64                         # source entries that a thread takes at a time
 DEFAULT_JOBS = 8
 DEFAULT_EXCLUDE = (".git/",)
@@ -163,11 +171,14 @@ RRSYNC_PLACES = (DEFAULT_RRSYNC, "/usr/local/bin/rrsync", "/opt/homebrew/bin/rrs
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"    # where sshd lives; often not in a user's PATH
 BREW_BIN = ("/opt/homebrew/bin", "/usr/local/bin", "/home/linuxbrew/.linuxbrew/bin")
 # A key that can write into one of these, or into a directory that contains one, is as good as a shell.
-SHELL_PLACES = ("/bin", "/boot", "/dev", "/etc/cron.d", "/etc/cron.daily", "/etc/cron.hourly", "/etc/init.d", "/etc/ld.so.conf.d",
-                "/etc/pam.d", "/etc/profile.d", "/etc/ssh", "/etc/sudoers.d", "/etc/systemd", "/lib", "/lib64", "/proc",
-                "/root/.ssh", "/run/systemd", "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/sbin",
-                "/usr/sbin", "/var/spool/cron")
-SHELL_PLACES_AT_HOME = (".ssh", ".config/systemd", ".config/autostart", ".local/bin", "bin")
+SHELL_PLACES = ("/bin", "/boot", "/dev", "/etc/NetworkManager", "/etc/apt", "/etc/cron.d", "/etc/cron.daily",
+                "/etc/cron.hourly", "/etc/cron.monthly", "/etc/cron.weekly", "/etc/dbus-1", "/etc/init.d", "/etc/ld.so.conf.d",
+                "/etc/logrotate.d", "/etc/modprobe.d", "/etc/network", "/etc/pam.d", "/etc/profile.d", "/etc/rc.d",
+                *("/etc/rc%s.d" % level for level in "0123456S"), "/etc/ssh", "/etc/sudoers.d", "/etc/systemd", "/etc/udev",
+                "/etc/update-motd.d", "/etc/xdg", "/lib", "/lib32", "/lib64", "/proc", "/root/.ssh", "/run/systemd", "/run/udev",
+                "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/libexec", "/usr/local/bin", "/usr/local/lib", "/usr/local/sbin",
+                "/usr/sbin", "/var/lib/dpkg", "/var/lib/rpm", "/var/spool/cron")
+SHELL_PLACES_AT_HOME = (".ssh", ".config", ".local/bin", ".local/lib", ".local/share/systemd", "bin")
 # Login shells in which single quotes mean what POSIX says; others get only paths that need no quoting.
 POSIX_SHELLS = ("sh", "bash", "dash", "ash", "ksh", "ksh93", "mksh", "zsh", "busybox", "rbash")
 NO_LOGIN_SHELLS = ("nologin", "false", "true", "sync")
@@ -218,7 +229,8 @@ SYMPTOMS = (
     ("key-file", r"UNPROTECTED PRIVATE KEY|Load key .*(?:Permission denied|invalid format|error in libcrypto)",
              "ssh cannot use our private key; run: offsync doctor"),
     ("key-refused", r"Permission denied \([a-z]|Too many authentication failures",
-             "it refused our key; run there: offsync link --path {path}, with the key that 'offsync init' prints"),
+             "it refused our key; run there: offsync link --path {path}, with the key that 'offsync init' prints, and with "
+             "--from, if at all, for the address of this controller"),
     ("busy-sshd", r"kex_exchange_identification|ssh_exchange_identification|Connection (?:closed|reset) by",
              "sshd closed the connection before logging in; it is overloaded (MaxStartups) or blocks us"),
     ("session-refused", r"[Ss]ession open refused|session request failed|open failed: connect failed",
@@ -465,7 +477,7 @@ def show_text(text: str) -> str:
 
 def quote_answer(stderr: bytes) -> str:
     """Return the end of what a program said, on one line, safe for a terminal, at most 300 characters."""
-    lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines() if line.strip("^~ \t")]    # Python's marks
     text = " | ".join(lines[-4:])
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= 300 else "..." + text[-297:]
@@ -526,9 +538,10 @@ def diagnose(target: Target, stderr: bytes) -> TargetError:
 # config.yaml: a strict subset of YAML. What is accepted means the same to any YAML 1.1 or 1.2 parser; the rest is
 # refused by line. Top-level "key: value", lists of scalars, lists of mappings, comments.
 _YAML_KEY = re.compile(r"(?!(?i:y|n|yes|no|on|off|true|false|null):)([A-Za-z_][A-Za-z0-9_]*):(?= |$)")
-_YAML_SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|' r"'(?:[^']|'')*'" r"|\[ *\]|[A-Za-z0-9/][A-Za-z0-9_./@+-]*")
+# In double quotes, the escapes that JSON and every YAML share; no surrogates.
+_YAML_SCALAR = re.compile(r'"(?:[^"\\]|\\["\\bfnrt]|\\u(?![dD][89A-Fa-f])[0-9A-Fa-f]{4})*"'
+                          r"|'(?:[^']|'')*'|\[ *\]|[A-Za-z0-9/][A-Za-z0-9_./@+-]*")
 _YAML_END = re.compile(r" *$| +#")
-_YAML_ESCAPE = re.compile(r'\\(?:(["\\ntr])|x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.?))')
 _YAML_FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]")
 # Plain words that some YAML parser takes for a boolean, a null or a merge.
 _YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
@@ -542,23 +555,10 @@ class YamlError(ValueError):
         self.line = line
 
 
-def _parse_yaml_escape(match: re.Match[str]) -> str:
-    """Return the character of one escape in double quotes."""
-    simple, two, four, eight, other = match.groups()
-    if other is not None:
-        raise ValueError("unsupported escape \\%s in double quotes" % other)
-    if simple:
-        return {"n": "\n", "t": "\t", "r": "\r"}.get(simple, str(simple))
-    code = int(two or four or eight, 16)
-    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
-        raise ValueError("an escape that is no character")
-    return chr(code)
-
-
 def _parse_yaml_value(text: str) -> Any:
     """Return the value of one scalar token."""
     if text[0] == '"':
-        return _YAML_ESCAPE.sub(_parse_yaml_escape, text[1:-1])
+        return json.loads(text)
     if text[0] == "'":
         return text[1:-1].replace("''", "'")
     if text[0] == "[":
@@ -579,7 +579,8 @@ def _parse_yaml_scalar(line: str, number: int, start: int) -> Optional[Scalar]:
     start = len(line) - len(line[start:].lstrip(" "))
     match = _YAML_SCALAR.match(line, start)
     if not match or not _YAML_END.match(line, match.end()):
-        raise ValueError("unsupported value; quote it: %s" % json.dumps(line[start:].strip()))
+        raise ValueError("unsupported value, quoting or escape (quotes and escapes as in JSON always do): %s"
+                         % json.dumps(line[start:].strip()))
     if "\t" in match.group():
         raise ValueError("a tab in a value; write \\t in double quotes")
     return Scalar(_parse_yaml_value(match.group()), number, start, match.end())
@@ -653,13 +654,8 @@ def parse_yaml(text: str) -> Document:
 
 
 def format_yaml(value: Any) -> str:
-    """Return a scalar as any YAML parser reads it back; text always in double quotes."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c.isprintable() else "\\U%08x" % ord(c) for c in escaped) + '"'
+    """Return a scalar as any YAML parser reads it back; text in double quotes. Our values hold nothing that YAML forbids."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def format_new_config(source: str) -> str:
@@ -684,30 +680,28 @@ def _replace_target(lines: list[str], item: dict[str, Scalar], target: Target) -
             extra.append(" " * item[""].start + "%s: %s" % (key, format_yaml(value)))
     end = max(scalar.line for scalar in item.values()) + 1
     lines[end:end] = extra
-    if "port" in item and target.port is None:      # a port is not given any more; beside the dash, 22 takes its place
-        if item["port"].line == item[""].line:
-            replace_scalar(lines, item["port"], 22)
-        else:
-            del lines[item["port"].line]
+    if "port" in item and target.port is None:      # a port is not given any more; beside the dash, the next pair takes its place
+        line = item["port"].line
+        if line == item[""].line:
+            following = min(scalar.line for scalar in item.values() if scalar.line > line)
+            lines[line] = lines[line][:item[""].start] + lines[following].lstrip(" ")
+            line = following
+        del lines[line]
 
 
 def add_target_lines(text: str, target: Target) -> str:
     """Return config text with this target added, or replaced where its login stands already."""
     document = parse_yaml(text)
-    lines, node, dash = document.lines, document.nodes.get("targets"), 2
+    lines, node, dash = document.lines, document.nodes["targets"], 2
     if isinstance(node, list):
         for item in node:
             if item["login"].value == target.login:
                 _replace_target(lines, item, target)
                 return "\n".join(lines)
         end, dash = max(scalar.line for scalar in node[-1].values()) + 1, lines[node[0][""].line].index("-")
-    elif node:                              # targets: []
+    else:                                   # targets: []
         end, line = node.line + 1, lines[node.line]
         lines[node.line] = (line[:node.start].rstrip(" ") + line[node.end:]).rstrip(" ")
-    else:
-        while lines and not lines[-1].strip():
-            lines.pop()
-        end, lines = len(lines) + 1, [*lines, "targets:", ""]
     pairs = ["%s: %s" % (key, format_yaml(value)) for key, value in target._asdict().items() if value is not None]
     lines[end:end] = [" " * dash + ("  " if index else "- ") + pair for index, pair in enumerate(pairs)]
     return "\n".join(lines)
@@ -818,21 +812,23 @@ def parse_manifest(data: bytes) -> dict[bytes, str]:
 
 _LOGIN = re.compile(r"(?P<user>[A-Za-z0-9_.][A-Za-z0-9_.@+\\-]*\$?)@"
                     r"(?P<host>\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?\]|[A-Za-z0-9_][A-Za-z0-9_.-]*)", re.ASCII)
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
 
 
 def validate_login(login: str) -> tuple[str, str]:
     """Return (user, host) of user@host; an IPv6 literal stands in brackets and loses them here."""
     match = _LOGIN.fullmatch(login)
     if not match or len(login) > 320:
-        raise UsageError("login %s: it is not of the form user@host (user@[address] for IPv6)" % show_text(login))
+        raise UsageError("login %s: it is not of the form user@host (user@[address] for IPv6; a port goes into --port)"
+                         % show_text(login))
     return match["user"], match["host"].strip("[]")
 
 
 def validate_absolute_path(path: str, what: str) -> str:
     """Return the path normalised. It must be absolute and free of control characters and undecodable bytes."""
     if not path.startswith("/") or _CONTROL.search(path) or len(os.fsencode(path)) > 4000:
-        raise UsageError("%s %s: it must be an absolute path without control characters" % (what, show_text(path)))
+        raise UsageError("%s %s: it must be an absolute path in UTF-8, of at most 4000 bytes, without control "
+                         "characters" % (what, show_text(path)))
     return posixpath.normpath("/" + path.lstrip("/"))
 
 
@@ -860,7 +856,7 @@ _TOP_KEYS: dict[str, _Rule] = {
     "jobs": ("a number from 1 to 1000", int, DEFAULT_JOBS, lambda number: 1 <= number <= 1000),
     "bwlimit": ("a number of KiB/s", int, 0, None),
     "compress": ("true or false", bool, False, None),
-    "targets": ("a list of targets", list, [], None)}
+    "targets": ("a list of targets, or []", list, ..., None)}
 _TARGET_KEYS: dict[str, _Rule] = {
     "login": ("user@host (user@[address] for IPv6)", str, ..., validate_login),
     "user": ("the user of login", str, ..., None),
@@ -874,7 +870,7 @@ def validate_config(text: str, filename: str) -> tuple[Config, Document]:
     """Return the config and its document; every refusal names file, line and what is allowed."""
     def refuse(line: int, message: str) -> NoReturn:
         """Raise with file and line."""
-        raise UsageError("%s:%d: %s; correct the line" % (filename, line + 1, message))
+        raise UsageError("%s:%d: %s; correct that" % (filename, line + 1, message))
 
     def check(nodes: dict[str, Any], rules: dict[str, _Rule], lines: dict[str, int], first: int) -> dict[str, Any]:
         """Return the values of a mapping, defaults included."""
@@ -960,14 +956,14 @@ def validate_link_path(path: str, protected: Iterable[str]) -> str:
     return real
 
 
-def validate_forced_command(words: Sequence[str], path: str, shell: str) -> str:
+def validate_forced_command(words: Sequence[str], path: str, shell: str, language: str = "") -> str:
     """Return the forced command; refused where the user's shell might read its quoting differently."""
     command = format_forced_command(words, path)
     needs_quotes = command != " ".join([*words, "-wo", path])
     if needs_quotes and os.path.basename(shell) not in POSIX_SHELLS:
         raise UsageError("path %s: it cannot be quoted safely for the login shell %s; choose a path of letters, "
                          "digits and /._-" % (show_text(path), show_text(shell)))
-    if os.path.basename(words[0]) == "perl" and re.search(r"[^A-Za-z0-9/._+@%:,=-]", path):
+    if language == "perl" and re.search(r"[^A-Za-z0-9/._+@%:,=-]", path):
         raise UsageError("path %s: the Perl rrsync cannot take it safely; choose a path of letters, digits and /._-"
                          % show_text(path))
     return command
@@ -1048,14 +1044,9 @@ def _read_output(process: "subprocess.Popen[bytes]", deadline: Optional[float], 
             selector.register(stream, selectors.EVENT_READ)
         while True:
             ended = process.poll() is not None
-            ready = selector.select(0 if ended else 0.1) if selector.get_map() else []
+            ready = selector.select(0 if ended else 0.1)
             if ended and not ready:
                 break
-            if not selector.get_map():
-                try:
-                    process.wait(0.1)
-                except subprocess.TimeoutExpired:
-                    pass                    # it closed its pipes and goes on
             for key, _ in ready:
                 chunk = os.read(key.fd, 1 << 18)
                 if not chunk:
@@ -1324,11 +1315,13 @@ class Home:
     def lock(self, what: str) -> None:
         """Take the writers' lock until offsync ends; the loser says who holds it."""
         path = os.path.join(self.path, "lock")
-        self.locked = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            self.locked = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            raise UsageError("%s: it does not exist; run first: offsync init --source DIR" % show_text(self.path)) from None
         except BlockingIOError:
-            holder = quote_answer(os.read(self.locked, 200)) or "another offsync"
+            holder = quote_answer(read_file(path, "lock", "")) or "another offsync"
             raise OffsyncError("%s is running and holds the lock %s; try again when it has finished" % (holder, path)) from None
         os.ftruncate(self.locked, 0)
         os.pwrite(self.locked, b"offsync %s (process %d)\n" % (what.encode(), os.getpid()), 0)
@@ -1340,7 +1333,7 @@ class Home:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             line = data[:error.start].count(b"\n") + 1
-            raise UsageError("%s:%d: not UTF-8; correct the line" % (self.config, line)) from None
+            raise UsageError("%s:%d: not UTF-8; correct that" % (self.config, line)) from None
         return (*validate_config(text, self.config), text)
 
     def open_log(self) -> int:
@@ -1366,9 +1359,8 @@ def check_private(path: str) -> None:
                            % (show_text(path), mode, mode & 0o700, shlex.quote(path)))
 
 
-def append_log(log: int, record: dict[str, Any]) -> None:
+def append_log(log: int, line: bytes) -> None:
     """Append one record with one write."""
-    line = (json.dumps(record, sort_keys=True) + "\n").encode()
     try:
         if os.write(log, line) != len(line):
             raise OSError(28, "No space left on device")
@@ -1441,7 +1433,7 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
     """Return (path, version) of a real rsync, new enough: $OFFSYNC_RSYNC, PATH's, or brew's (macOS ships openrsync)."""
     named = os.environ.get("OFFSYNC_RSYNC")
     candidates = [named] if named else [shutil.which("rsync"), *(os.path.join(place, "rsync") for place in BREW_BIN)]
-    problem = "the program is not installed"
+    problem = "%s, which OFFSYNC_RSYNC names, is no program" % show_text(named) if named else "the program is not installed"
     for path in candidates:
         if not path or not shutil.which(path):
             continue
@@ -1466,8 +1458,8 @@ def warn_of_old_rsync() -> None:
              "distribution patched them; update it" % version)
 
 
-def find_rrsync(wanted: Optional[str]) -> tuple[str, list[str]]:
-    """Return (path, command words) of rrsync on this machine: at the wanted place or, for None, a known one.
+def find_rrsync(wanted: Optional[str]) -> tuple[str, list[str], str]:
+    """Return (path, command words, "python3", "perl" or "") of rrsync here: at the wanted place or, for None, a known one.
 
     A script that is not executable is run through the interpreter that its first line names.
     """
@@ -1479,12 +1471,13 @@ def find_rrsync(wanted: Optional[str]) -> tuple[str, list[str]]:
                                "/usr/local/bin/rrsync" % (path, path))
         if not os.path.isfile(path):
             continue
-        if os.access(path, os.X_OK):
-            return path, [path]
         first = read_file(path, "rrsync", "")[:200].split(b"\n")[0]
-        for name in ("python3", "perl"):
-            if name.encode() in first and shutil.which(name):
-                return path, ["/usr/bin/" + name if os.path.exists("/usr/bin/" + name) else str(shutil.which(name)), path]
+        language = next((name for name in ("python3", "perl") if name.encode() in first), "")
+        if os.access(path, os.X_OK):
+            return path, [path], language
+        interpreter = "/usr/bin/" + language if os.path.exists("/usr/bin/" + language) else shutil.which(language)
+        if language and interpreter:
+            return path, [interpreter, path], language
         raise OffsyncError("rrsync %s: it is not executable and its interpreter is missing; run: install -m 755 %s "
                            "/usr/local/bin/rrsync" % (path, path))
     if wanted:
@@ -1525,7 +1518,8 @@ def scan_source(source: bytes) -> tuple[list[tuple[bytes, str]], int]:
         PROGRESS.update("source", "scanning " + show(directory or b"."))
         try:
             with os.scandir(os.path.join(source, directory)) as entries:
-                for count, entry in enumerate(entries, count + 1):
+                for entry in entries:
+                    count += 1
                     path = prefix + entry.name
                     if entry.name == STAGING:
                         offenders.append((path, "rsync reserves the name .~tmp~ for itself; rename it"))
@@ -1592,37 +1586,58 @@ class SourceReader:
         self.entries: dict[bytes, bytes] = {}           # path -> SourceEntry.pack(), b"" until it is described
         self.errors: dict[bytes, str] = {}
         self.batch: list[bytes] = []        # a queue costs as much for one as for many
-        self.wanted: queue.Queue[list[bytes]] = queue.Queue()
+        self.wanted: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
+        self.pending = 0                    # entries that are not described yet
         self.threads = 0
-        self.lock = threading.Lock()
+        self.condition = threading.Condition()
 
     def want(self, path: bytes) -> None:
         """Have an entry described in the background."""
-        with self.lock:
+        with self.condition:
             if path in self.entries:
                 return
             self.entries[path] = b""
+            self.pending += 1
             self.batch.append(path)
             if len(self.batch) >= HASHED_AT_ONCE:
-                self._hand_over()
+                self._hand_over(self.batch)
+                self.batch = []
 
-    def _hand_over(self) -> None:
-        """Give the batch to a thread; starts as many as are of use."""
-        self.wanted.put(self.batch)
-        self.batch = []
+    def flush(self) -> None:
+        """Have the rest described too, one at a time: these may be large files, and all threads shall have a share."""
+        with self.condition:
+            for path in self.batch:
+                self._hand_over([path])
+            self.batch = []
+
+    def _hand_over(self, paths: list[bytes]) -> None:
+        """Give a batch to a thread; starts as many as are of use."""
+        self.wanted.put(paths)
         if self.threads < min(os.cpu_count() or 1, 4):
             self.threads += 1
             threading.Thread(target=self._work, daemon=True).start()
 
+    def _work(self) -> None:
+        """Describe wanted entries, in a daemon thread."""
+        while True:
+            paths = self.wanted.get()
+            for path in paths:
+                try:
+                    self.entries[path] = describe_entry(self.source, path).pack()
+                except (OSError, ValueError, struct.error) as error:
+                    self.errors[path] = getattr(error, "strerror", None) or str(error)
+            with self.condition:
+                self.pending -= len(paths)
+                if not self.pending:
+                    self.condition.notify_all()
+
     def wait(self) -> None:
         """Return when every wanted entry is described; raise for those that vanished or cannot be read."""
-        with self.lock:
-            if self.batch:
-                self._hand_over()
-        with self.wanted.all_tasks_done:    # queue.join(), with progress
-            while self.wanted.unfinished_tasks:
-                PROGRESS.update("source", "hashing, up to %d entries to go" % (self.wanted.unfinished_tasks * HASHED_AT_ONCE))
-                self.wanted.all_tasks_done.wait(0.2)
+        self.flush()                        # also where a pass failed before it could do so
+        with self.condition:
+            while self.pending:
+                PROGRESS.update("source", "hashing, %s to go" % plural(self.pending, "entry", "entries"))
+                self.condition.wait(0.2)
         PROGRESS.update("source", None)
         if self.errors:
             raise OffsyncError("source: it changed during the plan: %s; plan again"
@@ -1643,35 +1658,24 @@ class SourceReader:
         except (OSError, ValueError):
             return True
 
-    def _work(self) -> None:
-        """Describe wanted entries, in a daemon thread."""
-        while True:
-            for path in self.wanted.get():
-                try:
-                    self.entries[path] = describe_entry(self.source, path).pack()
-                except (OSError, ValueError, struct.error) as error:
-                    self.errors[path] = getattr(error, "strerror", None) or str(error)
-            self.wanted.task_done()
 
+def marked(item_format: bytes, on_item: Callable[[bytes], None],
+           on_other: Callable[[bytes], None] = lambda line: None) -> tuple[bytes, Callable[[bytes], None]]:
+    """Return the --out-format for rsync, and who takes its output: items begin with an unguessable marker.
 
-def _new_marker() -> bytes:
-    """Return an unguessable prefix: no other output of rsync's, nor anything a target sends, can look like a line."""
-    return b"offsync-" + os.urandom(9).hex().encode() + b":"
+    So no other output of rsync's, nor anything a target sends, can look like an item.
+    """
+    marker = b"offsync-" + os.urandom(9).hex().encode() + b":"
+    return b"--out-format=" + marker + item_format, lambda line: (
+        on_item(line[len(marker):]) if line.startswith(marker) else on_other(line))
 
 
 def included_names(rsync: str, source: bytes, exclude: Sequence[str], complete: bool = True) -> set[bytes]:
     """Return the paths that the excludes leave, as rsync itself applies them; complete raises if any is unreadable."""
-    marker = _new_marker()
     names: set[bytes] = set()
-
-    def on_line(line: bytes) -> None:
-        """Keep the lines that carry the marker."""
-        if line.startswith(marker):
-            names.add(parse_rsync_name(line[len(marker):]).rstrip(b"/"))
-
-    result = run([rsync, *RSYNC_ALWAYS, *RSYNC_LIST, *("--exclude=" + pattern for pattern in exclude),
-                  b"--out-format=" + marker + b"%n", "--", source.rstrip(b"/") + b"/", "/nonexistent/%s/" % os.urandom(8).hex()],
-                 on_line=on_line)
+    out_format, on_line = marked(b"%n", lambda name: names.add(parse_rsync_name(name).rstrip(b"/")))
+    result = run([rsync, *RSYNC_ALWAYS, *RSYNC_LIST, *("--exclude=" + pattern for pattern in exclude), out_format, "--",
+                  source.rstrip(b"/") + b"/", "/nonexistent/%s/" % os.urandom(8).hex()], on_line=on_line)
     if complete and result.status != 0:
         raise OffsyncError("%s: it cannot be read completely; mend that, then try again (rsync said: %s)"
                            % (show(source), quote_answer(result.stderr)))
@@ -1712,9 +1716,9 @@ class Run:
         self.reader = SourceReader(self.source)
         self.entries = 0                    # of the source, once apply has checked it
         self.numbers = itertools.count()
-        newer = run([self.ssh, *SSH_NEWER_OPTIONS, "-G", "--", "localhost"], deadline=SESSION_DEADLINE).status == 0
-        self.ssh_options = [*(SSH_NEWER_OPTIONS if newer else ()), *SSH_OPTIONS]
         self.scratch = make_scratch()
+        self.empty = os.fsencode(os.path.join(self.scratch, "empty"))       # the source of dry runs that only ask
+        os.mkdir(self.empty)
         self.guard_pid, CHILDREN.guard = start_guard(self.scratch, self.ssh)
 
     def __enter__(self) -> "Run":
@@ -1738,13 +1742,14 @@ class Connection:
         self.socket = os.path.join(shared.scratch, "%d" % next(shared.numbers))      # a name of its own
         self.known_hosts = known_hosts
         self.direct = False                 # True: no multiplexing, one connection for each session
+        self.path_proved = False            # then it is proved again whenever the connection must be opened again
         self.free_at = 0.0                  # when an rsync that failed there has ended (time.monotonic())
 
     def options(self) -> list[str]:
         """Return the options of a connection of its own."""
         home, port = self.shared.home, self.target.port
         files = '"%s" ~/.ssh/known_hosts ~/.ssh/known_hosts2' % home.known_hosts
-        return [*self.shared.ssh_options, *SSH_STRICT, "-o", "UserKnownHostsFile=" + (self.known_hosts or files),
+        return [*SSH_OPTIONS, "-o", "UserKnownHostsFile=" + (self.known_hosts or files),
                 "-o", 'IdentityFile="%s"' % home.key, *(["-o", "Port=%d" % port] if port else [])]
 
     def session_options(self) -> list[str]:
@@ -1772,6 +1777,8 @@ class Connection:
             if not failure or failure.kind == "session-refused":
                 self._open_directly()
                 return
+            if failure.kind == "host-key-changed":
+                raise explain_changed_host_key(self.shared, self.target, failure)
             if failure.kind not in RETRIED or delay is None or CHILDREN.stopping:
                 raise failure
             time.sleep(delay)
@@ -1818,6 +1825,10 @@ class Connection:
         """Open the connection (again, with its proof) unless it is open."""
         if not self.direct and not os.path.exists(self.socket):
             self.open()
+            if self.path_proved:
+                self.path_proved = False    # prove_path comes here too
+                raise_if_open(self.target, [prove_path(self)])
+                self.path_proved = True
 
     def session(self, options: Sequence[str], command: str) -> Result:
         """Run one ssh session for a proof."""
@@ -1831,25 +1842,22 @@ class Connection:
         return ["-e", shell, "--"], "%s@%s:%s" % (self.target.user, host, path)
 
     def rsync(self, options: Sequence[str], *, source: Optional[bytes] = None, stdin: Optional[BinaryIO] = None,
-              on_item: Callable[[bytes], None] = lambda line: None, item_format: str = "%i %n", path: str = ".",
-              on_other: Optional[Callable[[bytes], None]] = None, deadline: Optional[float] = None,
+              on_item: Callable[[bytes], None] = lambda line: None, item_format: bytes = b"%i %n", path: str = ".",
+              on_other: Callable[[bytes], None] = lambda line: None, deadline: Optional[float] = None,
               last_words: bool = False) -> Result:
         """Run one rsync to the target and give each itemized line to on_item. A lock or a busy sshd is waited for.
 
         stdin is an open file, read from its current position (again for each attempt).
         """
-        marker = _new_marker()
-        seen = 0
+        seen = False
 
-        def on_line(line: bytes) -> None:
-            """Keep the lines that carry the marker."""
+        def on_any_item(line: bytes) -> None:
+            """Take note that it works."""
             nonlocal seen
-            if line.startswith(marker):
-                seen += 1
-                on_item(line[len(marker):])
-            elif on_other:
-                on_other(line)
+            seen = True
+            on_item(line)
 
+        out_format, on_line = marked(item_format, on_any_item, on_other)
         start = stdin.tell() if stdin else 0
         for delay in (*RETRY_DELAYS, None):
             if not last_words:
@@ -1858,7 +1866,7 @@ class Connection:
             words, destination = self.rsync_words(path)
             if stdin:
                 os.lseek(stdin.fileno(), start, os.SEEK_SET)
-            result = run([self.shared.rsync, *RSYNC_ALWAYS, *options, b"--out-format=" + marker + item_format.encode(), *words,
+            result = run([self.shared.rsync, *RSYNC_ALWAYS, *options, out_format, *words,
                           (source or self.shared.source).rstrip(b"/") + b"/", destination],
                          stdin=stdin.fileno() if stdin else subprocess.DEVNULL, on_line=on_line, deadline=deadline,
                          last_words=last_words)
@@ -1884,7 +1892,7 @@ def fetch_host_keys(shared: Run, target: Target) -> list[str]:
     ssh connects without authenticating, so ProxyJump, HostKeyAlias and Port of ssh_config hold (ssh-keyscan knows none).
     """
     lines = []
-    path = os.path.join(shared.scratch, "fetched")
+    path = os.path.join(shared.scratch, "fetched-%d" % next(shared.numbers))
     connection = Connection(shared, target, path)
     stderr = b""
     for family in HOST_KEY_FAMILIES:        # ssh takes the first value of each option
@@ -1918,19 +1926,6 @@ def explain_changed_host_key(shared: Run, target: Target, error: TargetError) ->
                        "with: offsync target add %s" % (*described, target.add_arguments), error.kind)
 
 
-def open_connection(shared: Run, target: Target, known_hosts: Optional[str] = None) -> Connection:
-    """Return an open, proved connection; the error of a changed host key shows both fingerprints."""
-    connection = Connection(shared, target, known_hosts)
-    try:
-        connection.open()
-    except TargetError as error:
-        connection.close()
-        if error.kind != "host-key-changed":
-            raise
-        raise explain_changed_host_key(shared, target, error) from None
-    return connection
-
-
 def choose_host_keys(target: Target, lines: Sequence[str], wanted: Optional[str]) -> list[str]:
     """Return the known_hosts lines to store: the one with the wanted fingerprint, or all, after a typed "yes"."""
     described = [(line, "%s (%s)" % key[1:]) for line in lines for key in fingerprints([line])]
@@ -1958,7 +1953,10 @@ def store_host_keys(shared: Run, lines: Sequence[str]) -> None:
     path, old = os.path.join(shared.scratch, "known_hosts"), b""
     if os.path.exists(shared.home.known_hosts):
         shutil.copyfile(shared.home.known_hosts, path)
-        run([program("ssh-keygen"), "-R", name, "-f", path], deadline=SESSION_DEADLINE)
+        removed = run([program("ssh-keygen"), "-R", name, "-f", path], deadline=SESSION_DEADLINE)
+        if removed.status != 0:             # the old key would go on being trusted
+            raise OffsyncError("known_hosts %s: ssh-keygen cannot edit it; mend that, then try again (it said: %s)"
+                               % (shared.home.known_hosts, quote_answer(removed.stderr)))
         old = read_file(path, "known_hosts", "")
     if old and not old.endswith(b"\n"):
         old += b"\n"
@@ -1974,13 +1972,6 @@ class Proof(NamedTuple):
     answer: str
 
 
-def empty_directory(shared: Run) -> bytes:
-    """Return an empty directory: the source of dry runs that only ask."""
-    path = os.path.join(shared.scratch, "empty")
-    os.makedirs(path, exist_ok=True)
-    return os.fsencode(path)
-
-
 def prove_path(connection: Connection) -> Proof:
     """Try, as a dry run, to write to an absolute path whose parent does not exist.
 
@@ -1989,7 +1980,7 @@ def prove_path(connection: Connection) -> Proof:
     expected = os.fsencode(connection.target.remote_path)
     tried, marker = "write to a path outside", os.urandom(8).hex().encode()
     for _ in range(5):                      # a dying rsync now and then loses its last words
-        result = connection.rsync(("-n", "-r"), source=empty_directory(connection.shared), path="/%s/x" % marker.decode(),
+        result = connection.rsync(("-n", "-r"), source=connection.shared.empty, path="/%s/x" % marker.decode(),
                                   deadline=SESSION_DEADLINE)
         complaint = parse_rsync_name(result.stderr)
         found = re.search(rb' "(/[^\n]*?)/*' + marker, complaint)
@@ -2001,7 +1992,11 @@ def prove_path(connection: Connection) -> Proof:
             return Proof(tried, False, "its key writes below %s, not below %s" % (show(found.group(1)), show(expected)))
         if not result.stderr.startswith(SILENT):
             break
-    return Proof(tried, None, "it does not tell where it writes (%s)" % (quote_answer(result.stderr) or "no answer"))
+    failure = diagnose(connection.target, result.stderr)
+    if failure.kind == "other":
+        failure.why = ("it does not tell where its key writes, so nothing was sent; is its forced command rrsync, of the same "
+                       "release as rsync there? (it said: %s)" % (quote_answer(result.stderr) or "nothing"))
+    raise failure
 
 
 def _prove_forwarding(connection: Connection) -> list[Proof]:
@@ -2023,7 +2018,7 @@ def _prove_forwarding(connection: Connection) -> list[Proof]:
 
 def prove_restriction(connection: Connection) -> list[Proof]:
     """Try on an open connection what the key must not do, and that it can write; return what happened, no file sent."""
-    target, empty = connection.target, empty_directory(connection.shared)
+    target, empty = connection.target, connection.shared.empty
     read, (words, files) = connection.session((), "cat /etc/passwd"), connection.rsync_words(".")
     pulled = run([connection.shared.rsync, "-n", "-r", *words, files, empty + b"/"], deadline=SESSION_DEADLINE)
     marker = os.urandom(8).hex()
@@ -2072,11 +2067,10 @@ def json_entry(change: Change, reader: SourceReader) -> dict[str, Any]:
 class TargetPlan:
     """The plan of one target; error says why there is none."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, connection: Connection) -> None:
+        self.connection, self.target = connection, connection.target
         self.error: Optional[str] = None
         self.changes: list[Change] = []     # sorted by path
-        self.connection: Optional[Connection] = None
 
     def of(self, *kinds: str) -> list[Change]:
         """Return the changes of these kinds."""
@@ -2112,18 +2106,11 @@ def find_leftovers(shared: Run, target: Target, missing: Sequence[Change]) -> se
     .~tmp~/NAME is one if NAME is in the source or in the journal of an unfinished apply of this controller; .NAME.XXXXXX is
     one if NAME is in that journal, and XXXXXX looks random.
     """
-    if not missing:
-        return set()
-    journal = os.path.join(shared.home.unfinished, target.login)
     sending: set[bytes] = set()
-    try:
-        with open(journal, "rb") as stream:
-            sending.update(base64.b64decode(name) for name in json.loads(stream.readline())["leftover"])
+    if missing:
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(shared.home.unfinished, target.login), "rb") as stream:
+            stream.readline()               # the record
             sending.update(name[2:] for name in stream.read().split(b"\0"))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        warn("%s: an unfinished apply's journal cannot be read (%s)" % (journal, error))
     sending.update([*map(temporary_name, sending)])
     found, foreign, staging = set(), set(), set()
     for path, directory in ((change.path, change.directory) for change in missing):
@@ -2152,7 +2139,7 @@ def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iter
 
     A reader has the changed source entries hashed while rsync is still comparing.
     """
-    login, found, room = connection.target.login, [], MAX_TARGET_ONLY
+    login, found, room = connection.target.login, [], MAX_ENTRIES
 
     def on_item(line: bytes) -> None:
         """Take one line; raises TargetError for what is no itemized line."""
@@ -2164,16 +2151,17 @@ def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iter
         if not change:
             return
         found.append(change)
-        if change.kind == "missing":
-            room -= sys.getsizeof(change.path) + 150
-            if room < 0:
-                raise TargetError(login, "it reports too many entries of its own; is its path the right one?")
-        elif reader:
+        room -= sys.getsizeof(change.path) + 150
+        if room < 0:
+            raise TargetError(login, "it reports too many entries; is its path the right one?")
+        if reader and change.kind != "missing":
             reader.want(change.path)
 
     if paths is None:
         excludes = ["--exclude=" + pattern for pattern in connection.shared.config.exclude]
         result = connection.rsync((*options, *excludes), on_item=on_item, **more)
+        if reader:
+            reader.flush()
     else:
         # A bare name that begins with # or ; would be a comment to rsync.
         with name_list(connection.shared, (b"./" + path for path in paths)) as names:
@@ -2207,21 +2195,20 @@ def plan_target(shared: Run, target: Target, mode: str) -> TargetPlan:
 
     Where there is something to do, the key must really write below the configured path: it is proved then.
     """
-    plan, connection = TargetPlan(target), None
+    plan = TargetPlan(Connection(shared, target))
     PROGRESS.update(target.login, "connecting")
     try:
-        connection = open_connection(shared, target)
+        plan.connection.open()
         PROGRESS.update(target.login, "comparing")
-        plan.changes = classify(connection, itemize(connection, RSYNC_PLAN[mode], reader=shared.reader))
+        plan.changes = classify(plan.connection, itemize(plan.connection, RSYNC_PLAN[mode], reader=shared.reader))
         if plan.changes:
-            raise_if_open(target, [prove_path(connection)])
-            plan.connection = connection
+            raise_if_open(target, [prove_path(plan.connection)])
+            plan.connection.path_proved = True
     except (OffsyncError, OSError) as error:
         plan.error, plan.changes = getattr(error, "why", str(error)), []
-    finally:
-        if connection and not plan.connection:
-            connection.close()
-        PROGRESS.update(target.login, None)
+    if not plan.changes:
+        plan.connection.close()
+    PROGRESS.update(target.login, None)
     return plan
 
 
@@ -2259,27 +2246,24 @@ def canonical_plan(shared: Run, plans: Sequence[TargetPlan]) -> Iterator[str]:
             yield json.dumps(fields, sort_keys=True) + "\n"
 
 
-def identify(shared: Run, plans: Sequence[TargetPlan]) -> str:
-    """Return the plan ID."""
-    digest = hashlib.sha256()
+def identify(shared: Run, plans: Sequence[TargetPlan], keep: bool = False) -> str:
+    """Return the plan ID. keep stores the plan (best effort), so that "apply --plan" can name differences."""
+    digest, room = hashlib.sha256(), PLAN_KEPT_LIMIT if keep else 0
+    text: list[str] = []
     for line in canonical_plan(shared, plans):
         digest.update(line.encode())
+        room -= len(line)
+        if room > 0:
+            text.append(line)
+    if room > 0:
+        with contextlib.suppress(OSError, OffsyncError):
+            directory = shared.home.plans
+            make_directory(directory, 0o700)
+            kept = sorted((os.stat(os.path.join(directory, name)).st_mtime_ns, name) for name in os.listdir(directory))
+            for _, name in kept[:max(len(kept) - PLANS_KEPT + 1, 0)]:
+                os.unlink(os.path.join(directory, name))
+            write_atomically(os.path.join(directory, digest.hexdigest()), "".join(text).encode(), 0o600)
     return digest.hexdigest()
-
-
-def keep_plan(shared: Run, plans: Sequence[TargetPlan], plan_id: str) -> None:
-    """Keep a shown plan, so that "apply --plan" can name what changed since; best effort, the last PLANS_KEPT."""
-    directory = shared.home.plans
-    try:
-        make_directory(directory, 0o700)
-        kept = sorted((os.stat(os.path.join(directory, name)).st_mtime_ns, name) for name in os.listdir(directory))
-        for _, name in kept[:max(len(kept) - PLANS_KEPT + 1, 0)]:
-            os.unlink(os.path.join(directory, name))
-        descriptor = os.open(os.path.join(directory, plan_id), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.writelines(canonical_plan(shared, plans))
-    except (OSError, OffsyncError):
-        pass
 
 
 def check_plan_id(shared: Run, plans: Sequence[TargetPlan], wanted: str, plan_id: str) -> None:
@@ -2302,18 +2286,17 @@ def check_plan_id(shared: Run, plans: Sequence[TargetPlan], wanted: str, plan_id
 # --- Operations: what killed runs left --------------------------------------------------------------------------
 
 def open_journal(home: Home, plan: TargetPlan, record: dict[str, Any]) -> BinaryIO:
-    """Write the journal of one apply: a header line, then the names to send; return it open at the names.
+    """Write the journal of one apply: what operations.log must say should everything be killed, then names; return it open.
 
-    It is the list that rsync reads (--files-from) and, should everything be killed, what the next run knows. The header
-    has what operations.log must say then, and begins with whether it says so already; that one byte is set in place.
+    It stands at the names to send, for rsync's --files-from. Before them are those that an earlier apply was sending.
     """
     path = os.path.join(home.unfinished, plan.target.login)
     old = filter(None, (original_name(change.path) for change in plan.of("leftover")))
-    header = {"logged": 0, "leftover": [base64.b64encode(name).decode() for name in old], "record": record}
     try:
         descriptor = os.open(path + "~", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         stream = os.fdopen(descriptor, "w+b")
-        stream.write(json.dumps(header).encode() + b"\n")
+        stream.write(json.dumps(record, sort_keys=True).encode() + b"\n")
+        stream.writelines(b"./" + name + b"\0" for name in old)
         start = stream.tell()
         stream.writelines(b"./" + change.path + b"\0" for change in plan.of("added", "modified"))
         stream.flush()
@@ -2332,7 +2315,7 @@ def close_journal(path: str, finished: bool) -> None:
             os.unlink(path)
         else:
             with open(path, "r+b") as stream:
-                stream.write(b'{"logged": 1')
+                stream.write(b"#")          # in place of the record's brace
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -2340,21 +2323,15 @@ def close_journal(path: str, finished: bool) -> None:
 
 
 def log_killed_runs(home: Home, log: int) -> None:
-    """Log the runs that were killed before they could do so themselves; their journals say which."""
+    """Log the runs that were killed before they could do so themselves; their journals begin with the record."""
     for name in sorted(os.listdir(home.unfinished)):
         path = os.path.join(home.unfinished, name)
-        try:
-            with open(path, "rb") as stream:
-                header = json.loads(stream.readline())
-            if header["logged"]:
-                continue
-            said = "the apply to %(login)s of %(timestamp)s was killed; the next one finishes its job" % header["record"]
-            append_log(log, header["record"])
-            warn(said)
+        with open(path, "rb") as stream:
+            record = stream.readline()
+        if record.startswith(b"{") and record.endswith(b"\n"):
+            append_log(log, record)
+            warn("an apply to %s was killed; the next one finishes its job" % name.rstrip("~"))
             close_journal(path, name.endswith("~"))     # no login ends so: that run was killed before it sent anything
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            warn("%s: a journal cannot be read (%s); it is dropped" % (path, error))
-            close_journal(path, True)
 
 
 # --- Operations: transfer and verification ----------------------------------------------------------------------
@@ -2373,7 +2350,7 @@ class Delivery:
 
     def __init__(self, shared: Run, plan: TargetPlan, journal: Callable[[], BinaryIO]) -> None:
         self.shared, self.plan, self.journal = shared, plan, journal
-        self.login = plan.target.login
+        self.connection, self.login = plan.connection, plan.target.login
         self.sent = plan.of("added", "modified")
         kinds = ("missing", "leftover") if shared.config.delete else ("leftover",)
         self.deletable = {change.path: change.directory for change in plan.of(*kinds)}
@@ -2389,20 +2366,20 @@ class Delivery:
         try:
             if self.plan.error:
                 raise TargetError(self.login, self.plan.error)
-            if CHILDREN.stopping:
+            if CHILDREN.stopping:           # nothing of it was begun
+                self.different = {change.path for change in self.plan.changes}
                 raise TargetError(self.login, "interrupted before anything was sent")
             if self.plan.changes:
                 self._deliver()
         except (OffsyncError, OSError) as problem:
             self.result, self.error = "failed", getattr(problem, "why", str(problem))
-            if self.plan.connection and self.different is None:
+            if not self.plan.error and self.different is None:
                 self._find_out()
                 if self.different is None:
                     self.error += " (what arrived is unknown; run: offsync verify)"
             if CHILDREN.stopping:
                 self.result, self.error = "interrupted", "interrupted; apply again finishes the job"
-        if self.plan.connection:
-            self.plan.connection.close()
+        self.connection.close()
         PROGRESS.update(self.login, None)
         different = self.different if self.different is not None else {change.path for change in self.plan.changes}
         self.delivered = sorted({change.path for change in self.sent} - different)
@@ -2425,14 +2402,17 @@ class Delivery:
                 self._send(names)
         # Where all of the source was sent, one pass by hash says everything, and hashes no byte that was not sent.
         whole = len(self.sent) == self.shared.entries and not self.deletable
-        different, extraneous = self._compare("hash" if whole else "quick")
-        if extraneous & set(self.deletable) and not surprises:
-            surprises = self._delete(self.deletable, extraneous)
-            different, extraneous = self._compare("quick")
-        suspects = set() if whole else different | {change.path for change in self.sent}
-        if suspects:
+        suspects, extraneous = self._compare("hash" if whole else "quick")
+        paths = sorted(suspects | {change.path for change in self.sent})
+        if paths and not whole:
             PROGRESS.update(self.login, "verifying")
-            different = {item.path for item in itemize(self.connection, RSYNC_COMPARE, sorted(suspects))}
+            different = {item.path for item in itemize(self.connection, RSYNC_COMPARE, paths)}
+        else:
+            different = suspects
+        if extraneous & set(self.deletable) and not surprises and not different:    # what takes their place has arrived
+            surprises = self._delete(self.deletable, extraneous)
+            after, extraneous = self._compare("quick")
+            different = after - suspects
         self.different = different | extraneous
         if surprises:
             raise TargetError(self.login, "nothing was deleted, since new entries appeared there after the plan: %s; plan again"
@@ -2443,12 +2423,6 @@ class Delivery:
         moved = [show(change.path) for change in self.sent if self.shared.reader.changed(change.path)]
         if moved:
             raise TargetError(self.login, "the source changed during the run: %s; plan and apply again" % some_of(moved))
-
-    @property
-    def connection(self) -> Connection:
-        """Return the plan's connection; only a plan without changes has none."""
-        assert self.plan.connection
-        return self.plan.connection
 
     def _send(self, names: BinaryIO) -> None:
         """Send exactly the planned entries. How rsync ends says little; verification decides."""
@@ -2471,10 +2445,11 @@ class Delivery:
             if match:
                 done = int(re.sub(rb"[,.]", b"", match.group(1)))
                 PROGRESS.update(self.login, "sending %d%% of %s at %s %s" % (
-                    min(100 * done // max(total, 1), 100), format_bytes(total), match[2].decode(), match[3].decode()))
+                    min(100 * done // max(total, 1), 100), format_bytes(total), match[2].decode(),
+                    match[3].decode().replace("k", "K").replace("B", "iB")))     # it divides by 1024 (progress.c)
 
         PROGRESS.update(self.login, "sending %s" % format_bytes(total))
-        result = self.connection.rsync(options, stdin=names, on_item=on_item, on_other=on_other, item_format="%b %i %n")
+        result = self.connection.rsync(options, stdin=names, on_item=on_item, on_other=on_other, item_format=b"%b %i %n")
         if result.status != 0:
             raise diagnose(self.plan.target, result.stderr)
 
@@ -2648,6 +2623,7 @@ def read_key_argument(args: argparse.Namespace) -> PublicKey:
                                    .decode("utf-8", "replace"))
     program_on_stdin = sys.argv[0] in ("-", "")
     if not program_on_stdin and sys.stdin and not sys.stdin.isatty() and not stat.S_ISCHR(os.fstat(0).st_mode):
+        emit("reading the public key from standard input ...", error=True)
         return validate_public_key(sys.stdin.buffer.read(1 << 16).decode("utf-8", "replace"))
     return validate_public_key(ask("Paste the public key (the line that 'offsync init' prints): ",
                                    "give the key: --key 'ssh-ed25519 AAAA...' or --key-file FILE"))
@@ -2684,16 +2660,13 @@ def replace_authorized_key(key: PublicKey, line: Optional[str]) -> tuple[Callabl
     return write, was
 
 
-def sshd_is_running() -> bool:
-    """Return whether a process called sshd runs (/proc of Linux)."""
-    for entry in os.listdir("/proc"):
-        try:
-            if entry.isdigit():
-                with open("/proc/%s/comm" % entry, encoding="ascii", errors="replace") as stream:
-                    if stream.read().startswith("sshd"):
-                        return True
-        except OSError:
-            continue
+def is_listening(ports: Iterable[str]) -> bool:
+    """Return whether one of the TCP ports is listened on, by sshd or for it (systemd's sockets); proc(5), /proc/net/tcp."""
+    wanted = {"%04X" % int(port) for port in ports}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table, encoding="ascii") as stream:
+            if any(words[3] == "0A" and words[1].rpartition(":")[2] in wanted for words in map(str.split, stream)):
+                return True
     return False
 
 
@@ -2720,7 +2693,7 @@ def link_warnings(account: pwd.struct_passwd, sshd: dict[str, list[str]], delive
     if sshd and os.path.join(account.pw_dir, ".ssh/authorized_keys") not in expanded:
         yield "sshd reads keys from %s (AuthorizedKeysFile), not from ~/.ssh/authorized_keys; copy the line there" % (
             ", ".join(expanded))
-    if not os.environ.get("SSH_CONNECTION") and os.path.isdir("/proc/self") and not sshd_is_running():
+    if not os.environ.get("SSH_CONNECTION") and os.path.isdir("/proc/net") and not is_listening(sshd.get("port", ["22"])):
         yield "no sshd is running here; start it before you add the target (fine while an image is being built)"
 
 
@@ -2752,16 +2725,26 @@ def own_host_key() -> str:
 def cmd_link(args: argparse.Namespace) -> int:
     """Install the restricted key on this target and print the controller's command."""
     require_programs("target")
-    account = pwd.getpwuid(os.geteuid())
-    rrsync, words = find_rrsync(args.rrsync)
+    try:
+        account = pwd.getpwuid(os.geteuid())
+    except KeyError:
+        raise OffsyncError("link: the user ID %d has no account here, so sshd lets nobody log in as it; run link as one that has"
+                           % os.geteuid()) from None
+    rrsync, words, language = find_rrsync(args.rrsync)
     from_pattern = validate_from_pattern(args.from_pattern) if args.from_pattern is not None else ""
     state = Home()                          # a controller's files, offsync itself and rrsync must not be replaced
     module = globals().get("__file__", "")
     protected = [rrsync, state.config, state.key, state.known_hosts, state.log, state.plans, state.unfinished,
-                 *filter(os.path.exists, (sys.argv[0], module)), os.path.join(os.path.dirname(module), "__pycache__")]
+                 *filter(os.path.exists, (sys.argv[0], module))]
+    if os.path.exists(module):              # not "<stdin>"
+        protected.append(os.path.join(os.path.dirname(module), "__pycache__"))
     path = validate_link_path(os.path.expanduser("~/.offsync/sync") if args.path is None else args.path, protected)
-    command_line = validate_forced_command(words, path, account.pw_shell)
+    command_line = validate_forced_command(words, path, account.pw_shell, language)
     key = read_key_argument(args)
+    kept = re.match(r'from="([^"]*)",', replace_authorized_key(key, None)[1]) if args.from_pattern is None else None
+    if kept:                                # a repeated link never lets in more than before
+        from_pattern = kept[1]
+        emit('kept from="%s" of the line that is here; to drop it: offsync unlink, then link again' % from_pattern, error=True)
     write_keys, old_line = replace_authorized_key(key, format_authorized_key(command_line, key, from_pattern))
     if path.startswith(os.path.realpath(os.path.expanduser("~/.offsync")) + "/"):
         make_directory(os.path.expanduser("~/.offsync"), 0o700)
@@ -2782,7 +2765,7 @@ def cmd_link(args: argparse.Namespace) -> int:
         warn(warning)
     warn_of_old_rsync()
     connection = os.environ.get("SSH_CONNECTION", "").split()
-    ports = [connection[3]] if len(connection) == 4 else settings.get("port", ["22"])
+    ports = connection[3:] if len(connection) == 4 and connection[3].isdecimal() else settings.get("port", ["22"])
     user, host, host_key = account.pw_name, os.uname().nodename, own_host_key()
     target = Target("%s@%s" % (user, host), user, host, path, rrsync, int(ports[0]) if ports[0] != "22" else None)
     emit("Now run this on the controller (with the name by which it reaches this host):", error=True)
@@ -2810,28 +2793,31 @@ def cmd_target_add(args: argparse.Namespace) -> int:
         raise UsageError("host key %s: it must be SHA256: and 43 characters, as 'offsync link' and ssh-keygen -l print it"
                          % show_text(args.host_key))
     home = Home()
-    config, _, text = home.load()
     home.lock("target add")
+    config, _, text = home.load()
     with Run(home, config) as shared:
         trusted: Sequence[str] = ()
+        connection, confirm = Connection(shared, target), bool(args.host_key)
         try:
-            connection = None if args.host_key else open_connection(shared, target)
+            if not confirm:
+                connection.open()
         except TargetError as error:
             if error.kind not in ("host-key-unknown", "host-key-changed"):
                 raise
             if error.kind == "host-key-changed":
                 warn(str(error))
-            connection = None
-        if not connection:                  # trust what was confirmed for this one connection, and for good once it is proved
+            confirm = True
+        if confirm:                         # trust what was confirmed for this one connection, and for good once it is proved
             trusted = choose_host_keys(target, fetch_host_keys(shared, target), args.host_key)
             path = os.path.join(shared.scratch, "trusted")
             write_atomically(path, "".join(line + "\n" for line in trusted).encode(), 0o600)
-            connection = open_connection(shared, target, path)
+            connection = Connection(shared, target, path)
+            connection.open()
         proofs = prove_restriction(connection)
         raise_if_open(target, proofs)
         if trusted:
             store_host_keys(shared, trusted)
-        text = add_target_lines(home.load()[2], target)
+        text = add_target_lines(text, target)
         validate_config(text, home.config)
         write_atomically(home.config, text.encode(), 0o600)
     known = any(known.login == target.login for known in config.targets)
@@ -2858,7 +2844,6 @@ def cmd_target_list(args: argparse.Namespace) -> int:
 def cmd_target_remove(args: argparse.Namespace) -> int:
     """Forget a target; its files and its key entry stay there."""
     home = Home()
-    home.load()
     home.lock("target remove")
     config, _, text = home.load()
     if args.login not in [target.login for target in config.targets]:
@@ -2880,10 +2865,15 @@ def load_targets(home: Home, patterns: Sequence[str]) -> tuple[Config, list[Targ
     return config, select_targets(config.targets, patterns)
 
 
+def forbidden(config: Config, plan: TargetPlan) -> list[str]:
+    """Return the kinds of changes that a plan needs and the config forbids."""
+    return [kind for kind, key in POLICIES.items() if not getattr(config, key) and plan.of(kind)]
+
+
 def plan_summary(shared: Run, plan: TargetPlan) -> str:
     """Return the counts of a plan, and what they need that the config forbids."""
-    remarks = {"missing": " (apply will delete)" if shared.config.delete else " (apply will refuse: delete is false)",
-               "modified": "" if shared.config.overwrite else " (apply will refuse: overwrite is false)"}
+    remarks = {"missing": " (apply will delete)"}
+    remarks.update({kind: " (apply will refuse: %s is false)" % POLICIES[kind] for kind in forbidden(shared.config, plan)})
     counts = ["%d %s%s" % (len(plan.of(kind)), kind, remarks.get(kind, "")) for kind in KINDS if plan.of(kind)]
     return "%s; %s to send" % (", ".join(counts), format_bytes(plan.size(shared.reader))) if counts else "equal, nothing to do"
 
@@ -2943,8 +2933,7 @@ def show_plans(shared: Run, args: argparse.Namespace, targets: Sequence[Target],
             print_target_plan(shared, plan)
     plan_id = ""
     if not quiet:
-        plan_id = identify(shared, plans)
-        keep_plan(shared, plans, plan_id)
+        plan_id = identify(shared, plans, keep=True)
     if args.json:
         pieces = json_plan(shared, plans, plan_id)
         for batch in iter(lambda: "".join(itertools.islice(pieces, 1000)), ""):
@@ -2953,7 +2942,8 @@ def show_plans(shared: Run, args: argparse.Namespace, targets: Sequence[Target],
         for plan in plans if len(plans) > 1 else ():
             emit("%s: %s" % (plan.target.login, "not compared" if plan.error else plan_summary(shared, plan)))
         emit("plan %s" % plan_id)
-        if sys.stdout.isatty() and any(plan.changes for plan in plans):
+        refused = any(forbidden(shared.config, plan) for plan in plans)
+        if sys.stdout.isatty() and any(plan.changes for plan in plans) and not refused:
             emit("Next: offsync apply --plan %s" % plan_id[:12], error=True)
     failed = [plan.target.login for plan in plans if plan.error]
     if failed:
@@ -2973,9 +2963,9 @@ def cmd_plan(args: argparse.Namespace) -> int:
 
 def refuse_by_policy(config: Config, plans: Sequence[TargetPlan], rsync: str) -> None:
     """Raise if the config forbids what any of the plans needs: then nothing is sent anywhere."""
-    for kind, allowed, key in (("missing", config.delete, "delete"), ("modified", config.overwrite, "overwrite")):
-        concerned = [plan for plan in plans if plan.of(kind)]
-        if not allowed and concerned:
+    for kind, key in POLICIES.items():
+        concerned = [plan for plan in plans if kind in forbidden(config, plan)]
+        if concerned:
             described = ["%s: %s" % (plan.target.login, some_of([show(c.path) for c in plan.of(kind)])) for plan in concerned]
             raise OffsyncError('refused, nothing was sent: %s is false in the config, and the plan has %d %s: %s; allow it with '
                                '"%s: true", or %s' % (key, sum(len(p.of(kind)) for p in concerned), kind,
@@ -3000,7 +2990,7 @@ def deliver(shared: Run, log: int, plan: TargetPlan, plan_id: str, timestamp: st
     if not done.error:
         del record["error"]
     records.append(record)
-    append_log(log, record)
+    append_log(log, json.dumps(record, sort_keys=True).encode() + b"\n")
     close_journal(os.path.join(shared.home.unfinished, target.login), done.result == "ok")
     return done
 
@@ -3026,7 +3016,6 @@ def cmd_apply(args: argparse.Namespace) -> int:
     if args.plan is not None and not re.fullmatch(r"[0-9a-f]{8,64}", args.plan):
         raise UsageError("plan ID %s: it must be 8 to 64 hexadecimal digits, as 'offsync plan' prints it" % show_text(args.plan))
     home = Home()
-    load_targets(home, args.targets)
     timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     home.lock("apply")
     config, targets = load_targets(home, args.targets)
@@ -3100,18 +3089,19 @@ def cmd_manifest(args: argparse.Namespace) -> int:
         except ValueError as error:
             raise UsageError("manifest %s:%s: not a line of sha256sum; correct it" % (show_text(args.check), error)) from None
     names = sorted(included_names(find_rsync()[0], root, exclude))
-    paths = [name for name in names if os.path.isfile(os.path.join(root, name)) and not os.path.islink(os.path.join(root, name))]
-    try:
-        digests = in_parallel(min(os.cpu_count() or 1, 4), lambda path: hash_file(os.path.join(root, path))[0].hex(), paths)
-        found = dict(zip(paths, digests))
-    except OSError as error:
-        raise OffsyncError("manifest: %s: %s; nothing was printed"
-                           % (show_text(os.fsdecode(error.filename or root)), error.strerror)) from None
+    paths = [name for name in names if stat.S_ISREG(os.lstat(os.path.join(root, name)).st_mode)]
+    reader = SourceReader(root)
+    for path in paths:
+        reader.want(path)
+    reader.wait()
+    found = {path: reader.entry(path).content.hex() for path in paths}
     if expected is not None:
         return print_manifest_differences(expected, found)
     manifest = b"".join(format_manifest_line(path, digest) for path, digest in found.items())
     digest = hashlib.sha256(manifest).hexdigest()
-    emit(re.sub(rb"[\x00-\x09\x0b-\x1f\x7f]", b"?", manifest) if sys.stdout.isatty() else manifest)
+    if sys.stdout.isatty():                 # names must not write to the terminal
+        manifest = "".join(c if c.isprintable() or c == "\n" else "?" for c in manifest.decode("utf-8", "replace")).encode()
+    emit(manifest)
     emit("%s; digest of the whole (sha256 of the manifest), to compare by voice: %s"
          % (plural(len(found), "file"), " ".join(re.findall("....", digest))), error=True)
     return 0
@@ -3150,7 +3140,8 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         for target in targets:
             emit("%s:%s" % (target.login, show_text(target.remote_path)))
             try:
-                connection = open_connection(shared, target)
+                connection = Connection(shared, target)
+                connection.open()
                 proofs = prove_restriction(connection)
                 connection.close()
             except TargetError as error:
@@ -3227,7 +3218,7 @@ def cmd_completion(args: argparse.Namespace) -> int:
 
 def next_step(home: Home) -> str:
     """Return what to do next from where one stands."""
-    if not os.path.exists(home.config):
+    if not os.path.exists(home.config) or not os.path.exists(home.key):
         return "Next: offsync init --source DIR   (on the controller), or offsync link --path DIR   (on a target)"
     config, _, _ = home.load()
     if not config.targets:
@@ -3383,14 +3374,9 @@ def _raise_interrupted(signum: int, _: object) -> NoReturn:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command; return the exit status. The only place that prints errors."""
-    for descriptor in (0, 1, 2):            # one that is closed would be given to the next file that is opened
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):   # a closed one: its number would go to the next file
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
     for signum in SIGNALS:

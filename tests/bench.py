@@ -121,6 +121,9 @@ class Bench:
         self.offsync("apply")
         self.measure("%d targets, 50 ms" % len(targets), "3", {"one": lambda: self.offsync("plan", targets[0].login), "plan": lambda: self.offsync("plan")}, runs=3)
         write(self.lab.ssh_config, "")
+        for target in targets[1:]:          # the next row has one target again
+            self.lab.offsync("target", "remove", target.login, check=0)
+            target.stop()
 
     def row_million(self) -> None:
         """1,000,000 entries: own peak memory and CPU, and rsync's CPU, nothing to do and all new."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import unittest
 
-from lab import OFFSYNC, descendants, mentions, read, snapshot, wait_for, write
+from lab import OFFSYNC, descendants, mentions, read, require, snapshot, wait_for, write
 from test_job import LabCase
 from test_plan import SharedLab
 
@@ -286,6 +286,21 @@ class Trouble(SharedLab):
             self.lab.offsync("apply", check=0)
             self.assertEqual(snapshot(self.there), snapshot(self.source))
 
+    def test_nothing_is_deleted_before_what_replaces_it_has_arrived(self) -> None:
+        write(self.source + "/new.conf", "content")
+        write(self.there + "/old.conf", "content")
+        self.lab.configure(delete="true")
+        rrsync = self.lab.base + "/discarding-rrsync"
+        write(rrsync, '#!/bin/sh\n/usr/bin/rrsync "$@"\nstatus=$?\ncase "$SSH_ORIGINAL_COMMAND" in *--delay-updates*) rm -f %s/new.conf; exit 0;; esac\nexit $status\n' % self.there, 0o755)
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
+        self.failing("verification found 2 differences: new.conf, old.conf")
+        self.assertEqual(read(self.there + "/old.conf"), "content")
+        write(self.target.keys, line)
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
     @unittest.skipUnless(os.geteuid() == 0, "mounting a small tmpfs needs root")
     def test_disk_full(self) -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", self.there], check=True)
@@ -406,6 +421,15 @@ class Hostile(SharedLab):
         self.assertIn("1 added;", out)
 
 
+    def test_a_pass_that_breaks_off_after_its_first_item(self) -> None:
+        """What it had wanted hashed is waited for by nobody for ever."""
+        write(self.source + "/f")
+        fake = self.lab.program("breaking", '#!/bin/sh\ncase "$*" in *--delete*--out-format=*) f=${*#*--out-format=}; m=${f%%%%:*}; printf "%%s:<f+++++++++ f\\n%%s:garbage\\n" "$m" "$m"; exit 0;; esac\nexec %s "$@"\n'
+                                % require("rsync"))
+        done = self.lab.offsync("plan", env={"OFFSYNC_RSYNC": fake}, check=1, timeout=60)
+        self.assertIn("no itemized line", done.out)
+
+
 class BadSurroundings(LabCase):
     def test_closed_and_full_streams(self) -> None:
         self.lab.joined_by_hand("one")
@@ -505,7 +529,7 @@ class ManyTargets(LabCase):
             write(lab.ssh_config, "ProxyCommand %s %s %%h %%p 0.025\n" % (sys.executable, os.path.join(os.path.dirname(OFFSYNC), "tests", "delay.py")))
             for number in range(20):
                 write(lab.source + "/d/f%d" % number, os.urandom(20_000))
-            done = lab.offsync("apply", program=quick, check=1, timeout=600)
+            done = lab.offsync("apply", program=quick, check=1, timeout=180)
         for target in good:
             self.assertEqual(snapshot(target.path), snapshot(lab.source), target.name)
         reasons = {refusing: "refused|closed the connection", silent: "did not answer in time|closed the connection|timed out",

@@ -85,7 +85,7 @@ class Linking(LabCase):
         write(copy, read(OFFSYNC))
         controller = self.lab.base + "/state"
         os.makedirs(controller + "/in")
-        for path in ("", "/", "//", "/etc", "/etc/cron.d/x", "/usr", pwd.getpwuid(os.geteuid()).pw_dir + "/.ssh/x", "/var/spool", "/usr/lib/python3", self.target_home + "/bin", self.target_home + "/.config", "/usr/bin", "/proc/self", "/dev/shm", self.target_home, self.target_home + "/.ssh",
+        for path in ("", "/", "//", "/etc", "/etc/cron.d/x", "/etc/cron.weekly", "/etc/rc2.d", "/etc/udev/rules.d", "/usr/local/lib/python3/dist-packages", self.target_home + "/.local/share/systemd/user", "/usr", pwd.getpwuid(os.geteuid()).pw_dir + "/.ssh/x", "/var/spool", "/usr/lib/python3", self.target_home + "/bin", self.target_home + "/.config", "/usr/bin", "/proc/self", "/dev/shm", self.target_home, self.target_home + "/.ssh",
                      self.target_home + "/.ssh/sub", self.lab.base, self.lab.base + "/alias", self.lab.base + "/alias/.ssh",
                      self.target_home + "/x/../.ssh", self.lab.base + "/tool", self.lab.base + "/tool/__pycache__", controller, controller + "/plans/x", "relative", "/a\nb", "/a\x1b"):
             with self.subTest(path=path):
@@ -151,6 +151,14 @@ class Linking(LabCase):
         self.assertEqual(status, 0, seen)
         self.assertIn(self.key.split()[1], read(self.keys))
 
+    def test_piped_into_python_the_current_directory_is_no_program(self) -> None:
+        os.makedirs(self.path)
+        env = dict(self.lab.env, HOME=self.target_home, SSH_CONNECTION="a b c d")
+        done = subprocess.run([sys.executable, "-", "link", "--path", self.path, "--key", self.key], input=read(OFFSYNC), cwd=self.path, env=env, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, r"\Aoffsync target add \S+ --path %s( --port \d+)?( --host-key \S+)?\n\Z" % self.path)
+
     def test_where_only_stdin_leads_to_the_terminal(self) -> None:
         """As under su -c: the session has no terminal of its own."""
         env = dict(self.lab.env, HOME=self.target_home)
@@ -161,10 +169,13 @@ class Linking(LabCase):
     def test_a_changed_line_is_never_already_linked(self) -> None:
         self.assertIn("linked in", self.link("--from", "10.0.0.1").err)
         self.assertIn("already linked in", self.link("--from", "10.0.0.1").err)
-        for more in ((), ("--from", "10.0.0.2")):
-            said = self.link(*more).err
-            self.assertNotIn("already", said)
-            self.assertIn("is replaced", said)
+        said = self.link().err              # without --from the key must not come from more places than before
+        self.assertIn('kept from="10.0.0.1"', said)
+        self.assertTrue(read(self.keys).startswith('from="10.0.0.1",command='))
+        said = self.link("--from", "10.0.0.2").err
+        self.assertNotIn("already", said)
+        self.assertIn("is replaced", said)
+        self.assertEqual(read(self.keys).count("from="), 1)
         self.path += "2"
         self.link()
         self.path = self.path[:-1]
@@ -210,6 +221,9 @@ class Rrsync(Linking):
         self.assert_refused(self.link("--rrsync", self.lab.base + "/none"), 2, "does not exist")
         write(self.lab.base + "/odd", "#!/usr/bin/tclsh\n", 0o644)
         self.assert_refused(self.link("--rrsync", self.lab.base + "/odd"), 1, "not executable")
+        write(self.lab.base + "/perl", "#!/usr/bin/perl\n", 0o755)
+        self.path += " blank"
+        self.assert_refused(self.link("--rrsync", self.lab.base + "/perl"), 2, "Perl rrsync cannot take it")
         self.assertFalse(os.path.exists(self.keys))
 
     def test_a_path_that_contains_rrsync(self) -> None:

@@ -158,8 +158,9 @@ class ProgressLines(LabCase):
 
     def test_a_manifest_cannot_write_to_the_terminal(self) -> None:
         write(self.lab.source + "/d0/\x1b[31mred", b"x")
+        write(self.lab.source + "/d0/\x9b31m\u202ered", b"x")
         status, seen = type_on_terminal([sys.executable, OFFSYNC, "manifest"], {**self.lab.env, "TERM": "dumb"})
-        self.assertEqual((status, "\x1b" in seen, "d0/?[31mred" in seen), (0, False, True))
+        self.assertEqual((status, set("\x1b\x9b\u202e") & set(seen), "d0/?[31mred" in seen, "d0/?31m?red" in seen), (0, set(), True, True))
         self.assertIn("d0/\x1b[31mred", self.lab.offsync("manifest", check=0).out)
 
     def test_none_on_a_dumb_terminal_and_no_colour_where_none_is_wanted(self) -> None:

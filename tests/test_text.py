@@ -56,7 +56,7 @@ class Config(unittest.TestCase):
             with self.subTest(line=line), self.assertRaises(offsync.UsageError) as caught:
                 offsync.validate_config(CONFIG.replace("delete: false", line), "FILE")
             if "verify" not in line:
-                self.assertRegex(str(caught.exception), r"^FILE:%d: .*; correct the line" % number)
+                self.assertRegex(str(caught.exception), r"^FILE:%d: .*; correct that" % number)
 
     def test_missing_and_wrong_target_keys_are_refused(self) -> None:
         for old, new in (('    user: "deploy"\n', ""), ("/srv/app-data\"\n    rrsync", "srv\"\n    rrsync"),
@@ -73,7 +73,7 @@ class Config(unittest.TestCase):
                     offsync.validate_config(CONFIG.replace(old, new), "FILE")
 
     def test_quoting_styles_mean_what_yaml_means(self) -> None:
-        for text, value in (('"/a\\tb\\x41\\u00e9\\"\\\\"', '/a\tbAé"\\'), ("'/it''s \\n'", "/it's \\n"), ("/plain/path-1.x", "/plain/path-1.x"),
+        for text, value in (('"/a\\tb\\u0041\\u00e9\\"\\\\"', '/a\tbAé"\\'), ('"/a\\x41"', None), ('"/a\\ud800"', None), ("'/it''s \\n'", "/it's \\n"), ("/plain/path-1.x", "/plain/path-1.x"),
                             ('"/a" # "comment"', "/a"), ("/a#b", None), ("'/a'b", None), ('"/a\\qb"', None)):
             with self.subTest(text=text):
                 if value is None:
@@ -93,6 +93,9 @@ class Config(unittest.TestCase):
         self.assertEqual(changed, text.replace("/x # r\n", '"/y" # r\n      port: 2222\n'))
         back = offsync.add_target_lines(changed, offsync.Target("u@web0", "u", "web0", "/y"))
         self.assertEqual(offsync.validate_config(back, "c")[0].targets[0].port, None)
+        first = offsync.add_target_lines(text.replace("- host: web0   # h\n", "- port: 22   # p\n      # between\n      host: web0   # h\n"),
+                                         offsync.Target("u@web0", "u", "web0", "/y"))
+        self.assertEqual(first, text.replace("- host: web0   # h\n", "- host: web0   # h\n      # between\n").replace("/x # r", '"/y" # r'))
         gone = offsync.remove_target_lines(text, "u@web0")
         self.assertIn("targets: []   # all of them", gone)
         self.assertEqual(offsync.validate_config(gone, "c")[0].targets, ())
@@ -101,7 +104,7 @@ class Config(unittest.TestCase):
         self.assertIn("# all of them", again)
 
     def test_target_is_added_to_every_shape_of_list(self) -> None:
-        for shape in ("targets: []\n", "targets: [ ]  # none\n", ""):
+        for shape in ("targets: []\n", "targets: [ ]  # none\n"):
             text = "version: 1\nsource: /s\n" + shape
             self.assertEqual(offsync.validate_config(offsync.add_target_lines(text, WEB1), "c")[0].targets, (WEB1,))
 

@@ -80,6 +80,30 @@ class HostKeys(LabCase):
         self.lab.offsync("plan", check=0)
         self.assertEqual(read(self.lab.state + "/known_hosts").count("\n"), 1)
 
+    def test_changed_host_keys_of_several_targets_are_not_mixed_up(self) -> None:
+        self.add("--host-key", self.target.fingerprint, check=0)
+        targets = [self.target, *(self.lab.joined_by_hand("more%d" % number) for number in range(3))]
+        for target in targets:
+            target.stop()
+            target.new_host_key()
+            target.start()
+        out = self.lab.offsync("plan", check=1).out
+        for target in targets:
+            said = out.split("%s:%s\n" % (target.login, target.path))[1].split("\n")[0]
+            self.assertEqual([other.name for other in targets if other.fingerprint in said], [target.name], out)
+
+    def test_a_known_hosts_that_cannot_be_edited(self) -> None:
+        """The old key must not stay trusted beside the new one."""
+        self.add("--host-key", self.target.fingerprint, check=0)
+        known = self.lab.state + "/known_hosts"
+        write(known, "nonsense\n" + read(known))
+        before = read(known)
+        self.target.stop()
+        self.target.new_host_key()
+        self.target.start()
+        self.assert_refused(self.add("--host-key", self.target.fingerprint), 1, "known_hosts", "cannot edit it")
+        self.assertEqual(read(known), before)
+
     def test_hashed_known_hosts(self) -> None:
         self.add("--host-key", self.target.fingerprint, check=0)
         known = self.lab.state + "/known_hosts"
@@ -226,6 +250,34 @@ class Restriction(LabCase):
         self.assertIn("its key writes below %s/elsewhere" % self.lab.base, self.lab.offsync("apply", env={"OFFSYNC_RSYNC": forgetful}, check=1).err)
         self.assertTrue(os.path.isdir(once))
         self.assertEqual(os.listdir(self.lab.base + "/elsewhere"), [])
+
+    def test_silence_is_no_proof_of_the_path(self) -> None:
+        """A forced command that says nothing to the question where it writes."""
+        script = self.lab.base + "/silent-rrsync"
+        write(script, '#!/bin/sh\ncase "$SSH_ORIGINAL_COMMAND" in *" . /"*) exit 12;; esac\nexec /usr/bin/rrsync "$@"\n', 0o755)
+        write(self.target.keys, self.line.replace("/usr/bin/rrsync", script))
+        self.assert_nothing_written()
+
+    def test_a_connection_that_is_opened_again_proves_its_path_again(self) -> None:
+        """While another target is compared the first one's connection ends, and its key is linked to another directory."""
+        quick, other = self.lab.base + "/idle.py", self.lab.base + "/other-path"
+        write(quick, read(OFFSYNC).replace("MASTER_IDLE = 600", "MASTER_IDLE = 1"))
+        os.mkdir(other)
+        two = self.lab.joined_by_hand("two")
+        self.addCleanup(self.lab.offsync, "target", "remove", two.login, check=0)
+        write(self.lab.base + "/moved-keys", self.line.replace(self.target.path, other))
+        script = self.lab.base + "/slow-rrsync"
+        write(script, '#!/bin/sh\ncase "$SSH_ORIGINAL_COMMAND" in *--delete*) cp %s/moved-keys %s; sleep 3;; esac\nexec /usr/bin/rrsync "$@"\n'
+              % (self.lab.base, self.target.keys), 0o755)
+        write(two.keys, read(two.keys).replace("/usr/bin/rrsync", script))
+        done = self.lab.offsync("apply", program=quick, check=1)
+        self.assertIn("%s: the key is not restricted as the config says" % self.target.login, done.err)
+        self.assertEqual(os.listdir(other), [])
+
+    def test_nothing_of_ssh_config_is_for_a_session(self) -> None:
+        write(self.lab.ssh_config, "RemoteCommand tmux\nRequestTTY force\nRemoteForward 127.0.0.1:1 127.0.0.1:1\nStdinNull yes\nIgnoreUnknown StdinNull,OfOurs\nOfOurs x\n")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.target.path), snapshot(self.lab.source))
 
     def test_forwarding_and_terminal(self) -> None:
         command = self.line.split(",no-port")[0]
