@@ -140,7 +140,7 @@ RETRY_DELAYS = (0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0)      # seconds; for MaxStartu
 LINGERING = 0.07
 SOCKET_PATH_LIMIT = 104 - 17                # bytes: sun_path on macOS, less what ssh appends while binding
 MAX_NAME_BYTES = 1 << 16                    # one line of rsync's; names are at most 4096 bytes, times 5 when escaped
-MAX_ENTRIES = 1 << 31                       # bytes that the entries of one target's plan may take: it must not fill our memory
+MAX_TARGET_ONLY = 1 << 30                   # bytes that a target's own entries may take: it must not fill our memory
 STDERR_KEPT = 1 << 15                       # bytes of a program's stderr that are kept, of its head and of its tail
 STDOUT_LIMIT = 1 << 22                      # bytes of a program's stdout, where it is not read line by line
 FILE_LIMIT = 1 << 30                        # bytes of a config, key file, manifest ... that are read
@@ -172,12 +172,13 @@ SBIN = "/usr/local/sbin:/usr/sbin:/sbin"    # where sshd lives; often not in a u
 BREW_BIN = ("/opt/homebrew/bin", "/usr/local/bin", "/home/linuxbrew/.linuxbrew/bin")
 # A key that can write into one of these, or into a directory that contains one, is as good as a shell.
 SHELL_PLACES = ("/bin", "/boot", "/dev", "/etc/NetworkManager", "/etc/apt", "/etc/cron.d", "/etc/cron.daily",
-                "/etc/cron.hourly", "/etc/cron.monthly", "/etc/cron.weekly", "/etc/dbus-1", "/etc/init.d", "/etc/ld.so.conf.d",
+                "/etc/cron.hourly", "/etc/cron.monthly", "/etc/cron.weekly", "/etc/dbus-1", "/etc/init", "/etc/init.d",
+                "/etc/ld.so.conf.d", "/etc/perl",
                 "/etc/logrotate.d", "/etc/modprobe.d", "/etc/network", "/etc/pam.d", "/etc/profile.d", "/etc/rc.d",
                 *("/etc/rc%s.d" % level for level in "0123456S"), "/etc/ssh", "/etc/sudoers.d", "/etc/systemd", "/etc/udev",
                 "/etc/update-motd.d", "/etc/xdg", "/lib", "/lib32", "/lib64", "/proc", "/root/.ssh", "/run/systemd", "/run/udev",
                 "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/libexec", "/usr/local/bin", "/usr/local/lib", "/usr/local/sbin",
-                "/usr/sbin", "/var/lib/dpkg", "/var/lib/rpm", "/var/spool/cron")
+                "/usr/sbin", "/usr/share/perl5", "/usr/share/python3", "/var/lib/dpkg", "/var/lib/rpm", "/var/spool/cron")
 SHELL_PLACES_AT_HOME = (".ssh", ".config", ".local/bin", ".local/lib", ".local/share/systemd", "bin")
 # Login shells in which single quotes mean what POSIX says; others get only paths that need no quoting.
 POSIX_SHELLS = ("sh", "bash", "dash", "ash", "ksh", "ksh93", "mksh", "zsh", "busybox", "rbash")
@@ -747,7 +748,7 @@ def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -
     for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", text), 1):
         decoded = line.decode("utf-8", "surrogateescape").strip()
         written = _OUR_LINE.fullmatch(decoded)
-        if decoded.startswith("#") or key.blob not in decoded.split() or written and written[1] != key.blob:
+        if decoded.startswith("#") or key.blob not in decoded.replace("\0", " ").split() or written and written[1] != key.blob:
             kept.append(line)
         elif not written:
             raise ValueError(number)
@@ -804,7 +805,9 @@ def parse_manifest(data: bytes) -> dict[bytes, str]:
         name = match.group(3)
         if match.group(1):
             name = re.sub(rb"\\([\\nr])", lambda m: {b"\\": b"\\", b"n": b"\n", b"r": b"\r"}[m.group(1)], name)
-        found[name[2:] if name.startswith(b"./") else name] = match.group(2).decode()
+        name = name[2:] if name.startswith(b"./") else name
+        if found.setdefault(name, match.group(2).decode()) != match.group(2).decode():
+            raise ValueError(number)
     return found
 
 
@@ -818,7 +821,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\
 def validate_login(login: str) -> tuple[str, str]:
     """Return (user, host) of user@host; an IPv6 literal stands in brackets and loses them here."""
     match = _LOGIN.fullmatch(login)
-    if not match or len(login) > 320:
+    if not match or len(login) > 250:       # it is the name of a file, too
         raise UsageError("login %s: it is not of the form user@host (user@[address] for IPv6; a port goes into --port)"
                          % show_text(login))
     return match["user"], match["host"].strip("[]")
@@ -1166,8 +1169,9 @@ def run(argv: Sequence[Union[str, bytes]], *, stdin: int = subprocess.DEVNULL, d
         process = subprocess.Popen(argv, stdin=stdin, env=environment, stdout=2 if show_output else subprocess.PIPE,
                                    stderr=None if show_output else subprocess.PIPE, start_new_session=not show_output)
     except OSError as error:
-        raise OffsyncError("%s: it cannot be started: %s; run: offsync install-deps"
-                           % (show_text(os.fsdecode(argv[0])), error.strerror)) from None
+        absent = isinstance(error, (FileNotFoundError, PermissionError))
+        raise OffsyncError("%s: it cannot be started: %s; %s" % (show_text(os.fsdecode(argv[0])), error.strerror, "run: offsync "
+                           "install-deps" if absent else "mend that, then try again")) from None
     try:
         CHILDREN.tell_guard("+", process.pid)
         out, err, timed_out = ([], b"", False) if show_output else _read_output(process, deadline, on_line, last_words)
@@ -1372,9 +1376,10 @@ def append_log(log: int, line: bytes) -> None:
 def close_master(path: str, ssh: str) -> None:
     """End the ssh master that listens on this control socket, if one does."""
     if os.path.exists(path):
-        run([ssh, "-F", "/dev/null", "-o", "ControlPath=" + path, "-O", "exit", "--", "offsync"],
-            deadline=SESSION_DEADLINE, last_words=True)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OffsyncError, OSError):        # else it ends itself after MASTER_IDLE
+            run([ssh, "-F", "/dev/null", "-o", "ControlPath=" + path, "-O", "exit", "--", "offsync"],
+                deadline=SESSION_DEADLINE, last_words=True)
+        with contextlib.suppress(OSError):
             os.unlink(path)                 # it would do so itself, a moment later
 
 
@@ -1614,8 +1619,13 @@ class SourceReader:
         """Give a batch to a thread; starts as many as are of use."""
         self.wanted.put(paths)
         if self.threads < min(os.cpu_count() or 1, 4):
-            self.threads += 1
-            threading.Thread(target=self._work, daemon=True).start()
+            try:
+                threading.Thread(target=self._work, daemon=True).start()
+                self.threads += 1
+            except RuntimeError:
+                if not self.threads:
+                    raise OffsyncError("source: no thread can be started to hash it; raise the limit of processes (ulimit -u)") \
+                        from None
 
     def _work(self) -> None:
         """Describe wanted entries, in a daemon thread."""
@@ -1624,7 +1634,7 @@ class SourceReader:
             for path in paths:
                 try:
                     self.entries[path] = describe_entry(self.source, path).pack()
-                except (OSError, ValueError, struct.error) as error:
+                except (OSError, ValueError, struct.error, MemoryError) as error:
                     self.errors[path] = getattr(error, "strerror", None) or str(error)
             with self.condition:
                 self.pending -= len(paths)
@@ -1633,9 +1643,9 @@ class SourceReader:
 
     def wait(self) -> None:
         """Return when every wanted entry is described; raise for those that vanished or cannot be read."""
-        self.flush()                        # also where a pass failed before it could do so
         with self.condition:
             while self.pending:
+                self.flush()                # also what a pass wanted that failed before it could do so
                 PROGRESS.update("source", "hashing, %s to go" % plural(self.pending, "entry", "entries"))
                 self.condition.wait(0.2)
         PROGRESS.update("source", None)
@@ -1714,7 +1724,7 @@ class Run:
         self.ssh, self.rsync = program("ssh"), find_rsync()[0]
         check_private(home.key)
         self.reader = SourceReader(self.source)
-        self.entries = 0                    # of the source, once apply has checked it
+        self.entries = 0                    # of the source, once it is checked
         self.numbers = itertools.count()
         self.scratch = make_scratch()
         self.empty = os.fsencode(os.path.join(self.scratch, "empty"))       # the source of dry runs that only ask
@@ -2139,11 +2149,11 @@ def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iter
 
     A reader has the changed source entries hashed while rsync is still comparing.
     """
-    login, found, room = connection.target.login, [], MAX_ENTRIES
+    login, found, room, most = connection.target.login, [], MAX_TARGET_ONLY, 2 * connection.shared.entries + 1000
 
     def on_item(line: bytes) -> None:
         """Take one line; raises TargetError for what is no itemized line."""
-        nonlocal room
+        nonlocal room, most
         try:
             change = parse_itemized(line)
         except ValueError as error:
@@ -2151,9 +2161,12 @@ def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iter
         if not change:
             return
         found.append(change)
-        room -= sys.getsizeof(change.path) + 150
-        if room < 0:
-            raise TargetError(login, "it reports too many entries; is its path the right one?")
+        if change.kind == "missing":
+            room -= sys.getsizeof(change.path) + 150
+        else:
+            most -= 1                       # it can ask for an entry again and again
+        if room < 0 or most < 0:
+            raise TargetError(login, "it reports too many entries; is its path the right one, and rsync there what it should be?")
         if reader and change.kind != "missing":
             reader.want(change.path)
 
@@ -2187,6 +2200,9 @@ def classify(connection: Connection, changes: list[Change]) -> list[Change]:
         elif change.kind == "added" and change.path in replaced:
             changes[index] = change._replace(kind="modified", changes=("type",))
     changes.sort(key=lambda change: change.path)
+    for one, other in zip(changes, changes[1:]):
+        if one.path == other.path:
+            raise TargetError(connection.target.login, "it reports %s twice; is rsync there what it should be?" % show(one.path))
     return changes
 
 
@@ -2440,8 +2456,8 @@ class Delivery:
             self.bytes_sent += int(line.split(b" ", 1)[0])
 
         def on_other(line: bytes) -> None:
-            """Show the progress that rsync prints."""
-            match = re.match(rb" *([0-9][0-9,.]*) +[0-9]+% +([0-9.,]+)([kMGT]?B/s)", line)
+            """Show the progress that rsync prints; a target can write such lines too."""
+            match = re.match(rb" *([0-9][0-9,.]{0,30}) +[0-9]+% +([0-9.,]{1,12})([kMGT]?B/s)", line)
             if match:
                 done = int(re.sub(rb"[,.]", b"", match.group(1)))
                 PROGRESS.update(self.login, "sending %d%% of %s at %s %s" % (
@@ -2925,7 +2941,7 @@ def plan_targets(shared: Run, targets: Sequence[Target], mode: str) -> Iterator[
 
 def show_plans(shared: Run, args: argparse.Namespace, targets: Sequence[Target], mode: str, quiet: bool) -> list[TargetPlan]:
     """Plan and print each target, as text or JSON; quiet prints no equal ones. Raises at the end if one has no plan."""
-    check_source(shared.rsync, shared.config)
+    shared.entries = check_source(shared.rsync, shared.config)
     plans = []
     for plan in plan_targets(shared, targets, mode):
         plans.append(plan)
@@ -3087,7 +3103,8 @@ def cmd_manifest(args: argparse.Namespace) -> int:
         try:
             expected = parse_manifest(data)
         except ValueError as error:
-            raise UsageError("manifest %s:%s: not a line of sha256sum; correct it" % (show_text(args.check), error)) from None
+            raise UsageError("manifest %s:%s: not a line of sha256sum, or a second one, with another sum, for its file; "
+                             "correct it" % (show_text(args.check), error)) from None
     names = sorted(included_names(find_rsync()[0], root, exclude))
     paths = [name for name in names if stat.S_ISREG(os.lstat(os.path.join(root, name)).st_mode)]
     reader = SourceReader(root)

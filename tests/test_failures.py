@@ -421,6 +421,22 @@ class Hostile(SharedLab):
         self.assertIn("1 added;", out)
 
 
+    def test_an_entry_reported_again_and_again(self) -> None:
+        """A target may ask for the same file as often as it likes: neither a plan nor our memory may grow with that."""
+        write(self.source + "/f")
+        for count, complaint in ((2, "reports f twice"), (5000, "too many entries")):
+            fake = self.lab.program("repeating", '#!/bin/sh\ncase "$*" in *--delete*--out-format=*) f=${*#*--out-format=}; m=${f%%%%:*}; yes "$m:<f+++++++++ f" | head -%d; exit 0;; '
+                                                 '*--ignore-existing*--out-format=*) f=${*#*--out-format=}; m=${f%%%%:*}; echo "$m:<f+++++++++ f"; exit 0;; esac\nexec %s "$@"\n' % (count, require("rsync")))
+            done = self.lab.offsync("plan", env={"OFFSYNC_RSYNC": fake}, check=1, timeout=60)
+            self.assertIn(complaint, done.out)
+
+    def test_progress_that_is_no_number(self) -> None:
+        """A target can write to our rsync's stdout while it sends; that must not stop the other targets."""
+        write(self.source + "/f")
+        fake = self.lab.program("boasting", '#!/bin/sh\ncase "$*" in *--delay-updates*) printf " %%05000d   5%%%%    1.00kB/s\\n" 0 | tr 0 1;; esac\nexec %s "$@"\n' % require("rsync"))
+        self.lab.offsync("apply", env={"OFFSYNC_RSYNC": fake}, check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
     def test_a_pass_that_breaks_off_after_its_first_item(self) -> None:
         """What it had wanted hashed is waited for by nobody for ever."""
         write(self.source + "/f")

@@ -1,8 +1,13 @@
 """The pure parts: the YAML subset, the itemize parser, the authorized_keys editor, quoting, versions, diagnosis."""
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
+import tempfile
+import threading
 import unittest
+from unittest import mock
 
 from lab import OFFSYNC
 
@@ -114,6 +119,41 @@ class Config(unittest.TestCase):
             self.assertEqual(config.source, path)
 
 
+class Sources(unittest.TestCase):
+    def test_what_is_wanted_while_another_waits_is_described_too(self) -> None:
+        """One plan waits for a large file; a pass of another target fails, and nobody hands over what it wanted."""
+        with tempfile.TemporaryDirectory() as base:
+            for name in ("a", "b"):
+                with open(base + "/" + name, "w") as stream:
+                    stream.write(name)
+            reader = offsync.SourceReader(os.fsencode(base))
+            started, go_on = threading.Event(), threading.Event()
+            described = offsync.describe_entry
+
+            def slowly(source: bytes, path: bytes):
+                if path == b"a":
+                    started.set()
+                    go_on.wait(30)
+                return described(source, path)
+
+            with mock.patch.object(offsync, "describe_entry", slowly):
+                reader.want(b"a")
+                waiting = threading.Thread(target=reader.wait, daemon=True)
+                waiting.start()
+                self.assertTrue(started.wait(30))
+                reader.want(b"b")           # and no flush()
+                go_on.set()
+                waiting.join(30)
+            self.assertFalse(waiting.is_alive())
+            self.assertEqual(reader.entry(b"b").content, hashlib.sha256(b"b").digest())
+
+    def test_without_threads_there_is_a_message(self) -> None:
+        reader = offsync.SourceReader(b"/")
+        reader.want(b"etc")
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")), self.assertRaises(offsync.OffsyncError):
+            reader.flush()
+
+
 class Itemized(unittest.TestCase):
     # Captured from rsync 3.5.0, 3.2.7 and 3.1.3 ("%i %n").
     GOLDEN = {
@@ -180,7 +220,7 @@ class AuthorizedKeys(unittest.TestCase):
         self.assertEqual(offsync.edit_authorized_keys(twice, KEY, LINE)[0], LINE.encode() + b"\n")
 
     def test_a_foreign_line_with_the_key_is_named(self) -> None:
-        for foreign in ("ssh-ed25519 %s x", 'command="/bin/sh" ssh-ed25519 %s', 'restrict ssh-ed25519 %s me',
+        for foreign in ("ssh-ed25519 %s x", "ssh-ed25519 %s\0x", 'command="/bin/sh" ssh-ed25519 %s', 'restrict ssh-ed25519 %s me',
                         'command="/usr/bin/rrsync -wo /x" ssh-ed25519 %s', 'command="x -wo /y",pty,%s' % LINE.split(",", 1)[1] + " %s"):
             with self.subTest(foreign=foreign):
                 text = ("# one\n" + foreign.replace("%s", KEY.blob) + "\n" + LINE + "\n").encode()
@@ -224,6 +264,8 @@ class Names(unittest.TestCase):
         self.assertEqual(offsync.format_manifest_line(b"a\nb", "0" * 64), b"\\" + b"0" * 64 + b"  a\\nb\n")
         with self.assertRaises(ValueError) as caught:
             offsync.parse_manifest(b"0" * 64 + b"  ok\nnonsense\n")
+        with self.assertRaises(ValueError):     # one of the two would be overlooked
+            offsync.parse_manifest(b"0" * 64 + b"  f\n" + b"1" * 64 + b"  ./f\n")
         self.assertEqual(caught.exception.args, (2,))
 
 
