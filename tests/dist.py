@@ -43,7 +43,7 @@ def make_tar(files: dict, top: str) -> bytes:
 
 def make_wheel(program: bytes, readme: str, version: str) -> bytes:
     """Return a wheel of the one file: the module offsync and the command of that name (packaging.python.org, wheel 1.0)."""
-    info, summary = "offsync-%s.dist-info/" % version, program.decode().split('"""')[1].split("\n")[0]
+    info, summary = "offsync-%s.dist-info/" % version, " ".join(program.decode().split('"""')[1].split()).split(". ")[0]
     files = {
         "offsync.py": program,
         info + "METADATA": ("Metadata-Version: 2.1\nName: offsync\nVersion: %s\nSummary: %s\nRequires-Python: >=3.9\n"
