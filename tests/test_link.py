@@ -4,6 +4,7 @@ from __future__ import annotations
 import gzip
 import os
 import pwd
+import socket
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import unittest
 
 from lab import OFFSYNC, Lab, read, require, snapshot, type_on_terminal, write
 from test_job import LabCase
+from test_text import offsync
 
 
 class Linking(LabCase):
@@ -190,6 +192,17 @@ class Linking(LabCase):
         self.assertIn("run link as the account itself", done.err)
         os.chmod(self.target_home, 0o755)
         self.assertNotIn("StrictModes", self.link(check=0).err)
+
+    @unittest.skipUnless(os.path.isdir("/proc/net"), "proc(5) is Linux's")
+    def test_who_listens_on_the_port_of_sshd(self) -> None:
+        """sshd itself, or systemd for it: both are no reason to warn."""
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            with socket.socket(family) as listener:
+                listener.bind((address, 0))
+                port = str(listener.getsockname()[1])
+                self.assertFalse(offsync.is_listening([port]))
+                listener.listen()
+                self.assertTrue(offsync.is_listening(["1", port]))
 
     def test_old_rsync_is_warned_of(self) -> None:
         self.lab.program("rsync", "#!/bin/sh\necho 'rsync  version 3.2.3  protocol version 31'\n")
