@@ -385,6 +385,9 @@ class Trouble(SharedLab):
 
 
 class Hostile(SharedLab):
+    # The beginning of a false rsync that knows the marker of the lines that count.
+    MARKED = '#!/bin/sh\nfor w; do case $w in --out-format=*) m=${w#--out-format=}; m=${m%%:*};; esac; done\n'
+
     def force(self, script: str) -> None:
         """Give the key a hostile forced command."""
         line = read(self.target.keys)
@@ -425,8 +428,8 @@ class Hostile(SharedLab):
         """A target may ask for the same file as often as it likes: neither a plan nor our memory may grow with that."""
         write(self.source + "/f")
         for count, complaint in ((2, "reports f twice"), (5000, "too many entries")):
-            fake = self.lab.program("repeating", '#!/bin/sh\ncase "$*" in *--delete*--out-format=*) f=${*#*--out-format=}; m=${f%%%%:*}; yes "$m:<f+++++++++ f" | head -%d; exit 0;; '
-                                                 '*--ignore-existing*--out-format=*) f=${*#*--out-format=}; m=${f%%%%:*}; echo "$m:<f+++++++++ f"; exit 0;; esac\nexec %s "$@"\n' % (count, require("rsync")))
+            fake = self.lab.program("repeating", self.MARKED + 'case "$*" in *--delete*--out-format=*) yes "$m:<f+++++++++ f" | head -%d; exit 0;; '
+                                                 '*--ignore-existing*--out-format=*) echo "$m:<f+++++++++ f"; exit 0;; esac\nexec %s "$@"\n' % (count, require("rsync")))
             done = self.lab.offsync("plan", env={"OFFSYNC_RSYNC": fake}, check=1, timeout=60)
             self.assertIn(complaint, done.out)
 
@@ -440,7 +443,7 @@ class Hostile(SharedLab):
     def test_a_pass_that_breaks_off_after_its_first_item(self) -> None:
         """What it had wanted hashed is waited for by nobody for ever."""
         write(self.source + "/f")
-        fake = self.lab.program("breaking", '#!/bin/sh\ncase "$*" in *--delete*--out-format=*) f=${*#*--out-format=}; m=${f%%%%:*}; printf "%%s:<f+++++++++ f\\n%%s:garbage\\n" "$m" "$m"; exit 0;; esac\nexec %s "$@"\n'
+        fake = self.lab.program("breaking", self.MARKED + 'case "$*" in *--delete*--out-format=*) printf "%%s:<f+++++++++ f\\n%%s:garbage\\n" "$m" "$m"; exit 0;; esac\nexec %s "$@"\n'
                                 % require("rsync"))
         done = self.lab.offsync("plan", env={"OFFSYNC_RSYNC": fake}, check=1, timeout=60)
         self.assertIn("no itemized line", done.out)
