@@ -69,7 +69,9 @@ VERSION = "1.0.0"
 
 # Every ssh that offsync starts gets all of these; the command line wins over ~/.ssh/config (ssh_config(5)).
 SSH_OPTIONS = (
-    "-o", "IgnoreUnknown=*",                # the last four are of OpenSSH 8.7; an older ssh has no such settings either
+    # The last four are of OpenSSH 8.7, and fatal to an older ssh, which has no such settings either. Unknown words of
+    # ~/.ssh/config are passed over, too: an IgnoreUnknown there would not count beside this one.
+    "-o", "IgnoreUnknown=*",
     "-o", "BatchMode=yes",                  # never ask: a question would hang a cron job
     "-o", "IdentitiesOnly=yes",             # the dedicated key, no agent ...
     "-o", "IdentityAgent=none",
@@ -173,8 +175,8 @@ BREW_BIN = ("/opt/homebrew/bin", "/usr/local/bin", "/home/linuxbrew/.linuxbrew/b
 # A key that can write into one of these, or into a directory that contains one, is as good as a shell.
 SHELL_PLACES = ("/bin", "/boot", "/dev", "/etc/NetworkManager", "/etc/apt", "/etc/cron.d", "/etc/cron.daily",
                 "/etc/cron.hourly", "/etc/cron.monthly", "/etc/cron.weekly", "/etc/dbus-1", "/etc/init", "/etc/init.d",
-                "/etc/ld.so.conf.d", "/etc/perl",
-                "/etc/logrotate.d", "/etc/modprobe.d", "/etc/network", "/etc/pam.d", "/etc/profile.d", "/etc/rc.d",
+                "/etc/ld.so.conf.d", "/etc/logrotate.d", "/etc/modprobe.d", "/etc/network", "/etc/pam.d", "/etc/perl",
+                "/etc/profile.d", "/etc/rc.d",
                 *("/etc/rc%s.d" % level for level in "0123456S"), "/etc/ssh", "/etc/sudoers.d", "/etc/systemd", "/etc/udev",
                 "/etc/update-motd.d", "/etc/xdg", "/lib", "/lib32", "/lib64", "/proc", "/root/.ssh", "/run/systemd", "/run/udev",
                 "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/libexec", "/usr/local/bin", "/usr/local/lib", "/usr/local/sbin",
@@ -2165,10 +2167,10 @@ def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iter
             room -= sys.getsizeof(change.path) + 150
         else:
             most -= 1                       # it can ask for an entry again and again
+            if reader:
+                reader.want(change.path)
         if room < 0 or most < 0:
             raise TargetError(login, "it reports too many entries; is its path the right one, and rsync there what it should be?")
-        if reader and change.kind != "missing":
-            reader.want(change.path)
 
     if paths is None:
         excludes = ["--exclude=" + pattern for pattern in connection.shared.config.exclude]

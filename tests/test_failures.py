@@ -482,6 +482,7 @@ class BadSurroundings(LabCase):
         self.lab.init()
         for home in ("relative", "/x\ny", '/x"y', "/x%y", "/x$y"):
             self.assert_refused(self.lab.offsync("plan", env={"OFFSYNC_HOME": home}), 2, "OFFSYNC_HOME")
+        self.assert_refused(self.lab.offsync("manifest", self.lab.source, env={"OFFSYNC_RSYNC": "/none"}), 1, "/none, which OFFSYNC_RSYNC names")
         spaced = self.lab.base + "/state with space"
         self.lab.offsync("init", "--source", self.lab.source, env={"OFFSYNC_HOME": spaced}, check=0)
         target = self.lab.target("one")

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import unittest
+from unittest import mock
 
 from lab import OFFSYNC, Lab, read, require, snapshot, type_on_terminal, write
 from test_job import LabCase
@@ -203,6 +204,13 @@ class Linking(LabCase):
                 self.assertFalse(offsync.is_listening([port]))
                 listener.listen()
                 self.assertTrue(offsync.is_listening(["1", port]))
+
+    def test_a_user_without_an_account(self) -> None:
+        """As in a container that runs with any number for a user."""
+        args = offsync.build_parser().parse_args(["link", "--path", self.path, "--key", self.key])
+        with mock.patch.object(pwd, "getpwuid", side_effect=KeyError), self.assertRaisesRegex(offsync.OffsyncError, "has no account here"):
+            offsync.cmd_link(args)
+        self.assertFalse(os.path.exists(self.path))
 
     def test_old_rsync_is_warned_of(self) -> None:
         self.lab.program("rsync", "#!/bin/sh\necho 'rsync  version 3.2.3  protocol version 31'\n")

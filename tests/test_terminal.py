@@ -155,6 +155,9 @@ class ProgressLines(LabCase):
         self.assertTrue(out[-1].startswith("plan "), out[-1])
         seen = type_on_terminal([sys.executable, OFFSYNC, "plan"], {**self.lab.env, "TERM": "dumb"})[1].splitlines()
         self.assertEqual(seen[-2:], [out[-1], "Next: offsync apply --plan " + out[-1].split()[1][:12]])
+        write(self.one.path + "/extra", "a user's")     # delete is false: apply would refuse
+        seen = type_on_terminal([sys.executable, OFFSYNC, "plan"], {**self.lab.env, "TERM": "dumb"})[1].splitlines()
+        self.assertTrue(seen[-1].startswith("plan "), seen[-1])
 
     def test_a_manifest_cannot_write_to_the_terminal(self) -> None:
         write(self.lab.source + "/d0/\x1b[31mred", b"x")

@@ -154,6 +154,20 @@ class Sources(unittest.TestCase):
             reader.flush()
 
 
+class Interrupted(unittest.TestCase):
+    def test_what_was_not_begun_asks_its_target_nothing(self) -> None:
+        """Else Ctrl-C in a run of many targets would take a rescan of each of them."""
+        connection = mock.Mock(spec=["target", "close"], target=WEB1)       # anything else is an error
+        plan = offsync.TargetPlan(connection)
+        plan.changes = [offsync.Change(b"f", "added", False)]
+        shared = mock.Mock(config=mock.Mock(delete=False))
+        with mock.patch.object(offsync.CHILDREN, "stopping", True):
+            done = offsync.Delivery(shared, plan, mock.Mock(side_effect=AssertionError))
+            done.carry_out()
+        self.assertEqual((done.result, done.delivered, done.deleted), ("interrupted", [], []))
+        self.assertNotIn("unknown", done.error)
+
+
 class Itemized(unittest.TestCase):
     # Captured from rsync 3.5.0, 3.2.7 and 3.1.3 ("%i %n").
     GOLDEN = {
