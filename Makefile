@@ -1,7 +1,7 @@
 # Nothing here is needed to run offsync: it is one file.
 PYTHON ?= python3
-# YES=1 answers the question of install-deps.
-DEPS = $(PYTHON) offsync.py install-deps --role both $(if $(YES),-y)
+# YES=1 installs the system programs that are missing, unasked.
+ANSWER = $(if $(YES),--yes)
 DEV = .dev
 
 help:
@@ -15,12 +15,10 @@ help:
 	@echo 'make install  copy offsync to PREFIX/bin; make uninstall; make clean'
 
 demo:
-	@$(DEPS)
-	@$(PYTHON) tests/demo.py
+	@$(PYTHON) tests/demo.py $(ANSWER)
 
 test:
-	@$(DEPS)
-	@$(PYTHON) tests/run.py $(TESTS)
+	@$(PYTHON) tests/run.py $(ANSWER) $(TESTS)
 
 lint: $(DEV)/ready
 	$(DEV)/bin/ruff check --config tests/ruff.toml offsync.py tests

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 
-from lab import Lab, write
+from lab import RISK, Lab, write
 
 
 def say(text: str) -> None:
@@ -38,7 +38,8 @@ def main() -> None:
             target = lab.target(name)
             say("On target %s: the key may write below one path. (Its throw-away sshd listens on %s port %d; its home is "
                 "scratch, hence the first warning.)" % (name, target.address, target.port))
-            show(lab, "link", "--path", target.path, "--key", key.strip(), home=target.home)
+            lab.offsync("link", "--path", target.path, "--key", key.strip(), home=target.home)      # may this host's rrsync be trusted?
+            show(lab, "link", "--path", target.path, "--key", key.strip(), *RISK, home=target.home)
             say("On the controller: prove host key and restriction, then save. (The throw-away sshd has a host key of its own.)")
             show(lab, "target", "add", target.login, "--path", target.path, "--port", str(target.port), "--host-key",
                  target.fingerprint)
@@ -65,4 +66,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from run import ensure_programs
+    ensure_programs(sys.argv[1:])
     main()

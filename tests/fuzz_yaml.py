@@ -56,11 +56,10 @@ def document(rng: random.Random) -> str:
 
 def plain(node):
     """Return a parsed node as plain values."""
-    if isinstance(node, offsync.Scalar):
-        return node.value
-    if isinstance(node, dict):
-        return {key: plain(value) for key, value in node.items() if key}
-    return [plain(item) for item in node]
+    value = node.value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 def exactly(value):
@@ -73,7 +72,7 @@ def exactly(value):
 def check(text: str) -> bool:
     """Return whether the subset accepts a text; raise if PyYAML reads it otherwise."""
     try:
-        nodes = offsync.parse_yaml(text).nodes
+        nodes = offsync.parse_yaml(text)
     except offsync.YamlError:
         return False
     ours = {key: plain(node) for key, node in nodes.items()}
@@ -96,17 +95,16 @@ def check_writer(rng: random.Random) -> None:
         return "u%d@h%d" % (rng.randint(0, 3), rng.randint(0, 3))
 
     source = "/" + word()
-    text, expected = offsync.format_new_config(source), {}
+    text, targets = offsync.format_new_config(source), {}
     for _ in range(rng.randint(0, 6)):
         name = login()
-        if rng.random() < 0.3 and name in expected:
-            text = offsync.remove_target_lines(text, name)
-            del expected[name]
-            continue
-        path, port = "/" + word(), rng.choice([None, 22, 2222])
-        text = offsync.add_target_lines(text, offsync.Target(name, *name.split("@"), path, "/usr/bin/rrsync", port))
-        expected[name] = path
+        if rng.random() < 0.3 and name in targets:
+            del targets[name]
+        else:
+            targets[name] = offsync.Target(name, "/" + word(), "/usr/bin/rrsync", rng.choice([None, 22, 2222]), rng.random() < 0.8)
+        text = offsync.replace_block(text, "targets", offsync.format_targets(list(targets.values())))
     read = yaml.safe_load(text)
+    expected = {name: target.remote_path for name, target in targets.items()}
     if read["source"] != source or {t["login"]: t["remote_path"] for t in read["targets"]} != expected or not check(text):
         raise SystemExit("THE WRITER\n%s\n%r" % (text, read))
 

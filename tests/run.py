@@ -1,6 +1,6 @@
 """Run the suite: every test class in a process of its own, as many at once as there are cores.
 
-usage: run.py [MODULE or MODULE.CLASS ...]; the last line is "N passed, M failed" (", K skipped" if any were).
+usage: run.py [--yes] [MODULE or MODULE.CLASS ...]; --yes installs missing system programs unasked. The last line is "N passed, M failed" (", K skipped" if any were).
 """
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ def classes(names: list) -> list:
     return sorted((name for name, count in found.items() if count), key=lambda name: -found[name])
 
 
+def ensure_programs(words: list) -> list:
+    """Make sure of the system programs through offsync itself, which asks or, for --yes, does not; return the other words."""
+    answer = ["-y"] if "--yes" in words else []
+    status = subprocess.call([sys.executable, os.path.join(os.path.dirname(HERE), "offsync.py"), "install-deps", "--role", "both", *answer])
+    if status:
+        sys.exit(status)
+    return [word for word in words if word != "--yes"]
+
+
 def run_one(name: str) -> None:
     """Run one class here; print what it said, and its counts as a line of JSON."""
     suite = unittest.defaultTestLoader.loadTestsFromName(name)
@@ -42,6 +51,8 @@ def run_one(name: str) -> None:
 
 def main(names: list) -> int:
     """Run all; print failures as they come, and the summary last."""
+    if names[:1] != ["--one"]:
+        names = ensure_programs(names)
     if names[:1] == ["--one"]:
         run_one(names[1])
         return 0

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -68,13 +69,19 @@ class InstallDeps(LabCase):
 
     def test_it_asks_first_and_is_content_with_what_is_there(self) -> None:
         calls = self.fake("apt-get")
-        done = self.run_deps(check=1)
+        done = self.run_deps("--role", "controller", check=1)
         self.assertIn("repeat with -y", done.err)
         self.assertFalse(os.path.exists(calls))
-        self.run_deps("-y", check=0)
+        self.run_deps("--role", "controller", "-y", check=0)
         self.assertEqual(len(read(calls).splitlines()), 2)
-        self.assertIn("everything for the role controller is here", self.run_deps(check=0).err)
+        self.assertIn("everything for the role controller is here", self.run_deps("--role", "controller", check=0).err)
         self.assertEqual(len(read(calls).splitlines()), 2)
+
+    @unittest.skipIf(os.geteuid() == 0, "root needs no sudo")
+    def test_an_ordinary_user_without_sudo(self) -> None:
+        self.fake("apt-get")
+        os.unlink(self.bin + "/sudo")
+        self.assertIn("have root run: offsync install-deps --role both -y", self.run_deps("-y", check=1).err)
 
     def test_no_package_manager(self) -> None:
         self.assert_refused(self.run_deps("-y"), 1, "no known package manager")
@@ -82,7 +89,7 @@ class InstallDeps(LabCase):
     def test_openrsync_and_old_rsync_are_not_enough(self) -> None:
         for name in ("ssh", "ssh-keygen"):
             os.symlink(require(name), self.bin + "/" + name)
-        for answer, said in (("openrsync: protocol version 29\nrsync version 2.6.9 compatible", "openrsync"), ("rsync  version 3.0.9  protocol version 30", "3.0.9, too old")):
+        for answer, said in (("openrsync: protocol version 29\nrsync version 2.6.9 compatible", "openrsync"), ("rsync  version 3.1.1  protocol version 31", "3.1.1, too old")):
             write(self.bin + "/rsync", "#!/bin/sh\ncat <<'E'\n%s\nE\n" % answer, 0o755)
             if not self.lab.targets:
                 self.lab.joined_by_hand("one")
@@ -157,9 +164,11 @@ class FirstSteps(LabCase):
         os.rename(self.lab.state + "/id_ed25519", self.lab.state + "/away")
         self.assertIn("offsync init", self.lab.offsync(check=2).err)
         os.rename(self.lab.state + "/away", self.lab.state + "/id_ed25519")
-        write(self.lab.state + "/unfinished/" + self.lab.targets[0].login)
-        write(self.lab.state + "/unfinished/gone@example.org")
-        self.assertIn("An apply did not finish: %s. Next: offsync apply" % self.lab.targets[0].login, self.lab.offsync(check=2).err)
+        login = self.lab.targets[0].login
+        for result, word in (("started", "did not finish"), ("failed", "failed"), ("refused", "refused")):
+            write(self.lab.state + "/last/" + login, json.dumps({"login": login, "result": result}))
+            write(self.lab.state + "/last/gone@example.org", json.dumps({"login": "gone@example.org", "result": "failed"}))
+            self.assertIn("The last apply was not ok for: %s (%s). Next: offsync plan" % (login, word), self.lab.offsync(check=2).err)
 
     def test_every_help_has_an_example(self) -> None:
         commands = ["init", "link", "unlink", "target", "target add", "target list", "target remove", "install-deps", "plan", "apply", "verify", "manifest", "doctor"]
@@ -180,7 +189,7 @@ class FirstSteps(LabCase):
         self.lab.joined_by_hand("one")
         err = self.lab.offsync("-v", "plan", check=0).err
         self.assertRegex(err, r"(?m)^\+ \S+ssh .*ControlMaster=yes")
-        self.assertRegex(err, r"(?m)^\+ \S+rsync -8 --timeout=10800 -n -rlptc --delete")
+        self.assertRegex(err, r"(?m)^\+ \S+rsync -8 --info=flist1 -n -rlptc --delete .*--timeout=10800")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import stat
 import subprocess
 import unittest
 
-from lab import Lab, read, snapshot, write
+from lab import Lab, read, read_plan, snapshot, write
 from test_job import LabCase
 
 
@@ -35,11 +35,11 @@ class SharedLab(LabCase):
         self.source, self.there = self.lab.source, self.target.path
 
     def plan(self, *args, check=0) -> dict:
-        return json.loads(self.lab.offsync("plan", "--json", *args, check=check).out)
+        return read_plan(self.lab.offsync("plan", "--json", *args, check=check).stdout)
 
     def unchanged(self) -> tuple:
         """Return all that a refusal must leave as it was."""
-        return snapshot(self.source), snapshot(self.there), self.lab.records()
+        return snapshot(self.source), snapshot(self.there)
 
 
 class Scope(SharedLab):
@@ -63,7 +63,9 @@ class Scope(SharedLab):
         connections = self.target.read_log().count("Connection from")
         done = self.lab.offsync("plan")
         self.assert_refused(done, 1, "absolute: it is a symlink to an absolute path", "leaves: it is a symlink that leaves the source", "leaves-and-returns",
-                            "fifo: it is a device", "socket: it is a device", "d/.~tmp~: rsync reserves", "6 entries")
+                            "fifo: it is a device", "d/.~tmp~: rsync reserves", "6 entries", "and 1 more")
+        self.lab.configure(exclude=["absolute", "leaves*"])
+        self.assert_refused(self.lab.offsync("plan"), 1, "socket: it is a device", "3 entries")
         for fine in ("fine", "dangling", "fine-too", "inside"):
             self.assertNotIn(" %s:" % fine, done.err)
         self.assertEqual(self.target.read_log().count("Connection from"), connections)
@@ -87,9 +89,9 @@ class Scope(SharedLab):
             os.symlink("/x", "%s/%02d" % (self.source, number))
         done = self.lab.offsync("plan", check=1)
         self.assertIn("30 entries", done.err)
-        self.assertIn(" 19: it is", done.err)
-        self.assertNotIn(" 20: it is", done.err)
-        self.assertIn("and 10 more", done.err)
+        self.assertIn(" 04: it is", done.err)
+        self.assertNotIn(" 05: it is", done.err)
+        self.assertIn("and 25 more", done.err)
 
     @unittest.skipIf(os.geteuid() == 0, "root reads everything")
     def test_unreadable_entries(self) -> None:
@@ -215,8 +217,10 @@ class Policies(SharedLab):
         write(self.there + "/mine", b"x")
         before = self.unchanged(), snapshot(other.path)
         done = self.lab.offsync("apply")
-        self.assert_refused(done, 1, "nothing was sent", "delete is false", "mine", self.target.login, '"delete: true"')
+        self.assert_refused(done, 1, "nothing was sent", "delete is false", "mine", self.target.login, '"delete: true"', "--delete")
         self.assertEqual((self.unchanged(), snapshot(other.path)), before)
+        self.assertEqual([(r["result"], r["files_changed"]) for r in self.lab.records()[-2:]], [("refused", [])] * 2)
+        self.assertIn("delete is false", self.lab.records()[-1]["error"])
         self.lab.configure(delete="true", overwrite="false")
         self.assert_refused(self.lab.offsync("apply"), 1, "nothing was sent", "overwrite is false", "f", '"overwrite: true"')
         self.assertEqual((self.unchanged(), snapshot(other.path)), before)
@@ -254,37 +258,76 @@ class Policies(SharedLab):
 
 
 class PlanIds(SharedLab):
-    def refused(self, plan_id: str, *words: str) -> None:
+    def refused(self, reviewed: str, *words: str, args=()) -> None:
         before = self.unchanged()
-        self.assert_refused(self.lab.offsync("apply", "--plan", plan_id), 1, "not the plan of now", *words)
+        self.assert_refused(self.lab.offsync("apply", "--plan", reviewed, *args), 1, "nothing was sent", "does not approve", *words)
         self.assertEqual(self.unchanged(), before)
+        self.assertEqual(self.lab.records()[-1]["result"], "refused")
 
     def test_what_changed_since_the_review_is_named(self) -> None:
         write(self.source + "/f", b"aaaa", when=1_600_000_000)
         write(self.source + "/g", b"gggg")
         write(self.there + "/g", b"hhhh")
         plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
-        self.assertEqual(self.plan()["plan"], plan_id)
+        kept = os.path.join(self.lab.state, "plans", plan_id)
+        printed = self.lab.offsync("plan", "--json", check=0).stdout
+        self.assertEqual((hashlib.sha256(printed).hexdigest(), open(kept, "rb").read()), (plan_id, printed))
         write(self.source + "/f", b"bbbb", when=1_600_000_000)
-        self.refused(plan_id[:8], "f: added, with another sha256")
+        self.refused(plan_id[:32], "f is now added")
         write(self.source + "/f", b"aaaa", when=1_600_000_000)
         write(self.source + "/new", b"n")
-        self.refused(plan_id, "new: was absent from the plan, is added")
+        self.refused(plan_id, "new is now added")
         os.unlink(self.source + "/new")
-        write(self.there + "/g", b"gggg", os.stat(self.source + "/g").st_mode & 0o777)
-        self.refused(plan_id, "g: was modified, is absent from the plan")
-        write(self.there + "/g", b"hhhh")
         other = self.lab.joined_by_hand("other")
-        self.refused(plan_id, other.login + ": the target itself: was absent from the plan, is planned")
+        self.refused(plan_id, other.login + " at port")
         self.lab.offsync("target", "remove", other.login, check=0)
-        self.lab.configure(delete="true")
-        self.refused(plan_id, "the config: set, with another delete")
-        self.lab.configure(delete="false")
-        self.refused("0" * 8, "not among the plans kept")
-        self.lab.offsync("apply", "--plan", plan_id[:8], check=0)
+        self.refused(plan_id, "the policy is now", '"delete": true', args=["--delete"])
+        self.assert_refused(self.lab.offsync("apply", "--plan", "f" * 32), 1, "not among the plans", "--plan FILE")
+        self.assert_refused(self.lab.offsync("apply", "--plan", plan_id[:12]), 2, "32 digits", "can be forged")
+        self.lab.offsync("apply", "--plan", plan_id[:32], check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
         self.assertEqual(self.lab.records()[-1]["plan"], plan_id)
-        self.refused(plan_id)
+        self.lab.offsync("apply", "--plan", plan_id, check=0)       # again: all that it approves is there already
+        os.unlink(self.source + "/f")
+        self.refused(plan_id, "f is not in the source as reviewed")
+
+    def test_what_is_there_already_may_be_absent_from_the_plan_of_now(self) -> None:
+        write(self.source + "/f", b"ff")
+        write(self.source + "/g", b"gg")
+        plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
+        write(self.there + "/g", b"gg")
+        self.lab.offsync("apply", "--plan", plan_id, check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_a_reviewed_deletion_never_runs_without_the_additions_that_replace_it(self) -> None:
+        write(self.source + "/new", b"n")
+        write(self.there + "/old", b"o")
+        self.lab.configure(delete="true")
+        reviewed = self.lab.base + "/plan.jsonl"
+        write(reviewed, self.lab.offsync("plan", "--json", check=0).stdout)
+        os.rename(self.source + "/new", self.lab.base + "/new")
+        self.refused(reviewed, "new is not in the source as reviewed")
+        os.rename(self.lab.base + "/new", self.source + "/new")
+        write(self.source + "/old", b"o")
+        self.refused(reviewed, "old is in the source again")
+        os.unlink(self.source + "/old")
+        self.lab.offsync("apply", "--plan", reviewed, check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_files_that_are_no_plan(self) -> None:
+        write(self.source + "/f", b"ff")
+        for text in (b"nonsense\n", b"[]\n", b'{"kind": "added"}\n', b'{"kind": "odd", "path": "x"}\n', b"\xff\n"):
+            write(self.lab.base + "/p", text)
+            self.assert_refused(self.lab.offsync("apply", "--plan", self.lab.base + "/p"), 2, "/p:1", "no line of a plan")
+        self.assert_refused(self.lab.offsync("apply", "--plan", self.lab.base + "/none"), 2, "No such file")
+        self.assertEqual(snapshot(self.there), {})
+
+    def test_a_kept_plan_that_was_edited_is_none(self) -> None:
+        write(self.source + "/f", b"ff")
+        plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
+        with open(os.path.join(self.lab.state, "plans", plan_id), "a") as stream:
+            stream.write("{}\n")
+        self.assert_refused(self.lab.offsync("apply", "--plan", plan_id), 1, "is not that plan")
 
     def test_exit_code_and_identical_json(self) -> None:
         write(self.source + "/f")
@@ -292,12 +335,31 @@ class PlanIds(SharedLab):
         self.lab.offsync("plan", "--exit-code", check=3)
         one, two = (self.lab.offsync("plan", "--json", check=0).stdout for _ in range(2))
         self.assertEqual(one, two)
-        document = json.loads(one)
-        self.assertEqual(sorted(document), ["plan", "source", "targets", "version"])
-        self.assertEqual(sorted(document["targets"][0]), ["added", "error", "host", "leftover", "login", "missing", "modified", "remote_path"])
-        applied = json.loads(self.lab.offsync("apply", "--json", check=0).out)
-        self.assertEqual([t["result"] for t in applied["targets"]], ["ok"])
+        policy, target, entry = map(json.loads, one.splitlines())
+        self.assertEqual(sorted(policy), ["delete", "exclude", "overwrite", "source", "verify"])
+        self.assertEqual(sorted(target), ["error", "host", "login", "port", "remote_path"])
+        self.assertEqual(sorted(entry), ["changes", "kind", "login", "mode", "path", "sha256", "size", "type"])
+        applied = self.lab.offsync("apply", "--json", check=0).out
+        self.assertEqual([json.loads(line) for line in applied.splitlines()], self.lab.records()[-1:])
         self.lab.offsync("plan", "--exit-code", check=0)
+
+    def test_plans_are_kept_for_a_month(self) -> None:
+        write(self.source + "/f")
+        plans = self.lab.state + "/plans"
+        shutil.rmtree(plans, ignore_errors=True)
+        first = self.lab.offsync("plan", check=0).out.split()[-1]
+        os.utime(os.path.join(plans, first), (1, 1))
+        self.lab.offsync("plan", check=0)           # a repeat renews the date
+        self.assertGreater(os.stat(os.path.join(plans, first)).st_mtime, 1)
+        os.utime(os.path.join(plans, first), (1, 1))
+        for number in range(105):
+            write(os.path.join(plans, "%064x" % number))
+        write(self.source + "/g")
+        second = self.lab.offsync("plan", check=0).out.split()[-1]
+        kept = os.listdir(plans)
+        self.assertIn(second, kept)
+        self.assertNotIn(first, kept)
+        self.assertEqual(len(kept), 100)
 
 
 class Manifests(SharedLab):

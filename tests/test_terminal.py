@@ -4,7 +4,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import unittest
 
@@ -19,9 +18,9 @@ class Completion(LabCase):
         """Type lines into an interactive shell with the completion loaded; return what was shown."""
         self.lab.program("offsync", '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, OFFSYNC))
         env = dict(self.lab.env, PS1="$ ", TERM="xterm")
-        loaded = "" if shell == "bash" else "autoload -Uz compinit; compinit -D -u; "
+        loaded = "" if shell == "bash" else "autoload -Uz compinit bashcompinit; compinit -D -u; bashcompinit; "
         # The prompt in two pieces: what is typed comes back, and must not look like it.
-        dialogue = [(b"$ ", "%seval \"$(offsync completion %s)\"; PS1='rea''dy> '\n" % (loaded, shell))]
+        dialogue = [(b"$ ", "%seval \"$(offsync completion bash)\"; PS1='rea''dy> '\n" % loaded)]
         for line in (*lines, "exit\n"):
             dialogue.append((b"ready> ", line))
         return type_on_terminal([shutil.which(shell), *SHELLS[shell]], env, *dialogue)[1]
@@ -42,7 +41,7 @@ class Completion(LabCase):
                 write(config, before)
                 # Logins go on beyond their @ and :, where readline begins a new word; far@ is ambiguous but for its beginning.
                 shown = self.type_in(shell, "offsync tar\tremo\tsi\t\n", "offsync target remove fa\t\t1\n", "offsync plan --ex\t %s\t\n" % one.login[:-1],
-                                     "offsync install-deps --role targ\t -y\n")
+                                     "offsync install-d\t--role target -y\n")
                 self.assertIn("removed six@[2001:db8::1] here", shown)
                 self.assertIn("removed far@127.0.0.11 here", shown)
                 self.assertNotIn("six@", read(config))
@@ -50,50 +49,21 @@ class Completion(LabCase):
                 self.assertIn("equal, nothing to do", shown)
                 self.assertIn("everything for the role target is here", shown)
 
-    @unittest.skipUnless(shutil.which("zsh"), "zsh is not installed")
-    def test_the_first_tab_in_zsh_when_installed_below_fpath(self) -> None:
-        write(self.lab.base + "/functions/_offsync", self.lab.offsync("completion", "zsh", check=0).out)
-        self.lab.program("offsync", '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, OFFSYNC))
-        env = dict(self.lab.env, PS1="$ ", TERM="xterm", FPATH=self.lab.base + "/functions:" + subprocess.run(
-            ["zsh", "-fc", "print -n $FPATH"], stdout=subprocess.PIPE, text=True, check=True).stdout)
-        shown = type_on_terminal([shutil.which("zsh"), "-f", "-i"], env, (b"$ ", "autoload -Uz compinit; compinit -D -u; PS1='rea''dy> '\n"),
-                                 (b"ready> ", "offsync install-d\t--role target -y\n"), (b"ready> ", "exit\n"))[1]
-        self.assertIn("everything for the role target is here", shown)
+    def test_every_command_and_option_is_a_word(self) -> None:
+        code = self.lab.offsync("completion", "bash", check=0).out
+        for words in ('"plan"*) words="--source --json --jobs --delete --summary --exit-code @"', '"target add"*)', 'words="add list remove"', "--accept-risk"):
+            self.assertIn(words, code)
+        self.assert_refused(self.lab.offsync("completion", "fish"), 2, "fish")
 
-    def words(self, *words: str) -> list:
-        return self.lab.offsync("completion", "bash", "--line", " ".join(("offsync", *words)), check=0).out.splitlines()
 
-    def test_candidates(self) -> None:
-        for words, expected in ((["pl"], ["plan"]), (["target", ""], ["add", "list", "remove"]), (["plan", "--j"], ["--jobs", "--json"]),
-                                (["install-deps", "--role", "t"], ["target"]), (["-v", "ver"], ["verify"]), (["manifest", "--check", ""], []),
-                                (["zzz"], []), (["target", "add", "--host"], ["--host-key"])):
-            self.assertEqual(self.words(*words), expected, words)
-        self.assertIn("manifest", self.words(""))
-        self.assertEqual(self.words("completion", ""), ["bash", "zsh"])
-        self.assertNotIn("--line", self.words("completion", "--"))
+class WrongWords(LabCase):
+    def test_what_is_known_is_named(self) -> None:
         one = self.lab.joined_by_hand("one")
-        self.assertEqual(self.words("plan", ""), [one.address, one.login])
-        self.assertEqual(self.words("target", "remove", ""), [one.login])
-        self.assertEqual(self.words("doctor", one.login[:6]), [one.login])
-        plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
-        self.assertEqual(self.words("apply", "--plan", ""), [plan_id])
-
-    def test_without_a_config_it_says_so_and_completes_nothing(self) -> None:
-        self.assert_refused(self.lab.offsync("completion", "zsh", "--line", "offsync plan "), 2, "offsync init")
-        self.assert_refused(self.lab.offsync("completion", "fish"), 2, "SHELL fish: unknown")
-
-
-class Suggestions(LabCase):
-    def test_the_nearest_command_choice_and_target(self) -> None:
-        one = self.lab.joined_by_hand("one")
-        for words, wanted in ((["paln"], '"plan"'), (["target", "delete"], "known are: add, list, remove"), (["target", "ad"], '"add"'),
-                              (["install-deps", "--role", "targets"], '"target"'), (["plan", one.login[:-2] + "9"], '"%s"' % one.login),
-                              (["apply", one.address[:-1] + "8"], '"%s"' % one.address),
-                              (["target", "remove", one.login + "1"], '"%s"' % one.login), (["plan", "--jsn"], '"--json"?; see: offsync plan'),
-                              (["target", "list", "x"], "x: unknown; see: offsync target list --help")):
+        for words, wanted in ((["paln"], "plan"), (["target", "delete"], "remove"), (["install-deps", "--role", "targets"], "controller"),
+                              (["plan", one.login + "9"], "known targets: " + one.login), (["target", "remove", one.login + "1"], one.login),
+                              (["plan", "--jsn"], "--jsn"), (["target", "list", "x"], "x")):
             with self.subTest(words=words):
                 self.assert_refused(self.lab.offsync(*words), 2, wanted)
-        self.assertNotIn("did you mean", self.lab.offsync("zzzzzz", check=2).err)
 
 
 class ProgressLines(LabCase):
@@ -130,13 +100,13 @@ class ProgressLines(LabCase):
         seen = self.on_terminal()
         for phase in ("comparing", "sending", "verifying"):
             self.assertIn("%s: %s" % (self.one.login, phase), seen)
-        self.assertIn("comparing (2 s)", seen)
+        self.assertIn("comparing, 2 s ela", seen)
         seen = re.sub(r"\x1b\[\d*m", "", seen)
         for line in re.split(r"\r?\n|\x1b\[\d*[AJ]|\r", seen):
             if line.startswith(self.one.login) and " ok: " not in line:
                 self.assertLess(len(line), 40)
         left = self.screen(seen)
-        self.assertEqual(len(left), 1, left)
+        self.assertEqual((len(left), left[1]), (2, "1 target: 1 ok"), left)
         self.assertIn("600 entries delivered", left[0])
 
     def test_nothing_is_left_when_several_targets_are_equal(self) -> None:
@@ -144,20 +114,27 @@ class ProgressLines(LabCase):
         self.lab.offsync("apply", check=0)
         env = {**self.lab.env, "TERM": "xterm", "OFFSYNC_RSYNC": self.slow}
         status, seen = type_on_terminal([sys.executable, OFFSYNC, "verify", "--jobs", "1"], env, columns=40)
-        self.assertEqual((status, self.screen(seen)), (0, []), seen)
+        self.assertEqual((status, [re.sub(r"\x1b\[\d*m", "", line) for line in self.screen(re.sub(r"\x1b\[\d*m", "", seen))]),
+                         (0, ["ok: equal to %s: 2 targets" % self.lab.source]), seen)
         self.assertIn("%s: comparing" % self.one.login, seen)
         self.assertIn("(all): 1 of 2 done", seen)
 
-    def test_a_plan_ends_with_a_line_for_each_target_and_the_next_step(self) -> None:
-        two = self.lab.joined_by_hand("two")
+    def test_equal_plans_are_one_list_and_the_next_step_follows(self) -> None:
+        two, three = self.lab.joined_by_hand("two"), self.lab.joined_by_hand("three")
+        write(three.path + "/other", "x")
         out = self.lab.offsync("plan", check=0).out.splitlines()
-        self.assertEqual([line.split(";")[0] for line in out[-3:-1]], ["%s: 600 added" % self.one.login, "%s: 600 added" % two.login])
-        self.assertTrue(out[-1].startswith("plan "), out[-1])
+        self.assertEqual(out[:3], ["source " + self.lab.source, "%s:%s" % (self.one.login, self.one.path), "%s:%s" % (two.login, two.path)])
+        self.assertEqual(sum(line.startswith("  added") for line in out), 1200)
+        self.assertIn("  2 targets, each: 600 added; 29.3 KiB to send", out)
+        self.assertEqual([line.split(";")[0].split("  ") for line in out[-4:-1]], [[self.one.login, "600 added"], [two.login, "600 added"],
+                         [three.login, "600 added, 1 missing (apply will refuse: delete is false)"]])
+        short = self.lab.offsync("plan", "--summary", check=0).out.splitlines()
+        self.assertEqual(short, [line for line in out if not re.match("  (added|missing)", line)])
+        seen = type_on_terminal([sys.executable, OFFSYNC, "plan", "127.0.0.[12]"], {**self.lab.env, "TERM": "dumb"})[1].splitlines()
+        plan = next(line for line in seen if line.startswith("plan "))
+        self.assertEqual(seen[-1], "Next: offsync apply '127.0.0.[12]' --" + plan.replace(" ", " ", 1))
         seen = type_on_terminal([sys.executable, OFFSYNC, "plan"], {**self.lab.env, "TERM": "dumb"})[1].splitlines()
-        self.assertEqual(seen[-2:], [out[-1], "Next: offsync apply --plan " + out[-1].split()[1][:12]])
-        write(self.one.path + "/extra", "a user's")     # delete is false: apply would refuse
-        seen = type_on_terminal([sys.executable, OFFSYNC, "plan"], {**self.lab.env, "TERM": "dumb"})[1].splitlines()
-        self.assertTrue(seen[-1].startswith("plan "), seen[-1])
+        self.assertTrue(seen[-1].startswith("plan "), seen[-1])     # apply would refuse
 
     def test_a_manifest_cannot_write_to_the_terminal(self) -> None:
         write(self.lab.source + "/d0/\x1b[31mred", b"x")

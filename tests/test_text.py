@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
+import shutil
 import tempfile
 import threading
 import unittest
@@ -29,7 +29,7 @@ targets:
     remote_path: "/srv/app-data"
     rrsync: "/usr/bin/rrsync"
 """
-WEB1 = offsync.Target("deploy@web1", "deploy", "web1", "/srv/x")
+WEB1 = offsync.Target("deploy@web1", "/srv/x")
 KEY = offsync.PublicKey("ssh-ed25519", "AAAAC3NzaC1lZDI1NTE5AAAAIKtest", "me@here")
 LINE = ('command="/usr/bin/rrsync -wo /srv/app-data",no-port-forwarding,no-agent-forwarding,no-X11-forwarding,no-pty,restrict '
         "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKtest me@here")
@@ -37,15 +37,26 @@ LINE = ('command="/usr/bin/rrsync -wo /srv/app-data",no-port-forwarding,no-agent
 
 class Config(unittest.TestCase):
     def test_the_documented_example_is_read(self) -> None:
-        config, _ = offsync.validate_config(CONFIG, "c")
-        self.assertEqual(config, offsync.Config("/srv/app-data", False, True, "hash", (".git/",), 8, 0, False, (
-            offsync.Target("deploy@node02.example.com", "deploy", "node02.example.com", "/srv/app-data", "/usr/bin/rrsync", None),)))
+        config = offsync.validate_config(CONFIG, "c")
+        self.assertEqual(config, offsync.Config("/srv/app-data", False, True, "hash", (".git/",), 8, 0, False, 10800, 50, (
+            offsync.Target("deploy@node02.example.com", "/srv/app-data", "/usr/bin/rrsync", None, True),)))
+        self.assertEqual((config.targets[0].user, config.targets[0].host), ("deploy", "node02.example.com"))
+
+    def test_what_is_optional(self) -> None:
+        text = CONFIG.replace("delete:", "timeout: 600\nmax_delete: 0\njobs: 3\nbwlimit: 7\ncompress: true\ndelete:").replace('"hash"', '"strong"')
+        text = text.replace('"/usr/bin/rrsync"', '"/usr/bin/rrsync"\n    symlinks: false\n    port: 2222')
+        config = offsync.validate_config(text, "c")
+        self.assertEqual((config.timeout, config.max_delete, config.jobs, config.bwlimit, config.compress, config.verify), (600, 0, 3, 7, True, "strong"))
+        self.assertEqual((config.targets[0].symlinks, config.targets[0].port), (False, 2222))
+        for wrong in ("timeout: 59", "max_delete: 101", "max_delete: -1", "timeout: x"):
+            with self.subTest(wrong=wrong), self.assertRaises(offsync.UsageError):
+                offsync.validate_config(CONFIG.replace("delete:", wrong + "\ndelete:"), "c")
 
     def test_exclude_defaults_only_when_absent(self) -> None:
         without = CONFIG.replace('exclude:\n  - ".git/"\n', "")
-        self.assertEqual(offsync.validate_config(without, "c")[0].exclude, (".git/",))
+        self.assertEqual(offsync.validate_config(without, "c").exclude, (".git/",))
         empty = CONFIG.replace('exclude:\n  - ".git/"\n', "exclude: []\n")
-        self.assertEqual(offsync.validate_config(empty, "c")[0].exclude, ())
+        self.assertEqual(offsync.validate_config(empty, "c").exclude, ())
 
     def test_what_is_refused_names_the_line(self) -> None:
         cases = {
@@ -85,116 +96,149 @@ class Config(unittest.TestCase):
                     with self.assertRaises(offsync.YamlError):
                         offsync.parse_yaml("source: " + text)
                 else:
-                    self.assertEqual(offsync.parse_yaml("source: " + text).nodes["source"].value, value)
+                    self.assertEqual(offsync.parse_yaml("source: " + text)["source"].value, value)
 
-    def test_comments_and_order_survive_edits(self) -> None:
+    def test_comments_outside_the_block_survive_edits(self) -> None:
         text = ("# top\ntargets:   # all of them\n    # first\n    - host: web0   # h\n      user: u\n      login: u@web0 # l\n"
-                "      remote_path: /x # r\n    # last\n\n# between\nversion: 1\nsource: '/s' # src\n")
-        added = offsync.add_target_lines(text, WEB1)
-        self.assertEqual([t.login for t in offsync.validate_config(added, "c")[0].targets], ["u@web0", "deploy@web1"])
-        self.assertEqual([line for line in added.split("\n") if line in text.split("\n")], text.split("\n"))
-        self.assertEqual(offsync.remove_target_lines(added, "deploy@web1"), text)
-        changed = offsync.add_target_lines(text, offsync.Target("u@web0", "u", "web0", "/y", "/usr/bin/rrsync", 2222))
-        self.assertEqual(changed, text.replace("/x # r\n", '"/y" # r\n      port: 2222\n'))
-        back = offsync.add_target_lines(changed, offsync.Target("u@web0", "u", "web0", "/y"))
-        self.assertEqual(offsync.validate_config(back, "c")[0].targets[0].port, None)
-        first = offsync.add_target_lines(text.replace("- host: web0   # h\n", "- port: 22   # p\n      # between\n      host: web0   # h\n"),
-                                         offsync.Target("u@web0", "u", "web0", "/y"))
-        self.assertEqual(first, text.replace("- host: web0   # h\n", "- host: web0   # h\n      # between\n").replace("/x # r", '"/y" # r'))
-        gone = offsync.remove_target_lines(text, "u@web0")
-        self.assertIn("targets: []   # all of them", gone)
-        self.assertEqual(offsync.validate_config(gone, "c")[0].targets, ())
-        again = offsync.add_target_lines(gone, WEB1)
-        self.assertEqual([t.login for t in offsync.validate_config(again, "c")[0].targets], ["deploy@web1"])
-        self.assertIn("# all of them", again)
+                "      remote_path: /x # r\n    # last\n\n# between\nversion: 1\nsource: '/s' # src\n# end\n")
+        first = offsync.validate_config(text, "c").targets[0]
+        added = offsync.replace_block(text, "targets", offsync.format_targets([first, WEB1]))
+        self.assertEqual(list(offsync.validate_config(added, "c").targets), [first, WEB1])
+        self.assertTrue(added.startswith("# top\ntargets:\n  - login"), added)
+        self.assertTrue(added.endswith("    # last\n\n# between\nversion: 1\nsource: '/s' # src\n# end\n"), added)
+        gone = offsync.replace_block(added, "targets", offsync.format_targets([]))
+        self.assertEqual(offsync.validate_config(gone, "c").targets, ())
+        self.assertEqual(gone.count("targets: []\n"), 1)
+        moved = offsync.replace_block(text, "source", ["source: " + offsync.format_yaml("/t")])
+        self.assertEqual(moved, text.replace("'/s' # src", '"/t"'))
 
     def test_target_is_added_to_every_shape_of_list(self) -> None:
+        odd = offsync.Target("u@[2001:db8::1]", "/y z", "/opt/rrsync", 2222, False)
         for shape in ("targets: []\n", "targets: [ ]  # none\n"):
-            text = "version: 1\nsource: /s\n" + shape
-            self.assertEqual(offsync.validate_config(offsync.add_target_lines(text, WEB1), "c")[0].targets, (WEB1,))
+            text = offsync.replace_block("version: 1\nsource: /s\n" + shape, "targets", offsync.format_targets([WEB1, odd]))
+            self.assertEqual(offsync.validate_config(text, "c").targets, (WEB1, odd))
 
     def test_what_the_writer_writes_is_read_back(self) -> None:
         for path in ("/a b", '/q"q', "/back\\slash", "/é\u202e\u00a0", "/#x: y", "/'"):
-            config, _ = offsync.validate_config(offsync.format_new_config(path), "c")
+            config = offsync.validate_config(offsync.format_new_config(path), "c")
             self.assertEqual(config.source, path)
 
 
 class Sources(unittest.TestCase):
-    def test_what_is_wanted_while_another_waits_is_described_too(self) -> None:
+    def tree(self) -> str:
+        base = tempfile.mkdtemp(prefix="offsync-text-")
+        self.addCleanup(shutil.rmtree, base)
+        for name in ("a", "b"):
+            with open(base + "/" + name, "w") as stream:
+                stream.write(name)
+        return base
+
+    def test_what_another_waits_for_is_described_too(self) -> None:
         """One plan waits for a large file; a pass of another target fails, and nobody hands over what it wanted."""
-        with tempfile.TemporaryDirectory() as base:
-            for name in ("a", "b"):
-                with open(base + "/" + name, "w") as stream:
-                    stream.write(name)
-            reader = offsync.SourceReader(os.fsencode(base))
-            started, go_on = threading.Event(), threading.Event()
-            described = offsync.describe_entry
+        source = offsync.Source(self.tree())
+        started, go_on = threading.Event(), threading.Event()
+        described = offsync.describe_entry
 
-            def slowly(source: bytes, path: bytes):
-                if path == b"a":
-                    started.set()
-                    go_on.wait(30)
-                return described(source, path)
+        def slowly(root: bytes, path: bytes, with_md5: bool):
+            if path == b"a":
+                started.set()
+                go_on.wait(30)
+            return described(root, path, with_md5)
 
-            with mock.patch.object(offsync, "describe_entry", slowly):
-                reader.want(b"a")
-                waiting = threading.Thread(target=reader.wait, daemon=True)
-                waiting.start()
-                self.assertTrue(started.wait(30))
-                reader.want(b"b")           # and no flush()
-                go_on.set()
-                waiting.join(30)
-            self.assertFalse(waiting.is_alive())
-            self.assertEqual(reader.entry(b"b").content, hashlib.sha256(b"b").digest())
+        with mock.patch.object(offsync, "describe_entry", slowly):
+            source.want(b"a")
+            waiting = threading.Thread(target=source.wait, daemon=True)
+            waiting.start()
+            self.assertTrue(started.wait(30))
+            source.want(b"b")
+            go_on.set()
+            waiting.join(30)
+            source.wait()
+        self.assertFalse(waiting.is_alive())
+        self.assertEqual(source.entries[b"b"].sha256, hashlib.sha256(b"b").digest())
 
-    def test_without_threads_there_is_a_message(self) -> None:
-        reader = offsync.SourceReader(b"/")
-        reader.want(b"etc")
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")), self.assertRaises(offsync.OffsyncError):
-            reader.flush()
+    def test_without_threads_it_is_described_here(self) -> None:
+        source = offsync.Source(self.tree(), with_md5=True)
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            source.want(b"a")
+            source.wait()
+        self.assertEqual(source.entries[b"a"].md5, hashlib.md5(b"a").digest())
+
+    def test_no_thread_at_all_is_a_sentence(self) -> None:
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")), self.assertRaisesRegex(
+                offsync.OffsyncError, "ulimit -u"):
+            list(offsync.Pool(2).map(str, [1, 2]))
+
+    def test_results_come_in_order(self) -> None:
+        self.assertEqual(list(offsync.Pool(3).map(lambda number: number * 2, range(50))), [number * 2 for number in range(50)])
+
+    def test_entries_are_what_they_were_made_of(self) -> None:
+        entry = offsync.SourceEntry.make("f", 0o4755, 1 << 40, b"s" * 32 + b"m" * 16)
+        self.assertEqual((entry.type, entry.mode, entry.size, entry.sha256, entry.md5, entry.link), ("file", 0o4755, 1 << 40, b"s" * 32, b"m" * 16, b""))
+        self.assertEqual(entry.reviewed, offsync.SourceEntry.make("f", 0o4755, 1 << 40, b"s" * 32))
+        link = offsync.SourceEntry.make("s", 0o777, 100, b"x" * 100)
+        self.assertEqual((link.type, link.link, link.reviewed, link.md5), ("symlink", b"x" * 100, link, b""))
 
 
-class Interrupted(unittest.TestCase):
-    def test_what_was_not_begun_asks_its_target_nothing(self) -> None:
-        """Else Ctrl-C in a run of many targets would take a rescan of each of them."""
-        connection = mock.Mock(spec=["target", "close"], target=WEB1)       # anything else is an error
-        plan = offsync.TargetPlan(connection)
-        plan.changes = [offsync.Change(b"f", "added", False)]
-        shared = mock.Mock(config=mock.Mock(delete=False))
-        with mock.patch.object(offsync.CHILDREN, "stopping", True):
-            done = offsync.Delivery(shared, plan, mock.Mock(side_effect=AssertionError))
-            done.carry_out()
-        self.assertEqual((done.result, done.delivered, done.deleted), ("interrupted", [], []))
-        self.assertNotIn("unknown", done.error)
+class Reports(unittest.TestCase):
+    """What rsync reports of what it sent ("%C %B %b %i %n%L"), as 3.1.2 to 3.5.0 print it."""
+
+    MD5 = "764efa883dda1e11db47671c4a3bbd9e"
+
+    def sent(self, *lines: str):
+        make = offsync.SourceEntry.make
+        entries = {b"f": make("f", 0o644, 3, b"s" * 32 + bytes.fromhex(self.MD5)), b"d": make("d", 0o755, 0, b""), b"l": make("s", 0o777, 1, b"b"),
+                   b"m": make("f", 0o4600, 3, b"s" * 32 + b"x" * 16)}
+        reasons = {b"f": ("content",), b"m": ("mode",)}
+        report = offsync.Sent([offsync.Change(path, "modified", path == b"d", reasons.get(path, ()), entry) for path, entry in entries.items()])
+        for line in lines:
+            report.take(line.encode())
+        return report
+
+    def test_as_planned(self) -> None:
+        report = self.sent(self.MD5 + " rw-r--r-- 46 <fc........ f", " " * 32 + " rwxr-xr-x 0 cd+++++++++ d/", " " * 32 + " rwxrwxrwx 0 cL+++++++++ l -> b",
+                           " " * 32 + " rwS------ 0 .f...p..... m", " " * 32 + " rwxr-xr-x 0 .d          above/")
+        self.assertEqual((report.reported, report.wrong, report.bytes), ({b"f", b"d", b"l", b"m"}, set(), 46))
+
+    def test_anything_else(self) -> None:
+        for line, wrong in (("0" * 32 + " rw-r--r-- 46 <fc........ f", b"f"), (self.MD5 + " rwxr--r-- 46 <fc........ f", b"f"), (" " * 32 + " rw-r--r-- 0 .f          f", b"f"),
+                            (" " * 32 + " rwx------ 0 cd+++++++++ d/", b"d"), (" " * 32 + " rwxrwxrwx 0 cL+++++++++ l -> c", b"l -> c"), (" " * 32 + " rw------- 0 .f...p..... m", b"m"),
+                            (self.MD5 + " rw-r--r-- 46 <f+++++++++ other", b"other"), (" " * 32 + " rwx------ 0 .d...p..... above/", b"above")):
+            with self.subTest(line=line):
+                report = self.sent(line)
+                self.assertEqual((report.reported, report.wrong), (set(), {wrong}))
+        for line in ("", "x", "sent 5 bytes", " " * 32 + " rwx x cd+++++++++ d/"):
+            with self.subTest(line=line), self.assertRaises(ValueError):
+                self.sent(line)
 
 
 class Itemized(unittest.TestCase):
     # Captured from rsync 3.5.0, 3.2.7 and 3.1.3 ("%i %n").
     GOLDEN = {
-        b"<f+++++++++ sent mail": (b"sent mail", "added", False, (), True),
-        b"cd+++++++++ d/": (b"d", "added", True, (), True),
-        b"cL+++++++++ l": (b"l", "added", False, (), True),
-        b"*deleting   gone": (b"gone", "missing", False, (), True),
-        b"*deleting   d/x/": (b"d/x", "missing", True, (), True),
-        b"<fc........ same size and time": (b"same size and time", "modified", False, ("content",), False),
-        b"<fcst...... a": (b"a", "modified", False, ("content",), True),
-        b".f...p..... m": (b"m", "modified", False, ("mode",), True),
-        b".f..tp..... m": (b"m", "modified", False, ("mode",), False),
-        b".d...p..... d/": (b"d", "modified", True, ("mode",), True),
-        b".d..tp..... d/": (b"d", "modified", True, ("mode",), True),
-        b"cLc.t...... l": (b"l", "modified", False, ("link",), True),
-        b"cLcs....... l": (b"l", "modified", False, ("link",), True),
-        b"<f+++++++++ new\\#012line": (b"new\nline", "added", False, (), True),
-        b"<f+++++++++ a\\#134#012b": (b"a\\#012b", "added", False, (), True),
-        b"<f+++++++++  lead": (b" lead", "added", False, (), True),
-        b"<f+++++++++ \xff\x85\t": (b"\xff\x85\t", "added", False, (), True),
+        b"<f+++++++++ sent mail": (b"sent mail", "added", False, (), None),
+        b"cd+++++++++ d/": (b"d", "added", True, (), None),
+        b"cL+++++++++ l": (b"l", "added", False, (), None),
+        b"*deleting   gone": (b"gone", "missing", False, (), None),
+        b"*deleting   d/x/": (b"d/x", "missing", True, (), None),
+        b"<fc........ same size and time": (b"same size and time", "modified", False, ("content",), None),
+        b"<fcst...... a": (b"a", "modified", False, ("content",), None),
+        b".f...p..... m": (b"m", "modified", False, ("mode",), None),
+        b".f..tp..... m": (b"m", "modified", False, ("mode",), None),
+        b".d...p..... d/": (b"d", "modified", True, ("mode",), None),
+        b".d..tp..... d/": (b"d", "modified", True, ("mode",), None),
+        b"cLc.t...... l": (b"l", "modified", False, ("link",), None),
+        b"cLcs....... l": (b"l", "modified", False, ("link",), None),
+        b"<f+++++++++ new\\#012line": (b"new\nline", "added", False, (), None),
+        b"<f+++++++++ a\\#134#012b": (b"a\\#012b", "added", False, (), None),
+        b"<f+++++++++  lead": (b" lead", "added", False, (), None),
+        b"<f+++++++++ \xff\x85\t": (b"\xff\x85\t", "added", False, (), None),
     }
 
     def test_golden_lines(self) -> None:
         for line, expected in self.GOLDEN.items():
             with self.subTest(line=line):
                 self.assertEqual(tuple(offsync.parse_itemized(line)), expected)
-        self.assertEqual(offsync.parse_itemized(b"<fc.tp..... a").changes, ("content", "mode"))
+        self.assertEqual(offsync.parse_itemized(b"<fc.tp..... a").reasons, ("content", "mode"))
 
     def test_times_alone_and_the_root_are_no_difference(self) -> None:
         for line in (b".f..t...... a", b".d..t...... d/", b".L..t...... l", b".d...p..... ./", b"cd+++++++++ ./"):
@@ -263,8 +307,8 @@ class Names(unittest.TestCase):
 
     def test_include_rules_escape_wildcards_only_where_there_are_any(self) -> None:
         for path, rule in ((b"a\\b", b"/a\\b"), (b"a*b\\c", b"/a\\*b\\\\c"), (b"[x]?", b"/\\[x]\\?"), (b"+ x", b"/+ x")):
-            self.assertEqual(offsync.format_include_rule(path, False), rule)
-        self.assertEqual(offsync.format_include_rule(b"d", True), b"/d/")
+            self.assertEqual(offsync.include_rule(path, False), rule)
+        self.assertEqual(offsync.include_rule(b"d", True), b"/d/")
 
     def test_words_for_rsync(self) -> None:
         self.assertEqual(offsync.quote_for_rsync("ControlPath=/tmp/x"), "ControlPath=/tmp/x")
@@ -280,7 +324,12 @@ class Names(unittest.TestCase):
             offsync.parse_manifest(b"0" * 64 + b"  ok\nnonsense\n")
         with self.assertRaises(ValueError):     # one of the two would be overlooked
             offsync.parse_manifest(b"0" * 64 + b"  f\n" + b"1" * 64 + b"  ./f\n")
-        self.assertEqual(caught.exception.args, (2,))
+        self.assertEqual(caught.exception.args, (2, "not a line of sha256sum"))
+        crlf = b"0" * 64 + b" *bin\r\n" + b"A" * 64 + b"  text\r\n"
+        self.assertEqual(offsync.parse_manifest(crlf), {b"bin": "0" * 64, b"text": "a" * 64})
+        with self.assertRaises(ValueError) as caught:
+            offsync.parse_manifest(b"0" * 64 + b"  one\n" + b"0" * 64 + b"  two\0")
+        self.assertEqual(caught.exception.args, (2, "a NUL byte, as sha256sum -z writes; make it without -z"))
 
 
 class Diagnosis(unittest.TestCase):
@@ -329,14 +378,34 @@ class Diagnosis(unittest.TestCase):
         ("source-unreadable", "file has vanished: \"/srv/app/x\""),
         ("in-the-way", "could not make way for new regular file: f"),
         ("permission", "rsync: [receiver] mkstemp \"/srv/x/.f.7SxgQw\" failed: Permission denied (13)"),
-        ("permission", "rsync: [generator] set times on \"/srv/x\" failed: Operation not permitted (1)"),
+        ("immutable", "rsync: [generator] set times on \"/srv/x\" failed: Operation not permitted (1)"),
         ("not-a-directory", "rsync: [receiver] mkstemp \"/srv/x/d/.f.7SxgQw\" failed: Not a directory (20)"),
         ("lost", "rsync: connection unexpectedly closed (8 bytes received so far) [sender]"),
         ("lost", "client_loop: send disconnect: Broken pipe"),
+        ("algorithms", "Unable to negotiate with 127.0.0.1 port 2201: no matching host key type found. Their offer: ssh-rsa"),
+        ("algorithms", "Unable to negotiate with 127.0.0.1 port 2201: no matching cipher found. Their offer: 3des-cbc"),
+        ("second-factor", "root@127.0.0.1: Permission denied (keyboard-interactive)."),
+        ("second-factor", "root@127.0.0.1: Permission denied (password)."),
+        ("key-refused", "root@127.0.0.1: Permission denied (publickey,password,keyboard-interactive)."),
+        ("ssh-config", "Bad owner or permissions on /root/.ssh/config"),
+        ("penalty", "kex_exchange_identification: read: Connection reset by peer\nNot allowed at this time"),
+        ("closed", "Connection closed by 127.0.0.1 port 2201"),
+        ("session-refused", "mux_client_request_session: session request failed: Session open refused by peer"),
+        ("password-expired", "Password change required but no TTY available.\nrsync: connection unexpectedly closed (0 bytes received so far) [sender]"),
+        ("other-service", "This service allows sftp connections only.\n"),
+        ("other-service", "fatal: unrecognized command 'rsync --server -e.LsfxCIvu . .'\nfatal: Interactive git shell is not enabled."),
+        ("restricted-shell", "rbash: line 1: /usr/bin/rrsync: restricted: cannot specify `/' in command names"),
+        ("revoked", "@       WARNING: REVOKED HOST KEY DETECTED!               @\nThe ED25519 host key for h is marked as revoked."),
+        ("host-key-expired", "Certificate invalid: expired\nHost key verification failed."),
+        ("openrsync", "rsync: --timeout=10800: too large"),
+        ("device", "rsync: [generator] delete_file: rmdir(mnt) failed: Device or resource busy (16)"),
+        ("unreadable-there", "rsync: [generator] opendir \"/srv/x/lost+found\" failed: Permission denied (13)"),
+        ("immutable", "rsync: [receiver] rename \"/srv/x/.~tmp~/f\" -> \"f\": Operation not permitted (1)"),
+        ("no-answer", "rsync: connection unexpectedly closed (0 bytes received so far) [sender]\nrsync error: error in rsync protocol data stream (code 12)"),
         ("other", "something never seen before"), ("other", ""))
 
     def test_every_row_by_a_real_answer(self) -> None:
-        target = offsync.Target("u@h", "u", "h", "/srv/a b")
+        target = offsync.Target("u@h", "/srv/a b")
         for kind, answer in self.ANSWERS:
             with self.subTest(answer=answer):
                 error = offsync.diagnose(target, answer.encode())
@@ -344,7 +413,7 @@ class Diagnosis(unittest.TestCase):
                 self.assertTrue(str(error).startswith("u@h: "))
                 self.assertNotIn("{", str(error))
                 self.assertNotIn("\n", str(error))
-        self.assertEqual({kind for kind, _ in self.ANSWERS} - {"other"}, {row[0] for row in offsync.SYMPTOMS})
+        self.assertEqual({kind for kind, _ in self.ANSWERS} - {"other"}, {kind for kind, words, _ in offsync.FAILURES if words})
 
 
 class Versions(unittest.TestCase):
@@ -359,13 +428,14 @@ class Logins(unittest.TestCase):
     def test_accepted_and_refused(self) -> None:
         for login, parts in (("deploy@node02", ("deploy", "node02")), ("a.b@[2001:db8::1]", ("a.b", "2001:db8::1")),
                              ("u@d@host", ("u@d", "host")), ("_x@10.0.0.1", ("_x", "10.0.0.1")), ("u@[fe80::1%eth0]", ("u", "fe80::1%eth0"))):
-            self.assertEqual(offsync.validate_login(login), parts)
+            target = offsync.Target(offsync.validate_login(login), "/x")
+            self.assertEqual((target.user, target.host), parts)
         for login in ("", "node", "@host", "u@", "-u@h", "u@-h", "u@h:x", "u@h/x", "u @h", "u@h\n", "u@::1", "u@h;id", "u@$(id)", "\x1b@h", "u@é"):
             with self.subTest(login=login), self.assertRaises(offsync.UsageError):
                 offsync.validate_login(login)
 
     def test_patterns(self) -> None:
-        targets = [offsync.Target(login, *login.split("@"), "/x") for login in ("b@web2", "a@web1", "c@db1")]
+        targets = [offsync.Target(login, "/x") for login in ("b@web2", "a@web1", "c@db1")]
         pick = lambda *patterns: [t.login for t in offsync.select_targets(targets, patterns)]     # noqa: E731
         self.assertEqual(pick(), ["a@web1", "b@web2", "c@db1"])
         self.assertEqual(pick("web*"), ["a@web1", "b@web2"])
