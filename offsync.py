@@ -36,8 +36,8 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
     del sys.path[0]                         # the script's or the current directory, where somebody
                                             # else may have put a json.py
 if sys.version_info < (3, 9):
-    sys.exit("offsync: this is Python %d.%d: offsync needs Python 3.9 or newer; run it with a newer "
-             "python3" % sys.version_info[:2])
+    sys.exit("offsync: this is Python %d.%d: it needs Python 3.9 or newer; run it with a newer one"
+             % sys.version_info[:2])
 
 import signal
 
@@ -77,10 +77,10 @@ _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
 
 
-# --- Errors and values ------------------------------------------------------------------------
+# --- Errors and values --------------------------------------------------------------------------
 
 class OffsyncError(Exception):
-    """Expected trouble: "what: why; what to do next". main() prints it and exits with its status."""
+    """Expected trouble: "what: why; what to do next". main() prints it, and exits with status."""
     status = 1
 
 class UsageError(OffsyncError):
@@ -206,6 +206,13 @@ class Change(NamedTuple):
     reasons: tuple[str, ...] = ()           # of modified: "content", "mode", "type", "link"
     entry: Optional[SourceEntry] = None     # of added and modified, once the source is described
 
+    @property
+    def sends_content(self) -> bool:
+        """Whether it takes a file's content to the target."""
+        if self.entry is None or self.entry.type != "file":
+            return False
+        return self.kind == "added" or "content" in self.reasons or "type" in self.reasons
+
 class Result(NamedTuple):
     """How a program ended. status is negative for a signal, None when its deadline passed."""
     status: Optional[int]
@@ -223,7 +230,7 @@ class Outcome(NamedTuple):
     seconds: Optional[float] = None
 
 
-# --- Names: bytes within, encoded in three ways; words for people ------------------------------------
+# --- Names: bytes within, encoded in three ways; words for people -------------------------------
 
 def show(name: bytes) -> str:
     """Return a name for people and logs: as it is, or quoted as git does where it could mislead.
@@ -307,6 +314,42 @@ def some_paths(paths: Iterable[bytes]) -> str:
     """Return the first paths, sorted, and how many more there are."""
     return some_of([show(path) for path in sorted(paths)])
 
+def quote_for_rsync(word: str) -> str:
+    """Return a word of rsync's -e option: it splits at blanks and knows quotes, doubled within."""
+    plain = re.fullmatch(r"[A-Za-z0-9_./=@:,~-]+", word)
+    return word if plain else "'" + word.replace("'", "''") + "'"
+
+def name_list(shared: "Run", names: Iterable[bytes]) -> BinaryIO:
+    """Return an open file with the NUL-terminated names, at its beginning."""
+    stream = tempfile.TemporaryFile(dir=shared.scratch)
+    stream.writelines(name + b"\0" for name in names)
+    stream.seek(0)
+    return stream
+
+
+# --- What rsync prints, and the plan's form -----------------------------------------------------
+
+# A killed receiver leaves .NAME.XXXXXX beside NAME, one dot for names that have one (receiver.c).
+STAGING = b".~tmp~"                         # where --delay-updates collects files
+TEMPORARY_NAME = re.compile(rb"\.(.+)\.[A-Za-z0-9]{6}", re.DOTALL)
+
+def marked(item_format: bytes, on_item: Callable[[bytes], None],
+           on_other: Callable[[bytes], None] = lambda line: None,
+           ) -> tuple[bytes, Callable[[bytes], None]]:
+    """Return the --out-format for rsync, and who takes its output: items have a secret marker.
+
+    So no other output of rsync's, nor anything that a target sends, can look like an item.
+    """
+    marker = b"offsync-" + os.urandom(9).hex().encode() + b":"
+
+    def on_line(line: bytes) -> None:
+        if line.startswith(marker):
+            on_item(line[len(marker):])
+        else:
+            on_other(line)
+
+    return b"--out-format=" + marker + item_format, on_line
+
 def parse_itemized(line: bytes) -> Optional[Change]:
     """Return what "%i %n" says, or None where nothing that we compare differs. Raises ValueError.
 
@@ -337,6 +380,64 @@ def parse_itemized(line: bytes) -> Optional[Change]:
         reasons.append("mode")
     return Change(path, "modified", letter == b"d", tuple(reasons)) if reasons else None
 
+class Sent:
+    """What rsync reports of what it sends: each planned entry must be reported as planned.
+
+    A report says what really went over the connection, whatever the source held before or after:
+    it comes from the rsync that sends, behind a marker that no target knows.
+    """
+
+    def __init__(self, planned: Sequence[Change]) -> None:
+        self.planned = {self.name(change): change for change in planned}    # directories above, too
+        self.reported: set[bytes] = set()   # paths, as planned
+        self.wrong: set[bytes] = set()      # other content, mode or link, or not planned at all
+        self.bytes = 0
+
+    @staticmethod
+    def name(change: Change) -> bytes:
+        """Return how %n%L names a planned entry."""
+        assert change.entry is not None
+        end = {"directory": b"/", "symlink": b" -> " + change.entry.link, "file": b""}
+        return change.path + end[change.entry.type]
+
+    def take(self, line: bytes) -> None:
+        """Take one report. Raises ValueError for what is none."""
+        md5 = line[:32].strip()
+        mode, count, itemized = line[33:].split(b" ", 2)
+        code, name = itemized[:11], printed_name(itemized[12:])
+        self.bytes += int(count)
+        change = self.planned.get(name)
+        if change is None or change.entry is None:
+            if code[:1] != b"." or code[2:].strip(b" .t"):      # unchanged directories come along
+                self.wrong.add(name.rstrip(b"/"))
+            return
+        entry, as_planned = change.entry, True
+        planned_mode = stat.filemode(stat.S_IFREG | entry.mode)[1:].encode()
+        if entry.type != "symlink" and mode != planned_mode:
+            as_planned = False
+        if change.sends_content and md5 != entry.md5.hex().encode():
+            as_planned = False
+        (self.reported if as_planned else self.wrong).add(change.path)
+
+def is_leftover(source: "Source", change: Change) -> bool:
+    """Return whether what only the target has bears one of rsync's own names.
+
+    .~tmp~ and all in it, and .NAME.XXXXXX where NAME is in the source. It may be a user's all the
+    same: so it never blocks, and is deleted only where the policy allows that.
+    """
+    directory, name = os.path.split(change.path)
+    if STAGING in change.path.split(b"/"):
+        return True
+    match = TEMPORARY_NAME.fullmatch(name)
+    if not match or change.directory:
+        return False
+    names = (match[1], b"." + match[1])
+    return any(os.path.lexists(os.path.join(source.root, directory, name)) for name in names)
+
+def size_to_send(changes: Iterable[Change]) -> int:
+    """Return how many bytes the files to send have."""
+    return sum(change.entry.size for change in changes if change.entry and change.sends_content)
+
 def json_line(fields: dict[str, Any]) -> bytes:
     """Return one line of JSON, keys sorted."""
     return json.dumps(fields, sort_keys=True).encode() + b"\n"
@@ -358,7 +459,7 @@ def split_line(change: Change) -> tuple[bytes, bytes]:
     return before, after
 
 def plan_lines(config: Config, plans: Sequence["TargetPlan"]) -> Iterator[bytes]:
-    """Yield a plan as JSON Lines, its only form: printed, kept, and what the plan ID is the sha256 of.
+    """Yield a plan as JSON Lines, its only form: printed, kept; the plan ID is its sha256.
 
     A line for the policy, one a target, one an entry; sorted by login and path.
     """
@@ -378,19 +479,56 @@ def plan_lines(config: Config, plans: Sequence["TargetPlan"]) -> Iterator[bytes]
         for before, after in lines:
             yield before + login + after
 
+def plan_id(config: Config, plans: Sequence["TargetPlan"]) -> str:
+    """Return the plan ID: the sha256 of the plan's lines."""
+    digest = hashlib.sha256()
+    for line in plan_lines(config, plans):
+        digest.update(line)
+    return digest.hexdigest()
 
-# === Trust core: running programs ====================================================================
+def comparable(fields: dict[str, Any]) -> bytes:
+    """Return what of a plan's line an approval compares, b"" for what it does not (leftovers).
+
+    Whether a target could be reached is not compared: one that cannot be reached now fails alone.
+    """
+    if fields.get("kind") == "leftover":
+        return b""
+    text = json_line({key: value for key, value in fields.items() if key != "error"})
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+def reviewed_entry(fields: dict[str, Any]) -> tuple[bytes, SourceEntry]:
+    """Return (path, entry) of a line that adds or modifies. Raises as read_json_name() does."""
+    letter = {name: letter for letter, name in FILE_TYPES.items()}[fields["type"]]
+    content = b""
+    if letter == "f":
+        content = bytes.fromhex(fields["sha256"])
+    if letter == "s":
+        content = read_json_name(fields, "link")
+    entry = SourceEntry.make(letter, int(fields["mode"], 8), fields["size"], content)
+    return read_json_name(fields), entry
+
+def name_line(fields: dict[str, Any]) -> str:
+    """Return one sentence for a line of the plan of now that was not reviewed."""
+    if "source" in fields:
+        return "the policy is now " + json.dumps(fields)
+    if "kind" in fields:
+        return "%s: %s is now %s" % (fields["login"], show(read_json_name(fields)), fields["kind"])
+    return "%(login)s at port %(port)s, %(remote_path)s was not reviewed" % fields
+
+
+# === Trust core: running programs ===============================================================
 
 STOP = threading.Event()                    # all is stopping: no program starts, nothing waits
 RUNNING: set["subprocess.Popen[bytes]"] = set()     # the programs that the signal handler ends
 VERBOSE = threading.Event()                 # -v
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FOREVER = threading.TIMEOUT_MAX             # seconds
 CONNECT_DEADLINE = 60.0                     # seconds for a connection
 SESSION_DEADLINE = 45.0                     # seconds for a session that hashes nothing
 STDERR_KEPT = 1 << 14                       # bytes of stderr kept, of its head and of its tail
 STDOUT_LIMIT = 1 << 22                      # bytes of stdout, where it is not read line by line
-MAX_LINE = 1 << 16                          # bytes; a name has 4096 at most, times 5 when escaped
-SBIN = "/usr/local/sbin:/usr/sbin:/sbin"    # where sshd lives; often not in a user's PATH
+MAX_LINE = 1 << 16                          # bytes; a name has 4096, times 5 when escaped
+Argv = Sequence[Union[str, bytes]]
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
     """End a program and what it started (each has a session of its own), whatever it is doing.
@@ -402,7 +540,7 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 def stop_all(signum: int, _: object) -> NoReturn:
-    """Handle a signal: end every program; the first one then stops the run, a second one ends it."""
+    """Handle a signal: end every program; the first one stops the run, a second one ends it."""
     again = STOP.is_set()
     STOP.set()
     for process in list(RUNNING):
@@ -410,13 +548,6 @@ def stop_all(signum: int, _: object) -> NoReturn:
     if again:
         os._exit(128 + signum)              # the guard cleans up
     raise Interrupted(signum)
-
-def program(name: str) -> str:
-    """Return the path of a system program; the error names the command that installs it."""
-    found = shutil.which(name) or shutil.which(name, path=SBIN)
-    if not found:
-        raise OffsyncError("%s: the program is not installed; run: offsync install-deps" % name)
-    return found
 
 def environment(rsync: bool = False, strong: bool = False) -> dict[str, str]:
     """Return the environment of a program: ours, with messages in English.
@@ -444,7 +575,7 @@ class Output:
         self.head = self.tail = b""         # of stderr
 
     def take(self, chunk: bytes) -> None:
-        """Give each whole line to on_line, else keep it. Raises OffsyncError if there is no end."""
+        """Give each whole line to on_line, else keep it. Raises OffsyncError without an end."""
         if not self.on_line:
             self.kept.append(chunk)
             self.size += len(chunk)
@@ -456,7 +587,6 @@ class Output:
             raise OffsyncError("a program prints without end; nothing more is read from it")
 
     def take_error(self, chunk: bytes) -> None:
-        """Keep the head and the tail of stderr."""
         room = STDERR_KEPT - len(self.head)
         self.head += chunk[:room]
         self.tail = (self.tail + chunk[room:])[-STDERR_KEPT:]
@@ -498,14 +628,13 @@ class Output:
             kill(process)
         return late
 
-def run(argv: Sequence[Union[str, bytes]], *, stdin: Union[int, IO[bytes]] = subprocess.DEVNULL,
-        env: Optional[dict[str, str]] = None, deadline: float = threading.TIMEOUT_MAX,
-        greeting: float = threading.TIMEOUT_MAX, on_line: Optional[Callable[[bytes], None]] = None,
-        shown: bool = False) -> Result:
-    """Run a program, the only place that does, and return how it ended. argv is never a shell's.
+def run(argv: Argv, *, stdin: Union[int, IO[bytes]] = subprocess.DEVNULL, shown: bool = False,
+        env: Optional[dict[str, str]] = None, deadline: float = FOREVER, greeting: float = FOREVER,
+        on_line: Optional[Callable[[bytes], None]] = None) -> Result:
+    """Run a program, the only place that does; return how it ended. argv is never a shell's.
 
-    stdin subprocess.PIPE stays open and silent. stdout is returned, or given to on_line line by line
-    (\\r ends a line too). What is shown writes to stderr, and is not ended by a signal of ours (a
+    stdin PIPE stays open and silent. stdout is returned, or given to on_line line by line (\\r
+    ends a line too). What is shown writes to stderr, and is not ended by a signal of ours (a
     package manager). Raises Stopped if all is stopping, OffsyncError if it cannot be started.
     """
     if VERBOSE.is_set():
@@ -541,10 +670,10 @@ def run(argv: Sequence[Union[str, bytes]], *, stdin: Union[int, IO[bytes]] = sub
     return Result(None if late else status, b"".join(output.kept), output.head + output.tail)
 
 def start_guard(scratch: str, ssh: str) -> tuple[int, int]:
-    """Fork a process that cleans up when offsync ends, however it does; return (its PID, a pipe).
+    """Fork a process that cleans up when offsync ends, however it does; return (PID, a pipe).
 
-    When the pipe closes, it ends every ssh connection whose control socket lies in scratch, so that
-    the rsyncs of a killed run end with them, and removes scratch. To be called before any thread.
+    When the pipe closes, it ends every ssh connection whose control socket lies in scratch, so
+    that the rsyncs of a killed run end with them, and removes scratch. Call it before any thread.
     """
     reader, writer = os.pipe()
     pid = os.fork()
@@ -573,73 +702,13 @@ def start_guard(scratch: str, ssh: str) -> tuple[int, int]:
     finally:
         os._exit(0)
 
-def make_scratch() -> str:
-    """Return a new private directory whose path is short and plain enough for control sockets.
 
-    sun_path has 104 bytes on macOS; ssh appends 17 to a socket's name while it binds it.
-    """
-    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
-        plain = re.fullmatch(r"[A-Za-z0-9/._+-]+", parent) and len(parent) + 24 < 104 - 17
-        if plain and os.access(parent, os.W_OK | os.X_OK):
-            return tempfile.mkdtemp(prefix="offsync-", dir=parent)
-    raise OffsyncError("temporary directory: none is writable and has a short, plain name; set TMPDIR")
+# --- Trust core: the source ---------------------------------------------------------------------
 
-class Pool:
-    """Threads that carry out functions; one that cannot start (a process limit) is done without."""
-
-    def __init__(self, threads: int) -> None:
-        from concurrent.futures import Future, ThreadPoolExecutor       # here: slow to import
-        self.new_future: Callable[[], Any] = Future
-        self.executor = ThreadPoolExecutor(max_workers=threads)
-        self.threads = threads
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return the future of a function, None where no thread can be started for it.
-
-        Then it may be carried out nevertheless, by a thread that is there already.
-        """
-        try:
-            return self.executor.submit(function, *arguments)
-        except RuntimeError:
-            return None
-
-    def map(self, function: Callable[[_Item], _Value], items: Sequence[_Item]) -> Iterator[_Value]:
-        """Yield function(item) for each item, in order; each thread takes the next that none has.
-
-        Raises OffsyncError if there is no thread at all. Whatever stops the consumer, all that was
-        begun has ended when this returns.
-        """
-        futures = [self.new_future() for _ in items]
-        waiting = iter(list(zip(futures, items)))
-
-        def work() -> None:
-            for future, item in waiting:
-                try:
-                    future.set_result(function(item))
-                except BaseException as error:          # raised again where the result is taken
-                    future.set_exception(error)
-
-        started = [self.submit(work) for _ in range(min(self.threads, len(items)))]
-        if started and not any(started):
-            raise OffsyncError("threads: none can be started; raise the limit of processes (ulimit -u)")
-        try:
-            for number, future in enumerate(futures):
-                if len(items) > 1:
-                    PROGRESS.update("(all)", "%d of %d done" % (number, len(items)))
-                yield future.result()
-        finally:
-            for future in futures:
-                future.exception()          # waits
-            PROGRESS.update("(all)", None)
-
-
-# --- Trust core: the source --------------------------------------------------------------------------
-
-STAGING = b".~tmp~"                         # where --delay-updates collects files
 BATCH = 64                                  # source entries that a thread describes at a time
 
 def hash_file(path: bytes, with_md5: bool = False) -> tuple[bytes, int]:
-    """Return (SHA-256, then the MD5 if wanted; size in bytes) of a file, never through a symlink."""
+    """Return (SHA-256, then MD5 if wanted; size in bytes) of a file, never through a symlink."""
     digests = [hashlib.sha256()]
     if with_md5:
         digests.append(hashlib.md5(usedforsecurity=False))      # there under FIPS, too
@@ -649,7 +718,7 @@ def hash_file(path: bytes, with_md5: bool = False) -> tuple[bytes, int]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(22, "it is no regular file any more", path)
-        while size < status.st_size:        # not "until the end": one read is enough for most files
+        while size < status.st_size:        # not "until the end": most files need one read
             chunk = os.read(descriptor, min(status.st_size + 1, 1 << 18))
             if STOP.is_set():
                 raise Stopped("interrupted")
@@ -672,8 +741,6 @@ def describe_entry(root: bytes, path: bytes, with_md5: bool = False) -> SourceEn
     if stat.S_ISLNK(status.st_mode):
         link = os.readlink(full)
         return SourceEntry.make("s", 0o777, len(link), link)
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(22, "it is no file, directory or symlink any more", full)
     content, size = hash_file(full, with_md5)
     return SourceEntry.make("f", mode, size, content)
 
@@ -705,7 +772,7 @@ class Source:
                     self._hand_over([self.batch])
 
     def flush(self) -> None:
-        """Have the rest described too, one at a time: large files shall not wait for one another."""
+        """Have the rest described too, one at a time: no large file shall wait for another."""
         with self.lock:
             self._hand_over([[path] for path in self.batch])
 
@@ -720,7 +787,6 @@ class Source:
                 self._describe(paths)
 
     def _describe(self, paths: list[bytes]) -> None:
-        """Describe entries, in any thread."""
         for path in paths:
             try:
                 self.entries[path] = describe_entry(self.root, path, self.with_md5)
@@ -728,7 +794,7 @@ class Source:
                 self.errors[path] = getattr(error, "strerror", None) or str(error)
 
     def wait(self) -> None:
-        """Return when all that is wanted is described; raise for what vanished or cannot be read."""
+        """Return when all that is wanted is described; raise for what vanished or is unreadable."""
         self.flush()
         with self.lock:
             pending = self.pending = [future for future in self.pending if not future.done()]
@@ -765,18 +831,20 @@ class Source:
         """
         names: set[bytes] = set()
         out_format, on_line = marked(b"%n", lambda name: names.add(printed_name(name).rstrip(b"/")))
-        words: list[Union[str, bytes]] = [rsync, "-8", "-n", "-rlD", *("--exclude=" + rule for rule in self.exclude), out_format]
-        result = run([*words, "--", self.root.rstrip(b"/") + b"/", "/nonexistent/%s/" % os.urandom(
-            8).hex()], env=environment(rsync=True), on_line=on_line)
+        argv: list[Union[str, bytes]] = [rsync, "-8", "-n", "-rlD", out_format]
+        argv += ["--exclude=" + rule for rule in self.exclude]
+        argv += ["--", self.root.rstrip(b"/") + b"/", "/nonexistent/%s/" % os.urandom(8).hex()]
+        result = run(argv, env=environment(rsync=True), on_line=on_line)
         if complete and result.status != 0:
             raise OffsyncError("%s: it cannot be read completely; mend that, then try again (rsync "
-                "said: %s)" % (show(self.root), quote_answer(result.stderr)))
+                               "said: %s)" % (show(self.root), quote_answer(result.stderr)))
         return names - {b".", b""}
 
 def symlink_offence(root: bytes, real_root: bytes, path: bytes) -> str:
-    """Return why a symlink cannot be delivered, "" if it stays in the source, written and resolved."""
+    """Return why a symlink cannot be delivered, "" if it stays inside, written and resolved."""
     try:
-        link, real = os.readlink(os.path.join(root, path)), os.path.realpath(os.path.join(root, path))
+        link = os.readlink(os.path.join(root, path))
+        real = os.path.realpath(os.path.join(root, path))
     except OSError as error:
         return "it is a symlink that cannot be read: %s" % error.strerror
     if link.startswith(b"/"):
@@ -799,12 +867,11 @@ def entry_offence(entry: "os.DirEntry[bytes]", check_access: bool, need_owner: b
     if need_owner:                          # else no later run could compare it there
         needed = 0o500 if directory else 0o400
         if entry.stat(follow_symlinks=False).st_mode & needed != needed:
-            return "its mode would lock the target's user out; run: chmod u+%s" % (
-                "rx" if directory else "r")
+            return "its mode would lock the target's user out; run: chmod u+rX"
     return ""
 
 def scan(source: Source, need_owner: bool) -> dict[bytes, str]:
-    """Walk the source once, count it, note its symlinks; return {path: why it cannot be delivered}.
+    """Walk the source once, count it, note its symlinks; return {path: why it is no delivery}.
 
     Excludes are not applied. need_owner: some target's user is not root.
     """
@@ -842,13 +909,13 @@ def check_source(source: Source, home: "Home", rsync: str, targets: Sequence[Tar
     """Scan the source. Raises unless all that is not excluded can be delivered to these targets."""
     if not os.path.isdir(source.root):
         raise OffsyncError("source %s: it is not a readable directory; name one: offsync init "
-            "--source DIR" % show(source.root))
+                           "--source DIR" % show(source.root))
     top = os.path.realpath(source.root).rstrip(b"/") + b"/"
     for private in (home.path, home.key):   # the key may be a symlink to another place
         if (os.path.realpath(os.fsencode(private)) + b"/").startswith(top):
             raise OffsyncError("source %s: it contains %s and so the private key; choose a "
-                "directory that holds only what is to be delivered: offsync init --source DIR" % (
-                show(source.root), show_text(private)))
+                "directory of its own: offsync init --source DIR" % (show(source.root), show_text(
+                private)))
     offences = scan(source, need_owner=any(target.user != "root" for target in targets))
     if all(target.symlinks for target in targets):
         source.symlinks = []                # nobody minds them
@@ -863,11 +930,11 @@ def check_source(source: Source, home: "Home", rsync: str, targets: Sequence[Tar
             some_of(named)))
 
 
-# --- Trust core: the connection -------------------------------------------------------------------
+# --- Trust core: the connection -----------------------------------------------------------------
 
 # Every connection gets all of these; the command line wins over ~/.ssh/config (ssh_config(5)).
 SSH_OPTIONS = tuple(word for option in (
-    # KnownHostsCommand, StdinNull and ForkAfterAuthentication are of OpenSSH 8.5 and 8.7, and fatal to
+    # KnownHostsCommand, StdinNull and ForkAfterAuthentication are of OpenSSH 8.5 and 8.7, fatal to
     # an older one, which has no such settings. Unknown words of ~/.ssh/config are passed over, too.
     "IgnoreUnknown=*", "KnownHostsCommand=none", "StdinNull=no", "ForkAfterAuthentication=no",
     "BatchMode=yes",                        # never ask: a question would hang a cron job
@@ -883,43 +950,22 @@ SSH_OPTIONS = tuple(word for option in (
     "ServerAliveInterval=15", "ServerAliveCountMax=3",      # a dead link ends within a minute
 ) for word in ("-o", option))
 SSH_QUIET = ("-o", "LogLevel=ERROR")        # no banner on stderr
-SSH_ALONE = ("-o", "ControlMaster=no", "-o", "ControlPath=none")    # a connection for one question
+SSH_ALONE = ("-o", "ControlMaster=no", "-o", "ControlPath=none")    # for one question
 # A session goes over the open connection or nowhere: were the master gone, "false" keeps ssh from
 # connecting afresh, unproved. Nothing of ~/.ssh/config is for a session (RemoteCommand, SendEnv).
 SSH_SESSION = ("-F", "/dev/null", "-o", "ControlMaster=no", "-o", "ProxyCommand=false",
                "-o", "BatchMode=yes", *SSH_QUIET)
 MASTER_IDLE = 600                           # seconds until a forgotten connection ends itself
-# Seconds. For connections that sshd drops (MaxStartups; PerSourcePenalties of sshd 9.8: 16 s for two
-# logins that failed), for rrsync's lock, for sessions beyond MaxSessions.
+# Seconds. For connections that sshd drops (MaxStartups; PerSourcePenalties of sshd 9.8: 16 s for
+# two logins that failed), for rrsync's lock, for sessions beyond MaxSessions.
 RETRY_DELAYS = (0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0)
 RETRIED = ("busy-sshd", "locked", "session-refused")
-# After an error rsync's server sleeps for 0.1 s (cleanup.c), under rrsync's lock; the seconds until
-# the next rrsync has started are taken off.
+# After an error rsync's server sleeps for 0.1 s (cleanup.c), under rrsync's lock; the seconds
+# until the next rrsync has started are taken off.
 LINGERING = 0.07
-SEND_TIMEOUT = 300                          # seconds without a byte while sending: nothing is hashed
-                                            # in silence then; a killed rsync there leaves no EOF
-
-def marked(item_format: bytes, on_item: Callable[[bytes], None],
-           on_other: Callable[[bytes], None] = lambda line: None,
-           ) -> tuple[bytes, Callable[[bytes], None]]:
-    """Return the --out-format for rsync, and who takes its output: items have an unguessable marker.
-
-    So no other output of rsync's, nor anything that a target sends, can look like an item.
-    """
-    marker = b"offsync-" + os.urandom(9).hex().encode() + b":"
-
-    def on_line(line: bytes) -> None:
-        if line.startswith(marker):
-            on_item(line[len(marker):])
-        else:
-            on_other(line)
-
-    return b"--out-format=" + marker + item_format, on_line
-
-def quote_for_rsync(word: str) -> str:
-    """Return a word of rsync's -e option: it splits at blanks and knows quotes, doubled within."""
-    plain = re.fullmatch(r"[A-Za-z0-9_./=@:,~-]+", word)
-    return word if plain else "'" + word.replace("'", "''") + "'"
+# Seconds without a byte while sending: nothing is hashed in silence then, and a killed rsync there
+# leaves no EOF.
+SEND_TIMEOUT = 300
 
 class Run:
     """What all targets of one command share: config, programs, threads, the scratch directory."""
@@ -944,7 +990,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave nothing behind: the guard ends the connections and removes the scratch directory."""
+        """Leave nothing behind: the guard ends the connections and removes scratch."""
         pid, pipe = self.guard
         os.close(pipe)
         os.waitpid(pid, 0)
@@ -956,7 +1002,7 @@ class Connection:
         self.shared, self.target = shared, target
         self.socket = os.path.join(shared.scratch, "%d" % next(shared.numbers))
         self.known_hosts = known_hosts      # a file in place of the usual ones
-        self.key_types = ""                 # HostKeyAlgorithms, where ~/.ssh/config must not choose
+        self.key_types = ""                 # HostKeyAlgorithms, if ~/.ssh/config must not choose
         self.opened = False
         self.restricted = False             # proved on this connection: no command
         self.path_proved = False            # proved on this connection: where it writes
@@ -999,7 +1045,7 @@ class Connection:
             error = explain_failed_login(self, result, last=delay is None)
             if error and (error.kind not in RETRIED or delay is None):
                 raise error
-            STOP.wait(delay if error else 0)        # None: it asks for another type of host key now
+            STOP.wait(delay if error else 0)        # None: now it asks for another host key
 
     def open_proved(self) -> None:
         """Open the connection (again) with the proofs that this target has passed before."""
@@ -1010,9 +1056,9 @@ class Connection:
             prove_path(self)
 
     def session(self, options: Sequence[str], command: str) -> Result:
-        """Ask for a command in a session. Its stdin stays open: what reads it, hangs, and is late."""
-        return run([self.shared.ssh, *self.session_options(), *options, *self.destination(),
-            command], stdin=subprocess.PIPE, deadline=SESSION_DEADLINE)
+        """Ask for a command in a session. Its stdin stays open: what reads it, is late."""
+        argv = [self.shared.ssh, *self.session_options(), *options, *self.destination(), command]
+        return run(argv, stdin=subprocess.PIPE, deadline=SESSION_DEADLINE)
 
     def prove_restricted(self, patient: bool = True) -> None:
         """Ask for a command on this connection; raise TargetError unless it was refused.
@@ -1034,11 +1080,11 @@ class Connection:
         host = "[%s]" % self.target.host if ":" in self.target.host else self.target.host
         return ["-e", " ".join(shell), "--", "%s@%s:%s" % (self.target.user, host, path)]
 
-    def rsync(self, options: Sequence[str], *, source: bytes = b"", stdin: Optional[BinaryIO] = None,
-              on_item: Callable[[bytes], None] = lambda line: None, item_format: bytes = b"%i %n",
-              on_other: Callable[[bytes], None] = lambda line: None, path: str = ".",
-              strong: bool = False, deadline: float = threading.TIMEOUT_MAX, timeout: int = 0,
-              greeting: float = threading.TIMEOUT_MAX) -> Result:
+    def rsync(self, options: Sequence[str], *, source: bytes = b"", path: str = ".",
+              stdin: Optional[BinaryIO] = None, item_format: bytes = b"%i %n",
+              on_item: Callable[[bytes], None] = lambda line: None,
+              on_other: Callable[[bytes], None] = lambda line: None, strong: bool = False,
+              deadline: float = FOREVER, greeting: float = FOREVER, timeout: int = 0) -> Result:
         """Run one rsync to the target; give each itemized line to on_item. A lock is waited for.
 
         stdin is an open file, read from its current position (again for each attempt). Seconds:
@@ -1053,27 +1099,27 @@ class Connection:
 
         out_format, on_line = marked(item_format, on_item, on_other)
         start = stdin.tell() if stdin else 0
-        # -8: raw bytes in every locale. flist1 prints a line once the server has answered.
-        words: list[Union[str, bytes]] = [self.shared.rsync, "-8", "--info=flist1", *options, out_format,
-                 "--timeout=%d" % (timeout or self.shared.config.timeout)]
         *shell, destination = self.rsync_words(path)
-        words += [*shell, (source or self.shared.source.root).rstrip(b"/") + b"/", destination]
+        # -8: raw bytes in every locale. flist1 prints a line once the server has answered.
+        argv: list[Union[str, bytes]] = [self.shared.rsync, "-8", "--info=flist1", *options]
+        argv += ["--timeout=%d" % (timeout or self.shared.config.timeout), out_format, *shell,
+                 (source or self.shared.source.root).rstrip(b"/") + b"/", destination]
         for delay in (*RETRY_DELAYS, None):
             if not self.opened:
                 self.open_proved()
             STOP.wait(max(self.free_at - time.monotonic(), 0))
             if stdin:
                 os.lseek(stdin.fileno(), start, os.SEEK_SET)
-            result = run(words, stdin=stdin or subprocess.DEVNULL, on_line=on_any_line,
+            result = run(argv, stdin=stdin or subprocess.DEVNULL, on_line=on_any_line,
                 deadline=deadline, env=environment(rsync=True, strong=strong), greeting=greeting)
             if result.status == 0:
                 return result
             self.free_at = time.monotonic() + LINGERING
             if not result.stderr:           # the last words of a dying rsync may be lost
                 result = result._replace(stderr=SILENT + b" (code %d)" % (result.status or 0))
-            kind = diagnose(self.target, result.stderr).kind
             if answered or delay is None or result.status is None:
                 return result
+            kind = diagnose(self.target, result.stderr).kind
             if kind in ("lost", "no-answer", "busy-sshd"):
                 self.opened = self.is_open()
             if self.opened and kind not in RETRIED:
@@ -1082,9 +1128,9 @@ class Connection:
         raise AssertionError("the last attempt returns")
 
 
-# --- Trust core: proofs ---------------------------------------------------------------------------
+# --- Trust core: proofs -------------------------------------------------------------------------
 
-# Printed by a shell, but only quoted by what repeats the command: no echo can be mistaken for it.
+# Printed by a shell, but only quoted by what repeats the command: no echo is mistaken for it.
 PROOF_COMMAND, PROOF_OUTPUT = 'echo offsync-""shell-""answers', b"offsync-shell-answers"
 # How the Perl rrsync (up to 3.2.3) refuses it, and then exits with 255, as ssh does when it fails.
 PERL_REFUSAL = b"SSH_ORIGINAL_COMMAND='%s' is not rsync" % PROOF_COMMAND.encode()
@@ -1142,7 +1188,7 @@ def prove_path(connection: Connection) -> str:
     raise error
 
 
-# --- Trust core: the plan -------------------------------------------------------------------------
+# --- Trust core: the plan -----------------------------------------------------------------------
 
 # One pass shows additions, changes and deletions. -t only adds time flags, which quick needs;
 # differences of time alone are not reported.
@@ -1150,10 +1196,8 @@ RSYNC_PLAN = {"hash": ("-n", "-rlptc", "--delete"), "strong": ("-n", "-rlptc", "
               "quick": ("-n", "-rlpt", "--delete")}
 # Of the listed entries, those that do not exist at all on the target.
 RSYNC_ABSENT = ("-n", "-lpt", "--ignore-existing", "--from0", "--files-from=-")
-# A killed receiver leaves .NAME.XXXXXX beside NAME, one dot for names that have one (receiver.c).
-TEMPORARY_NAME = re.compile(rb"\.(.+)\.[A-Za-z0-9]{6}", re.DOTALL)
-MAX_TARGET_ONLY = 1 << 31                   # bytes that what only targets have may take, all
-                                            # targets together: none shall fill our memory
+MAX_TARGET_ONLY = 1 << 31                   # bytes that what only targets have may take in all
+ENTRY_COST = 150                            # bytes of memory for each, beside its name
 
 class TargetPlan:
     """The plan of one target; error says why there is none. Equal plans share their changes."""
@@ -1168,30 +1212,13 @@ class TargetPlan:
         """Return the changes of these kinds."""
         return [change for change in self.changes if change.kind in kinds]
 
-def sends_content(change: Change) -> bool:
-    """Return whether a planned entry takes a file's content to the target."""
-    if change.entry is None or change.entry.type != "file":
-        return False
-    return change.kind == "added" or "content" in change.reasons or "type" in change.reasons
-
-def size_to_send(changes: Iterable[Change]) -> int:
-    """Return how many bytes the files to send have."""
-    return sum(change.entry.size for change in changes if change.entry and sends_content(change))
-
-def name_list(shared: Run, names: Iterable[bytes]) -> BinaryIO:
-    """Return an open file with the NUL-terminated names, at its beginning."""
-    stream = tempfile.TemporaryFile(dir=shared.scratch)
-    stream.writelines(name + b"\0" for name in names)
-    stream.seek(0)
-    return stream
-
 def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iterable[bytes]] = None,
             want: Callable[[bytes], None] = lambda path: None, **more: Any) -> list[Change]:
     """Return what a run of rsync itemizes, for the tree or for some paths. Raises TargetError.
 
     want is called with each path that differs as it comes.
     """
-    shared, found = connection.shared, []
+    shared, target, found = connection.shared, connection.target, []
     room, most = MAX_TARGET_ONLY // shared.targets, 2 * shared.source.count + 1000
 
     def on_item(line: bytes) -> None:
@@ -1199,17 +1226,17 @@ def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iter
         try:
             change = parse_itemized(line)
         except ValueError as error:
-            raise failure(connection.target, "elsewhere", str(error)) from None
+            raise failure(target, "elsewhere", str(error)) from None
         if not change:
             return
         found.append(change)
         if change.kind == "missing":
-            room -= sys.getsizeof(change.path) + 150
+            room -= len(change.path) + ENTRY_COST
         else:
             most -= 1                       # it can ask for an entry again and again
             want(change.path)
-        if room < 0 or most < 0:            # a target may report what it likes
-            raise failure(connection.target, "elsewhere", "too many entries")
+        if room < 0 or most < 0:            # a hostile target shall not fill our memory
+            raise failure(target, "elsewhere", "too many entries")
 
     if paths is None:
         excludes = ["--exclude=" + pattern for pattern in shared.config.exclude]
@@ -1219,57 +1246,39 @@ def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iter
         with name_list(shared, map(listed_name, paths)) as names:
             result = connection.rsync(options, stdin=names, on_item=on_item, **more)
     if result.status is None:
-        raise failure(connection.target, "silent")
+        raise failure(target, "silent")
     if result.status != 0:
-        raise diagnose(connection.target, result.stderr)
+        raise diagnose(target, result.stderr)
     return found
 
 def compare_proved(connection: Connection, mode: str) -> list[Change]:
     """Return what the plan's pass itemizes, once it is proved that the key runs no command there.
 
     The proof runs beside the pass, on the same connection, from the moment in which the server has
-    answered the pass: then the pass has rrsync's lock. Where that tells nothing (MaxSessions of sshd
-    may allow one session), it is tried again after the pass.
+    answered the pass: then the pass has rrsync's lock. Where that tells nothing (MaxSessions of
+    sshd may allow one session), it is tried again after the pass.
     """
-    shared = connection.shared
-    proofs: list[Any] = []
+    shared, proofs, changes = connection.shared, [], []     # type: ignore[var-annotated]
+    failed: Optional[OffsyncError] = None
 
     def begin_proof(_: bytes) -> None:
         if not proofs:
             proofs.append(shared.provers.submit(connection.prove_restricted, False))
 
-    failure: Optional[OffsyncError] = None
-    changes: list[Change] = []
     try:
         changes = itemize(connection, RSYNC_PLAN[mode], want=shared.source.want,
                           on_other=begin_proof, strong=mode == "strong")
     except OffsyncError as error:
-        failure = error
+        failed = error
     shared.source.flush()
     if proofs and proofs[0]:
         proofs[0].result()                  # raises where the key is known to be open
-    if isinstance(failure, Stopped) or isinstance(failure, TargetError) and failure.kind == "silent":
-        raise failure                       # it would only be waited for once more
-    if not connection.restricted:
+    waited = isinstance(failed, Stopped) or getattr(failed, "kind", "") == "silent"
+    if not connection.restricted and not waited:        # it would only be waited for once more
         connection.prove_restricted()
-    if failure:
-        raise failure
+    if failed:
+        raise failed
     return changes
-
-def is_leftover(source: Source, change: Change) -> bool:
-    """Return whether what only the target has bears one of rsync's own names for what it receives.
-
-    .~tmp~ and all in it, and .NAME.XXXXXX where NAME is in the source. It may be a user's all the
-    same: so it never blocks, and is deleted only where the policy allows that.
-    """
-    directory, name = os.path.split(change.path)
-    if STAGING in change.path.split(b"/"):
-        return True
-    match = TEMPORARY_NAME.fullmatch(name)
-    if not match or change.directory:
-        return False
-    names = (match[1], b"." + match[1])
-    return any(os.path.lexists(os.path.join(source.root, directory, name)) for name in names)
 
 def classify(connection: Connection, changes: list[Change]) -> list[Change]:
     """Return the sorted changes of a target, from what rsync itemized.
@@ -1340,31 +1349,15 @@ def plan_all(shared: Run, targets: Sequence[Target], mode: str) -> list[TargetPl
     return list(shared.jobs.map(lambda target: plan_target(shared, target, mode), targets))
 
 
-# --- Trust core: approval -------------------------------------------------------------------------
+# --- Trust core: approval -----------------------------------------------------------------------
 
 # What the config must allow for a kind of change, and the ways out.
-POLICIES = {"missing": ("delete", "take them into the source, exclude them, or allow it: --delete, or "
-                                  '"delete: true" in the config'),
-            "modified": ("overwrite", "exclude them, remove them there, or allow it: \"overwrite: true\" in "
-                                      "the config")}
+POLICIES = {
+    "missing": ("delete", "take them into the source, exclude them, or allow it: --delete, or "
+                '"delete: true" in the config'),
+    "modified": ("overwrite", "exclude them, remove them there, or allow it: "
+                 '"overwrite: true" in the config')}
 MANY_DELETIONS = 10                         # from so many on, max_delete is asked
-
-def plan_id(config: Config, plans: Sequence[TargetPlan]) -> str:
-    """Return the plan ID: the sha256 of the plan's lines."""
-    digest = hashlib.sha256()
-    for line in plan_lines(config, plans):
-        digest.update(line)
-    return digest.hexdigest()
-
-def comparable(fields: dict[str, Any]) -> bytes:
-    """Return what of a plan's line an approval compares, b"" for what it does not (leftovers).
-
-    Whether a target could be reached is not compared: one that cannot be reached now fails alone.
-    """
-    if fields.get("kind") == "leftover":
-        return b""
-    text = json_line({key: value for key, value in fields.items() if key != "error"})
-    return hashlib.blake2b(text, digest_size=16).digest()
 
 def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes], name: str) -> None:
     """Raise, naming the differences, unless a reviewed plan approves the plan of now.
@@ -1397,38 +1390,20 @@ def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes],
         differing += [name_line(fields) for fields in now() if comparable(fields) in unapproved]
     if differing:
         raise OffsyncError("refused, nothing was sent: plan %s does not approve what would be done "
-            "now; review a new one: offsync plan; what differs: %s" % (show_text(name), some_of(
-            differing, "; ")))
-
-def reviewed_entry(fields: dict[str, Any]) -> tuple[bytes, SourceEntry]:
-    """Return (path, entry) of a line that adds or modifies. Raises as read_json_name() does."""
-    letter = {name: letter for letter, name in FILE_TYPES.items()}[fields["type"]]
-    content = b""
-    if letter == "f":
-        content = bytes.fromhex(fields["sha256"])
-    if letter == "s":
-        content = read_json_name(fields, "link")
-    entry = SourceEntry.make(letter, int(fields["mode"], 8), fields["size"], content)
-    return read_json_name(fields), entry
+                           "now; review a new one: offsync plan; what differs: %s"
+                           % (show_text(name), some_of(differing, "; ")))
 
 def not_in_source(source: Source, held: set[tuple[bytes, SourceEntry]]) -> list[bytes]:
-    """Return the paths of those entries that the source does not hold; hashes what is not hashed yet."""
-    again = Source(os.fsdecode(source.root))        # another one: what vanished is no error here
+    """Return the paths of those entries that the source does not hold; hashes what is not yet."""
+    again = Source(os.fsdecode(source.root))        # what vanished is no error here
     for path, _ in held:
         if path not in source.entries:
             again.want(path)
     with contextlib.suppress(OffsyncError):
         again.wait()
     found = {**again.entries, **source.entries}
-    return sorted({path for path, entry in held if path not in found or found[path].reviewed != entry})
-
-def name_line(fields: dict[str, Any]) -> str:
-    """Return one sentence for a line of the plan of now that was not reviewed."""
-    if "source" in fields:
-        return "the policy is now " + json.dumps(fields)
-    if "kind" in fields:
-        return "%s: %s is now %s" % (fields["login"], show(read_json_name(fields)), fields["kind"])
-    return "%(login)s at port %(port)s, %(remote_path)s was not reviewed" % fields
+    return sorted({path for path, entry in held
+                   if path not in found or found[path].reviewed != entry})
 
 def forbidden(config: Config, plan: TargetPlan) -> list[str]:
     """Return the kinds of changes that a plan needs and the config forbids."""
@@ -1440,10 +1415,11 @@ def refuse_by_policy(shared: Run, plans: Sequence[TargetPlan], reviewed: bool) -
     for kind, (key, ways_out) in POLICIES.items():
         concerned = [plan for plan in plans if kind in forbidden(config, plan)]
         if concerned:
+            count = sum(len(plan.of(kind)) for plan in concerned)
             named = ["%s: %s" % (plan.target.login, some_paths(c.path for c in plan.of(kind)))
                      for plan in concerned]
-            raise OffsyncError(refused + "%s is false, and the plan has %d %s; %s: %s" % (key, sum(
-                len(plan.of(kind)) for plan in concerned), kind, ways_out, some_of(named, "; ")))
+            raise OffsyncError(refused + "%s is false, and the plan has %d %s; %s: %s" % (
+                key, count, kind, ways_out, some_of(named, "; ")))
     deleting = [plan for plan in plans if plan.of("missing")]
     if not deleting:
         return
@@ -1461,7 +1437,7 @@ def refuse_by_policy(shared: Run, plans: Sequence[TargetPlan], reviewed: bool) -
                 plan.target.login, there, kept, config.max_delete, show_text(config.source)))
 
 
-# --- Trust core: delivery -------------------------------------------------------------------------
+# --- Trust core: delivery -----------------------------------------------------------------------
 
 # --files-from sends exactly what is listed (no -r: directories without their contents); -ii reports
 # what needed nothing, too. --delay-updates renames all files at the end, and an interrupted run
@@ -1479,46 +1455,6 @@ RSYNC_DELETE = ("-r", "--delete", "--existing", "--ignore-existing", "--from0", 
                 "--exclude=*")
 RESCAN_DEADLINE = 15.0                      # seconds to learn what arrived after a failure
 
-class Sent:
-    """What rsync reports of what it sends: each planned entry must be reported as planned.
-
-    A report says what really went over the connection, whatever the source held before or after:
-    it comes from the rsync that sends, behind a marker that no target knows.
-    """
-
-    def __init__(self, planned: Sequence[Change]) -> None:
-        self.planned = {self.name(change): change for change in planned}    # directories above, too
-        self.reported: set[bytes] = set()   # paths, as planned
-        self.wrong: set[bytes] = set()      # other content, mode or link, or not planned at all
-        self.bytes = 0
-
-    @staticmethod
-    def name(change: Change) -> bytes:
-        """Return how %n%L names a planned entry."""
-        assert change.entry is not None
-        if change.entry.type == "directory":
-            return change.path + b"/"
-        return change.path + (b" -> " + change.entry.link if change.entry.type == "symlink" else b"")
-
-    def take(self, line: bytes) -> None:
-        """Take one report. Raises ValueError for what is none."""
-        md5 = line[:32].strip()
-        mode, count, itemized = line[33:].split(b" ", 2)
-        code, name = itemized[:11], printed_name(itemized[12:])
-        self.bytes += int(count)
-        change = self.planned.get(name)
-        if change is None or change.entry is None:
-            if code[:1] != b"." or code[2:].strip(b" .t"):      # directories above come along unchanged
-                self.wrong.add(name.rstrip(b"/"))
-            return
-        entry, as_planned = change.entry, True
-        planned_mode = stat.filemode(stat.S_IFREG | entry.mode)[1:].encode()
-        if entry.type != "symlink" and mode != planned_mode:
-            as_planned = False
-        if sends_content(change) and md5 != entry.md5.hex().encode():
-            as_planned = False
-        (self.reported if as_planned else self.wrong).add(change.path)
-
 class Delivery:
     """Carries one target's plan out and verifies it."""
 
@@ -1526,16 +1462,15 @@ class Delivery:
         self.shared, self.plan, self.connection = shared, plan, plan.connection
         self.login, self.source = plan.target.login, shared.source
         self.hash = "strong" if shared.config.verify == "strong" else "hash"
-        sent = [change for change in plan.of("added", "modified") if change.entry]
-        self.links = [c for c in sent if c.entry and c.entry.type == "symlink"]
-        others = [c for c in sent if c.entry and c.entry.type != "symlink"]
+        self.sent = [change for change in plan.of("added", "modified") if change.entry]
+        self.links = [c for c in self.sent if c.entry and c.entry.type == "symlink"]
+        others = [c for c in self.sent if c.entry and c.entry.type != "symlink"]
         self.modes = [c for c in others if c.reasons == ("mode",)]
         self.content = [c for c in others if c.reasons != ("mode",)]
-        self.sent = sent
         self.deletable: dict[bytes, bool] = {}      # path -> whether it is a directory
         if shared.config.delete:
             self.deletable = {c.path: c.directory for c in plan.of("missing", "leftover")}
-        self.only_there: set[bytes] = set()     # what must go, as the last pass over the tree saw it
+        self.only_there: set[bytes] = set()     # what must go, as the last pass saw it
         self.bytes_sent = 0
         self.begun = False                  # something may have changed there
         self.different: Optional[set[bytes]] = None     # of the plan, afterwards; None: unknown
@@ -1559,12 +1494,12 @@ class Delivery:
         if not self.begun and result != "ok":
             self.different = {change.path for change in self.plan.changes}
         PROGRESS.update(self.login, None)
-        seconds = time.monotonic() - started
-        if self.different is None:
-            return Outcome(self.login, result, error, None, None, self.bytes_sent, seconds)
-        delivered = [c.path for c in self.sent if c.path not in self.different]
-        deleted = sorted(set(self.deletable) - self.different)
-        return Outcome(self.login, result, error, delivered, deleted, self.bytes_sent, seconds)
+        delivered = deleted = None
+        if self.different is not None:
+            delivered = [c.path for c in self.sent if c.path not in self.different]
+            deleted = sorted(set(self.deletable) - self.different)
+        return Outcome(self.login, result, error, delivered, deleted, self.bytes_sent,
+                       time.monotonic() - started)
 
     def deliver(self) -> None:
         """Do what the plan lists: files and directories, modes, symlinks, then deletions.
@@ -1580,22 +1515,26 @@ class Delivery:
         self.send(self.modes, RSYNC_MODES)
         if first:
             self.verify(first, whole)
-        self.make_way(self.links)
+        self.make_way(self.links, {})
         self.send(self.links, ())
         if self.links or self.only_there or not whole:
             self.verify_tree()
 
     def useless(self) -> dict[bytes, bool]:
         """Return the leftovers to delete that no transfer resumes from: they only take room."""
-        resumed = {os.path.join(os.path.dirname(c.path), STAGING, os.path.basename(c.path))
-                   for c in self.sent}
+        resumed = {self.staged(change.path) for change in self.sent}
         return {c.path: False for c in self.plan.of("leftover")
                 if c.path in self.deletable and not c.directory and c.path not in resumed}
 
-    def make_way(self, changes: Sequence[Change], also: Optional[dict[bytes, bool]] = None) -> None:
+    @staticmethod
+    def staged(path: bytes) -> bytes:
+        """Return where --delay-updates keeps a file until all have arrived."""
+        return os.path.join(os.path.dirname(path), STAGING, os.path.basename(path))
+
+    def make_way(self, changes: Sequence[Change], also: dict[bytes, bool]) -> None:
         """Delete the planned entries below the directories that give way to these."""
         replaced = {c.path for c in changes if "type" in c.reasons and not c.directory}
-        blocking = dict(also or {})
+        blocking = dict(also)
         for path, directory in self.deletable.items():
             above = itertools.accumulate(path.split(b"/")[:-1], lambda one, two: one + b"/" + two)
             if not replaced.isdisjoint(above):
@@ -1604,7 +1543,7 @@ class Delivery:
             self.delete(blocking, self.compare_tree("quick")[1])
 
     def send(self, changes: Sequence[Change], how: Sequence[str]) -> None:
-        """Send exactly these entries; raise TargetError unless what went over is what was planned."""
+        """Send exactly these; raise TargetError unless what went over is what was planned."""
         if not changes:
             return
         config, report, total = self.shared.config, Sent(self.sent), size_to_send(changes)
@@ -1643,32 +1582,32 @@ class Delivery:
             return failure(self.plan.target, "silent")
         error, left = diagnose(self.plan.target, result.stderr), self.plan.of("leftover")
         if error.kind in ("space", "quota") and left:
-            error = TargetError(self.login, error.why + "; leftovers of interrupted runs take room "
-                "there, too (--delete lets them go): " + some_paths(change.path for change in left),
-                error.kind)
+            error.why += "; leftovers of interrupted runs take room there, too (--delete lets " \
+                         "them go): " + some_paths(change.path for change in left)
         return error
 
     def verify(self, sent: Sequence[Change], whole: bool) -> None:
         """Compare by hash what was sent; raise TargetError for what differs."""
-        different = self.compare_sent(sent, whole)
+        PROGRESS.update(self.login, "verifying")
+        if whole:
+            different, self.only_there = self.compare_tree(self.hash)
+            different -= {change.path for change in self.links}
+        else:
+            different = self.compare_list(change.path for change in sent)
         left = {change.path for change in self.plan.of("leftover")}
-        stuck = [c for c in sent if c.path in different and sends_content(c) and os.path.join(
-            os.path.dirname(c.path), STAGING, os.path.basename(c.path)) in left]
+        stuck = [change for change in sent if change.path in different
+                 and change.sends_content and self.staged(change.path) in left]
         if stuck:                           # rsync 3.2.0 to 3.2.3 never puts it in place
             self.send(stuck, RSYNC_AT_ONCE)
-            different = self.compare_sent(sent, False)
+            different = self.compare_list(change.path for change in sent)
         if different:
             raise self.differs(different)
 
-    def compare_sent(self, sent: Sequence[Change], whole: bool) -> set[bytes]:
-        """Return which of these entries, or of all but what is still to come, differ by hash."""
-        PROGRESS.update(self.login, "verifying")
-        if not whole:
-            paths = [change.path for change in sent]
-            return {c.path for c in itemize(self.connection, RSYNC_COMPARE, paths,
-                                            strong=self.hash == "strong")}
-        different, self.only_there = self.compare_tree(self.hash)
-        return different - {change.path for change in self.links}
+    def compare_list(self, paths: Iterable[bytes], **more: Any) -> set[bytes]:
+        """Return which of these paths differ by hash."""
+        strong = self.hash == "strong"
+        changes = itemize(self.connection, RSYNC_COMPARE, paths, strong=strong, **more)
+        return {change.path for change in changes}
 
     def compare_tree(self, mode: str, **more: Any) -> tuple[set[bytes], set[bytes]]:
         """Compare the tree; return (paths that differ, paths only there, but for leftovers)."""
@@ -1678,12 +1617,11 @@ class Delivery:
         return {c.path for c in changes if c.kind != "missing"}, only_there
 
     def verify_tree(self) -> None:
-        """Compare the whole tree, and delete in between what is to be deleted. Raises TargetError."""
+        """Compare the whole tree, and delete in between what must go. Raises TargetError."""
         PROGRESS.update(self.login, "comparing again")
         different, extraneous = self.compare_tree("quick")
         if different:                       # a quick check can be wrong: a hash is not
-            different = {c.path for c in itemize(self.connection, RSYNC_COMPARE, sorted(different),
-                                                 strong=self.hash == "strong")}
+            different = self.compare_list(sorted(different))
         if not different and extraneous & set(self.deletable):
             self.delete(self.deletable, extraneous)
             extraneous = self.compare_tree("quick")[1]
@@ -1692,21 +1630,23 @@ class Delivery:
             raise self.differs(self.different)
 
     def differs(self, different: set[bytes]) -> TargetError:
-        """Return the error for what differs after the delivery; names the source where that changed."""
+        """Return the error for what differs afterwards; names the source where that changed."""
         planned = {change.path: change.entry for change in self.sent}
         here = set()
         for path in sorted(different)[:1000]:
             entry = planned.get(path)
-            if not (self.source.is_as(path, entry) if entry else
-                    self.source.older(path, self.shared.started)):
+            if entry:
+                unchanged = self.source.is_as(path, entry)
+            else:
+                unchanged = self.source.older(path, self.shared.started)
+            if not unchanged:
                 here.add(path)
         if here:
             return self.failure("source-changed", here)
-        error = self.failure("differs-by-mode" if self.modes else "differs", different)
-        return TargetError(self.login, error.why.replace("N differences", plural(len(different), "difference")))
+        return self.failure("differs-by-mode" if self.modes else "differs", different)
 
     def delete(self, paths: dict[bytes, bool], extraneous: set[bytes]) -> None:
-        """Delete these planned entries, unless others have appeared since the plan: then nothing."""
+        """Delete these planned entries, unless others have appeared since: then nothing."""
         surprises = extraneous - set(self.deletable)
         if surprises:
             raise self.failure("appeared", surprises)
@@ -1723,19 +1663,16 @@ class Delivery:
             raise self.explain(result)
 
     def find_out(self) -> None:
-        """After a failure, learn what arrived nevertheless, within a bounded time; else: unknown."""
-        try:
+        """After a failure, learn what arrived all the same, in a bounded time; else: unknown."""
+        with contextlib.suppress(OffsyncError, OSError):
             different = self.compare_tree("quick", deadline=RESCAN_DEADLINE)[1]
             if self.sent:
-                different |= {c.path for c in itemize(
-                    self.connection, RSYNC_COMPARE, [change.path for change in self.sent],
-                    deadline=RESCAN_DEADLINE, strong=self.hash == "strong")}
+                sent = [change.path for change in self.sent]
+                different |= self.compare_list(sent, deadline=RESCAN_DEADLINE)
             self.different = different
-        except (OffsyncError, OSError):
-            self.different = None
 
 
-# --- Trust core: the log --------------------------------------------------------------------------
+# --- Trust core: the log ------------------------------------------------------------------------
 
 class Log:
     """operations.log, a record a target, and last/LOGIN, the newest record without its names."""
@@ -1746,7 +1683,7 @@ class Log:
         self.common = {"operation": "apply", "source": config.source,
                        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                        "operator": "%s (sudo by %s)" % (operator, sudo) if sudo else operator}
-        self.outcomes: collections.deque[tuple[Outcome, dict[str, Any]]] = collections.deque()
+        self.outcomes: dict[str, tuple[Outcome, dict[str, Any]]] = {}       # by login, not printed
         self.results: collections.Counter[str] = collections.Counter()      # of those printed
         os.close(home.open_log())           # nothing is sent where that fails
 
@@ -1754,13 +1691,13 @@ class Log:
         """Return a record."""
         changed, deleted = ([show(path) for path in paths] if paths is not None else None
                             for paths in (done.delivered, done.deleted))
-        return {**self.common, "host": target.host, "login": target.login, "plan": self.plan or None,
-                "result": done.result, "error": done.error, "bytes_sent": done.bytes_sent,
-                "seconds": done.seconds and round(done.seconds, 3), "files_changed": changed,
-                "files_deleted": deleted}
+        return {**self.common, "host": target.host, "login": target.login,
+                "plan": self.plan or None, "result": done.result, "error": done.error,
+                "bytes_sent": done.bytes_sent, "seconds": done.seconds and round(done.seconds, 3),
+                "files_changed": changed, "files_deleted": deleted}
 
     def start(self, target: Target) -> None:
-        """Note that a delivery begins: should all be killed, the next command with the lock logs it."""
+        """Note that a delivery begins: were all killed, the next command with the lock logs it."""
         self.home.write_last(self.record(target, Outcome(target.login, "started")))
 
     def finish(self, target: Target, done: Outcome) -> dict[str, Any]:
@@ -1772,7 +1709,8 @@ class Log:
 
 def deliver(shared: Run, log: Log, plan: TargetPlan) -> None:
     """Carry out one target's plan and log it at once, whatever becomes of the others."""
-    target, nothing = plan.target, Outcome(plan.target.login, "interrupted", "nothing was sent", [], [], 0)
+    target = plan.target
+    nothing = Outcome(target.login, "interrupted", "nothing was sent", [], [], 0)
     try:
         if plan.changes and not STOP.is_set():
             log.start(target)
@@ -1785,16 +1723,83 @@ def deliver(shared: Run, log: Log, plan: TargetPlan) -> None:
         why = "%s; %s" % (done.error or "delivered and verified, but not logged", error)
         done = done._replace(result="failed", error=why)
         record = log.record(target, done)
-    log.outcomes.append((done, record))
+    log.outcomes[target.login] = (done, record)
 
 
-# === The trust core ends here. The state directory ==============================================
+# === The trust core ends here. Programs, threads, the state directory ===========================
 
-FILE_LIMIT = 1 << 30                        # bytes of a config, key file, manifest ... that are read
+SBIN = "/usr/local/sbin:/usr/sbin:/sbin"    # where sshd lives; often not in a user's PATH
+FILE_LIMIT = 1 << 30                        # bytes of a config, key, manifest ... that are read
 PLANS_KEPT, PLANS_KEPT_DAYS = 100, 30       # plans that "plan" keeps for "apply --plan"
 
+def program(name: str) -> str:
+    """Return the path of a system program; the error names the command that installs it."""
+    found = shutil.which(name) or shutil.which(name, path=SBIN)
+    if not found:
+        raise OffsyncError("%s: the program is not installed; run: offsync install-deps" % name)
+    return found
+
+def make_scratch() -> str:
+    """Return a new private directory whose path is short and plain enough for control sockets.
+
+    sun_path has 104 bytes on macOS; ssh appends 17 to a socket's name while it binds it.
+    """
+    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        plain = re.fullmatch(r"[A-Za-z0-9/._+-]+", parent) and len(parent) + 24 < 104 - 17
+        if plain and os.access(parent, os.W_OK | os.X_OK):
+            return tempfile.mkdtemp(prefix="offsync-", dir=parent)
+    raise OffsyncError("TMPDIR: set it to a writable directory with a short, plain name")
+
+class Pool:
+    """Threads that carry out functions; one that cannot start (a process limit) is done without."""
+
+    def __init__(self, threads: int) -> None:
+        from concurrent.futures import Future, ThreadPoolExecutor       # here: slow to import
+        self.new_future: Callable[[], Any] = Future
+        self.executor = ThreadPoolExecutor(max_workers=threads)
+        self.threads = threads
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return the future of a function, None where no thread can be started for it.
+
+        Then it may be carried out nevertheless, by a thread that is there already.
+        """
+        try:
+            return self.executor.submit(function, *arguments)
+        except RuntimeError:
+            return None
+
+    def map(self, function: Callable[[_Item], _Value], items: Sequence[_Item]) -> Iterator[_Value]:
+        """Yield function(item) for each item, in order; each thread takes the next that none has.
+
+        Raises OffsyncError if there is no thread at all. Whatever stops the consumer, all that was
+        begun has ended when this returns.
+        """
+        futures = [self.new_future() for _ in items]
+        waiting = iter(list(zip(futures, items)))
+
+        def work() -> None:
+            for future, item in waiting:
+                try:
+                    future.set_result(function(item))
+                except BaseException as error:          # raised again where the result is taken
+                    future.set_exception(error)
+
+        started = [self.submit(work) for _ in range(min(self.threads, len(items)))]
+        if started and not any(started):
+            raise OffsyncError("threads: none can be started; raise the limit (ulimit -u)")
+        try:
+            for number, future in enumerate(futures):
+                if len(items) > 1:
+                    PROGRESS.update("(all)", "%d of %d done" % (number, len(items)))
+                yield future.result()
+        finally:
+            for future in futures:
+                future.exception()          # waits
+            PROGRESS.update("(all)", None)
+
 def read_file(path: str, what: str, missing: str, regular: bool = True) -> bytes:
-    """Return a small file's contents; missing says what to do if it is not there. regular: no pipe."""
+    """Return a small file's contents; missing says what to do without it. regular: no pipe."""
     try:
         flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if regular else 0)
         with open(os.open(path, flags), "rb") as stream:
@@ -1803,7 +1808,8 @@ def read_file(path: str, what: str, missing: str, regular: bool = True) -> bytes
                     what, show_text(path)))
             return stream.read(FILE_LIMIT)
     except FileNotFoundError:
-        raise UsageError("%s %s: it does not exist; %s" % (what, show_text(path), missing)) from None
+        raise UsageError("%s %s: it does not exist; %s" % (
+            what, show_text(path), missing)) from None
     except OSError as error:
         raise OffsyncError("%s %s: %s; mend that, then try again" % (
             what, show_text(path), error.strerror)) from None
@@ -1832,7 +1838,7 @@ def write_atomically(path: str, data: Iterable[bytes], mode: int) -> None:
             show_text(path), error.strerror)) from None
 
 def make_directory(path: str, mode: int) -> None:
-    """Create a directory if it is absent, parents 0755, whatever the umask; never through a symlink.
+    """Create a directory if it is absent, parents 0755, whatever the umask; through no symlink.
 
     path is a real path. The mode of a directory that exists is not ours to change.
     """
@@ -1938,7 +1944,7 @@ class Home:
                                % (show_text(self.path), strangers))
 
     def lock(self, what: str) -> None:
-        """Take the writers' lock until offsync ends; the loser says who has it. Logs killed runs."""
+        """Take the writers' lock until the end; the loser says who has it. Logs killed runs."""
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             descriptor = os.open(self.lock_file, flags, 0o600)
@@ -2017,7 +2023,8 @@ class Home:
             written, why = 0, str(error.strerror)
         os.close(log)
         if written != len(line):
-            raise OffsyncError("log %s: the record could not be written: %s" % (show_text(self.log), why))
+            raise OffsyncError("log %s: the record could not be written: %s; mend that"
+                               % (show_text(self.log), why))
 
     def write_last(self, record: dict[str, Any]) -> None:
         """Replace a target's status: its newest record, without the names."""
@@ -2026,7 +2033,7 @@ class Home:
         write_atomically(os.path.join(self.last, record["login"]), [json_line(status)], 0o600)
 
     def read_last(self) -> dict[str, dict[str, Any]]:
-        """Return the newest record of each login that has one; what cannot be read is passed over."""
+        """Return the newest record of each login; what cannot be read is passed over."""
         found = {}
         for name in sorted(os.listdir(self.last)) if os.path.isdir(self.last) else ():
             with contextlib.suppress(OffsyncError, ValueError, TypeError, KeyError):
@@ -2064,10 +2071,12 @@ class Home:
         path = named
         if re.fullmatch("[0-9a-f]{32,64}", named):
             names = os.listdir(self.plans) if os.path.isdir(self.plans) else []
-            path = next((os.path.join(self.plans, name) for name in names if name.startswith(named)), "")
+            found = [name for name in sorted(names) if name.startswith(named)]
+            path = os.path.join(self.plans, found[0]) if found else ""
             if not path:
-                raise OffsyncError("plan %s: it is not among the plans that %s keeps for %d days; plan "
-                                   "again, or name the file that 'offsync plan --json' printed: --plan FILE"
+                raise OffsyncError("plan %s: it is not among the plans that %s keeps for %d days; "
+                                   "plan again, or name the file that 'offsync plan --json' "
+                                   "printed: --plan FILE"
                                    % (named, self.plans, PLANS_KEPT_DAYS))
         elif re.fullmatch("[0-9a-f]{8,31}", named) and not os.path.exists(named):
             raise UsageError("plan %s: give 32 digits of the ID or more, since fewer can be "
@@ -2081,7 +2090,8 @@ class Home:
             raise UsageError("plan %s: %s; give the ID that 'offsync plan' ends with, or the file "
                 "that 'offsync plan --json' printed" % (show_text(named), error.strerror)) from None
         if path != named and digest.hexdigest() != os.path.basename(path):
-            raise OffsyncError("plan %s: what %s holds is not that plan; plan again" % (named, path))
+            raise OffsyncError("plan %s: what %s holds is not that plan; plan again" % (
+                named, path))
         return stream, digest.hexdigest()
 
 
@@ -2144,7 +2154,7 @@ def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -
     return b"".join(kept), was
 
 def fingerprints(lines: Iterable[str]) -> list[tuple[int, str, str]]:
-    """Return (bits, SHA256 fingerprint, type) of known_hosts or key lines, as ssh-keygen reads them."""
+    """Return (bits, SHA256 fingerprint, type) of known_hosts or key lines; asks ssh-keygen."""
     with tempfile.TemporaryFile() as stream:
         stream.writelines(line.encode() + b"\n" for line in lines)
         stream.seek(0)
@@ -2163,17 +2173,19 @@ def validate_public_key(text: str) -> PublicKey:
         raise UsageError("key: %s instead of one; %s" % (plural(len(lines), "line"), give))
     match = re.fullmatch(r"(\S+)[ \t]+([A-Za-z0-9+/]+=*)(?:[ \t]+(.*))?", lines[0].strip())
     if not match or match[1] not in KEY_TYPES or CONTROL.search(match[3] or ""):
-        raise UsageError("key: it is not a public key of a known type (%s, ...); %s" % (KEY_TYPES[0], give))
+        raise UsageError("key: it is not a public key of a known type (%s, ...); %s" % (
+            KEY_TYPES[0], give))
     key = PublicKey(match[1], match[2], (match[3] or "").strip())
     accepted = fingerprints(["%s %s" % (key.type, key.blob)])
     if not accepted:
         raise UsageError("key: ssh-keygen does not accept it; " + give)
     if key.type == "ssh-rsa" and accepted[0][0] < RSA_BITS:
-        raise UsageError("key: RSA with %d bits is too weak; use the key of 'offsync init'" % accepted[0][0])
+        raise UsageError("key: RSA with %d bits is too weak; use the key of 'offsync init'"
+                         % accepted[0][0])
     return key
 
 def find_rrsync(wanted: Optional[str]) -> tuple[str, list[str], str]:
-    """Return (path, command words, "python3", "perl" or "") of rrsync here: wanted or a known place.
+    """Return (path, command words, "python3", "perl" or "") of the wanted or a found rrsync.
 
     A script that is not executable is run through the interpreter that its first line names.
     """
@@ -2206,7 +2218,7 @@ LOCAL_SHELL = ("import os, sys; os.environ['SSH_ORIGINAL_COMMAND'] = ' '.join(sy
                "os.execv('/bin/sh', ['sh', '-c', sys.argv[1]])")
 
 def probe_rrsync(words: Sequence[str], munge: bool) -> None:
-    """Try here what a key thief would do with this host's rrsync; raise OffsyncError if it gets out.
+    """Try what a key thief would do with this host's rrsync; raise OffsyncError if it gets out.
 
     A symlink is sent, then a file through it (before rsync 3.5.0 that writes anywhere). A version
     would prove nothing, since distributions back-port. Raises too where rrsync does not work.
@@ -2224,26 +2236,26 @@ def probe_rrsync(words: Sequence[str], munge: bool) -> None:
                                                format_forced_command(words, inside, munge))))
 
         def send(*options: str) -> Result:
-            return run([find_rsync()[0], "-e", shell, *options, "host:."], deadline=SESSION_DEADLINE,
-                       env=environment(rsync=True))
+            return run([find_rsync()[0], "-e", shell, *options, "host:."],
+                       deadline=SESSION_DEADLINE, env=environment(rsync=True))
 
         sent = send("-rl", "--", plant + "/")
         if sent.status != 0 or not os.path.exists(inside + "/file"):
-            raise OffsyncError("rrsync %s: it does not work here%s; it must be of the same release as rsync, "
-                               "3.1.2 or newer, with its interpreter; update rsync, or name another: "
-                               "--rrsync PATH (it said: %s)" % (
+            raise OffsyncError("rrsync %s: it does not work here%s; it must be of the same release "
+                               "as rsync, 3.1.2 or newer, with its interpreter; update rsync, or "
+                               "name another: --rrsync PATH (it said: %s)" % (
                                    words[-1], " with -munge, of 3.2.4" if munge else "",
                                    quote_answer(sent.stderr) or "nothing"))
         send("-pR", "--no-implied-dirs", "--", through + "/./x/f")
         if os.path.exists(outside + "/f"):
-            ways = "; or link with --no-symlinks, if nothing that you deliver has any" if not munge else ""
+            ways = "" if munge else "; or link with --no-symlinks, if you deliver none"
             raise OffsyncError("rrsync %s: it lets the key out of its directory (tried here: a "
                 "symlink was sent, then a file through it), so whoever steals the key has a login "
                 "shell; update rsync to 3.5.0 or to one in which that is mended%s; or accept it: "
                 "--accept-risk rrsync" % (words[-1], ways))
 
 def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -> str:
-    """Return the real path that the key may write below. accept_risk waives what a user may know."""
+    """Return the real path that the key may write below. accept_risk waives what users know."""
     real = os.path.realpath(validate_absolute_path(path, "path"))
     validate_absolute_path(real, "path")
     choose = "choose a directory that holds only delivered files, such as /srv/app-data"
@@ -2255,14 +2267,17 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
         return (place + "/").startswith(real.rstrip("/") + "/")
 
     if os.path.lexists(real) and not os.path.isdir(real):
-        raise UsageError("path %s: it is no directory; choose another, or move it away" % show_text(real))
-    users = [entry for entry in pwd.getpwall() if os.path.basename(entry.pw_shell) not in NO_LOGIN_SHELLS]
-    homes = {os.path.realpath(home) for home in (os.path.expanduser("~"), *(user.pw_dir for user in users))}
-    never = sorted({os.path.realpath(place) for place in protected} | {home + "/.ssh" for home in homes})
+        raise UsageError("path %s: it is no directory; choose another, or move it away"
+                         % show_text(real))
+    users = [entry.pw_dir for entry in pwd.getpwall()
+             if os.path.basename(entry.pw_shell) not in NO_LOGIN_SHELLS]
+    homes = set(map(os.path.realpath, (os.path.expanduser("~"), *users)))
+    never = sorted({*map(os.path.realpath, protected), *(home + "/.ssh" for home in homes)})
     found = "is the root or a home directory" if real == "/" or real in homes else ""
     for place in never:
         if contains(place) or lies_in(place):
-            found = found or "%s %s" % ("contains" if contains(place) else "lies in", show_text(place))
+            how = "contains" if contains(place) else "lies in"
+            found = found or "%s %s" % (how, show_text(place))
     if found:
         raise UsageError("path %s: it %s, so a key that writes there is as good as a shell; %s"
                          % (show_text(real), found, choose))
@@ -2284,7 +2299,7 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
 
 def validate_forced_command(words: Sequence[str], path: str, shell: str, language: str = "",
                             munge: bool = False) -> str:
-    """Return the forced command; refused where the user's shell might read its quoting differently."""
+    """Return the forced command; refused where the user's shell might read it differently."""
     plain = "%s; choose a path of letters, digits and /._-"
     if shlex.quote(path) != path and os.path.basename(shell) not in POSIX_SHELLS:
         raise UsageError("path %s: it cannot be quoted safely for the login shell %s" % (
@@ -2315,7 +2330,7 @@ def read_key_argument(args: argparse.Namespace) -> PublicKey:
                                    "give the key: --key 'ssh-ed25519 AAAA...' or --key-file FILE"))
 
 class AuthorizedKeys:
-    """~/.ssh/authorized_keys (a symlinked one stays a symlink) and what offsync's line for a key is."""
+    """~/.ssh/authorized_keys (a symlinked one stays a symlink), and offsync's line for a key."""
 
     def __init__(self, key: PublicKey) -> None:
         self.path, self.key = os.path.realpath(os.path.expanduser("~/.ssh/authorized_keys")), key
@@ -2350,7 +2365,7 @@ class AuthorizedKeys:
         os.close(directory)
 
 def check_own_home() -> pwd.struct_passwd:
-    """Return this account; raise if HOME is another's (a scratch one of its own is only warned about)."""
+    """Return this account; raise if HOME is another's (a scratch one is only warned about)."""
     try:
         account = pwd.getpwuid(os.geteuid())
     except KeyError:
@@ -2364,7 +2379,7 @@ def check_own_home() -> pwd.struct_passwd:
     return account
 
 def sshd_settings(user: str) -> dict[str, list[str]]:
-    """Return sshd's settings for a user, {} where it does not tell (sshd -T, a throw-away host key)."""
+    """Return sshd's settings for a user (sshd -T), {} where it does not tell."""
     with tempfile.TemporaryDirectory(prefix="offsync-") as scratch:
         key = os.path.join(scratch, "key")
         run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key])
@@ -2377,18 +2392,20 @@ def sshd_settings(user: str) -> dict[str, list[str]]:
     return settings
 
 def account_problem(account: pwd.struct_passwd) -> str:
-    """Return what keeps an account from logging in or starting rrsync, "" for nothing that is known."""
+    """Return what keeps an account from starting rrsync, "" for nothing that is known."""
     shell, user = os.path.basename(account.pw_shell), account.pw_name
     if shell in NO_LOGIN_SHELLS or shell in RESTRICTED_SHELLS:
-        return "the login shell %s does not start rrsync; run: chsh -s /bin/sh %s" % (account.pw_shell, user)
+        return "the login shell %s does not start rrsync; run: chsh -s /bin/sh %s" % (
+            account.pw_shell, user)
     try:
         with open("/etc/shadow", encoding="utf-8", errors="replace") as stream:
-            fields = next(line.rstrip("\n").split(":") for line in stream if line.startswith(user + ":"))
+            line = next(line for line in stream if line.startswith(user + ":"))
+        fields = line.rstrip("\n").split(":")
     except (OSError, StopIteration):
         return ""
     if fields[1].startswith("!"):
-        return "the account %s is locked, and sshd without UsePAM refuses it then; run: usermod -p '*' %s" % (
-            user, user)
+        return "the account %s is locked, so that sshd without UsePAM refuses it; run: usermod " \
+               "-p '*' %s" % (user, user)
     if len(fields) > 7 and fields[7].isdigit() and int(fields[7]) * 86400 < time.time():
         return "the account %s has expired; run as root: chage -E -1 %s" % (user, user)
     return ""
@@ -2398,7 +2415,8 @@ def link_warnings(account: pwd.struct_passwd, sshd: dict[str, list[str]], delive
     """Yield what would make sshd ignore the key, and what is wrong with the delivery directory."""
     home, status = os.path.expanduser("~"), os.stat(delivery)
     if not os.access(delivery, os.W_OK):
-        yield "%s is not writable for %s; change its owner or mode" % (show_text(delivery), account.pw_name)
+        yield "%s is not writable for %s; change its owner or mode" % (
+            show_text(delivery), account.pw_name)
     if status.st_mode & 0o002 or status.st_mode & 0o020 and group_has_strangers(status.st_gid):
         yield "%s is writable for others, who can change what is delivered; run: chmod go-w %s" % (
             show_text(delivery), shlex.quote(delivery))
@@ -2408,29 +2426,30 @@ def link_warnings(account: pwd.struct_passwd, sshd: dict[str, list[str]], delive
     for path in (home, os.path.join(home, ".ssh"), keys.path):
         status = os.stat(path)
         if status.st_mode & 0o022 or status.st_uid not in (0, account.pw_uid):
-            yield "%s is writable or owned by others: sshd may ignore the key then (StrictModes in " \
-                  "sshd_config(5)); run: chmod go-w %s" % (path, shlex.quote(path))
+            yield "%s is writable or owned by others: sshd may ignore the key then (StrictModes " \
+                  "in sshd_config(5)); run: chmod go-w %s" % (path, shlex.quote(path))
     if account_problem(account):
         yield account_problem(account)
     for line in keys.text.decode("utf-8", "replace").splitlines():
         if keys.key.blob not in line and ' %s",' % shlex.quote(delivery) in line:
-            yield "another key may write below %s too (of a second controller?); an old one goes by: " \
-                  "offsync unlink" % show_text(delivery)
+            yield "another key may write below %s too (of a second controller?); an old one goes " \
+                  "by: offsync unlink" % show_text(delivery)
     second = keys.path + "2"
-    if os.path.exists(second) and keys.key.blob.encode() in read_file(second, "authorized_keys2", ""):
+    blob = keys.key.blob.encode()
+    if os.path.exists(second) and blob in read_file(second, "authorized_keys2", ""):
         yield "the key stands in %s too, which some sshd read; remove it there" % second
     if sshd.get("authorizedkeyscommand", ["none"]) not in ([], ["none"]):
-        yield "sshd asks AuthorizedKeysCommand for keys before this file; it must not print this key"
+        yield "sshd asks AuthorizedKeysCommand before this file; it must not print this key"
     if sshd.get("pubkeyauthentication") == ["no"]:
         yield "sshd has PubkeyAuthentication no; allow it in sshd_config"
     places = [os.path.join(account.pw_dir, place.replace("%h", account.pw_dir).replace("%u",
         account.pw_name)) for place in sshd.get("authorizedkeysfile", [".ssh/authorized_keys"])]
     if os.path.join(account.pw_dir, ".ssh/authorized_keys") not in places:
-        yield "sshd reads keys from %s (AuthorizedKeysFile), not from ~/.ssh/authorized_keys; copy the line " \
-              "there" % ", ".join(places)
+        yield "sshd reads keys from %s (AuthorizedKeysFile), not from ~/.ssh/authorized_keys; " \
+              "copy the line there" % ", ".join(places)
 
 def own_address(settings: dict[str, list[str]]) -> tuple[Optional[int], str]:
-    """Return (the port of the sshd that will answer, None for 22; its host key's fingerprint or "")."""
+    """Return (port of the sshd that will answer, None for 22; its host key's fingerprint or "")."""
     ports, connection = settings.get("port") or ["22"], os.environ.get("SSH_CONNECTION", "").split()
     answering = connection[3] if len(connection) == 4 and connection[3].isdecimal() else ports[0]
     port = None if answering == "22" else int(answering)
@@ -2440,7 +2459,8 @@ def own_address(settings: dict[str, list[str]]) -> tuple[Optional[int], str]:
     for path in sorted(paths or glob.glob("/etc/ssh/ssh_host_*_key.pub"),
                        key=lambda path: ("ed25519" not in path, path)):
         with contextlib.suppress(OffsyncError):
-            for key in fingerprints([read_file(path, "host key", "").decode("utf-8", "replace").strip()]):
+            line = read_file(path, "host key", "").decode("utf-8", "replace").strip()
+            for key in fingerprints([line]):
                 return port, key[1]
     return port, ""
 
@@ -2455,13 +2475,13 @@ def cmd_link(args: argparse.Namespace) -> int:
         state.last, *filter(os.path.exists, (sys.argv[0], module))]
     if os.path.exists(module):              # not "<stdin>"
         protected.append(os.path.join(os.path.dirname(module), "__pycache__"))
-    path = validate_link_path(os.path.expanduser("~/.offsync/sync") if args.path is None else args.path,
-                              protected, "path" in risks)
+    named = os.path.expanduser("~/.offsync/sync") if args.path is None else args.path
+    path = validate_link_path(named, protected, "path" in risks)
     forced = validate_forced_command(words, path, account.pw_shell, language, munge)
     key = read_key_argument(args)
     keys = AuthorizedKeys(key)
     if "rrsync" in risks:
-        warn("accepted: whoever steals the key may get out of %s through a symlink" % show_text(path))
+        warn("accepted: a thief of the key may get out of %s through a symlink" % show_text(path))
     else:
         probe_rrsync(words, munge)
     kept = re.match(r'from="([^"]*)",', keys.line)
@@ -2489,8 +2509,9 @@ def cmd_link(args: argparse.Namespace) -> int:
     warn_of_old_rsync()
     port, host_key = own_address(settings)
     target = Target("%s@%s" % (account.pw_name, os.uname().nodename), path, rrsync, port, not munge)
-    emit("Now run this on the controller (with the name by which it reaches this host):", error=True)
-    emit("offsync target add " + target.add_arguments + (" --host-key " + host_key if host_key else ""))
+    emit("Now run this on the controller (with the name by which it reaches this host):", True)
+    fingerprint = " --host-key " + host_key if host_key else ""
+    emit("offsync target add " + target.add_arguments + fingerprint)
     return 0
 
 def cmd_unlink(args: argparse.Namespace) -> int:
@@ -2498,7 +2519,8 @@ def cmd_unlink(args: argparse.Namespace) -> int:
     check_own_home()
     keys = AuthorizedKeys(read_key_argument(args))
     keys.write(None)
-    emit("%s %s" % ("removed the key from" if keys.line else "the key has no entry in", keys.path), error=True)
+    what = "removed the key from" if keys.line else "the key has no entry in"
+    emit("%s %s" % (what, keys.path), error=True)
     return 0
 
 
@@ -2524,9 +2546,9 @@ def describe_keys(lines: Iterable[str]) -> str:
 def fetch_host_keys(connection: Connection, wanted: str = "") -> list[str]:
     """Return the known_hosts lines of the target's host keys, one a type, as ssh gets them.
 
-    ssh connects on its own route, so ProxyJump, HostKeyAlias and Port of ssh_config hold (ssh-keyscan
-    knows none). Ends with the key that has the wanted fingerprint: sshd 9.8 and newer punishes
-    connections that do not log in.
+    ssh connects on its own route, so ProxyJump, HostKeyAlias and Port of ssh_config hold
+    (ssh-keyscan knows none). Ends with the key that has the wanted fingerprint: sshd 9.8 and newer
+    punishes connections that do not log in.
     """
     shared, target, lines = connection.shared, connection.target, []
     path = os.path.join(shared.scratch, "fetched-%d" % next(shared.numbers))
@@ -2555,7 +2577,7 @@ def fetch_host_keys(connection: Connection, wanted: str = "") -> list[str]:
     return lines
 
 def known_lines(shared: Run, name: str, marker: str = "") -> list[tuple[str, str]]:
-    """Return (known_hosts line without its marker, its file) of a host, as ssh-keygen finds them."""
+    """Return (known_hosts line without its marker, its file) of a host; asks ssh-keygen."""
     found = []
     for path in (shared.home.known_hosts, *map(os.path.expanduser, KNOWN_HOSTS)):
         if os.path.exists(path):
@@ -2568,7 +2590,7 @@ def known_lines(shared: Run, name: str, marker: str = "") -> list[tuple[str, str
     return found
 
 def explain_host_key(connection: Connection, error: TargetError) -> Optional[TargetError]:
-    """Return the error for a host key that ssh did not accept, with the known and shown fingerprints.
+    """Return the error for a host key that ssh did not accept, with what is known and shown.
 
     None where a known key is among those shown: ssh only asked for another type first, as
     HostKeyAlgorithms of ssh_config can make it do; the connection now asks for the known one.
@@ -2581,7 +2603,8 @@ def explain_host_key(connection: Connection, error: TargetError) -> Optional[Tar
     except OffsyncError as problem:
         return problem if isinstance(problem, TargetError) and problem.kind == "revoked" else error
     if connection.known_hosts:
-        known = read_file(connection.known_hosts, "known_hosts", "").decode("utf-8", "replace").splitlines()
+        data = read_file(connection.known_hosts, "known_hosts", "")
+        known = data.decode("utf-8", "replace").splitlines()
     else:
         known = [line for line, _ in known_lines(shared, shown[0].split()[0])]
     trusted = blobs(shown) & blobs(known)
@@ -2598,7 +2621,7 @@ def explain_host_key(connection: Connection, error: TargetError) -> Optional[Tar
         describe_keys(known), describe_keys(shown)))
 
 def has_route(connection: Connection) -> str:
-    """Return how ssh_config leads to the target ("ProxyJump bastion"), "" for a direct connection."""
+    """Return how ssh_config leads to the target ("ProxyJump bastion"), "" if directly."""
     result = run([connection.shared.ssh, *connection.options(), "-G", *connection.destination()],
                  deadline=SESSION_DEADLINE)
     for line in result.stdout.decode("utf-8", "replace").splitlines():
@@ -2607,7 +2630,8 @@ def has_route(connection: Connection) -> str:
             return ("ProxyJump " if name == "proxyjump" else "ProxyCommand ") + show_text(value)
     return ""
 
-def explain_failed_login(connection: Connection, result: Result, last: bool) -> Optional[TargetError]:
+def explain_failed_login(connection: Connection, result: Result,
+                         last: bool) -> Optional[TargetError]:
     """Return what a connection that did not open meant; None where it may be tried again at once.
 
     With ControlPersist ssh hides what a jump host says, and at LogLevel ERROR much of what sshd
@@ -2626,14 +2650,15 @@ def explain_failed_login(connection: Connection, result: Result, last: bool) -> 
     again = run([connection.shared.ssh, "-o", "LogLevel=INFO", *SSH_ALONE, *connection.options(),
         *connection.destination(), PROOF_COMMAND], stdin=subprocess.PIPE, deadline=CONNECT_DEADLINE)
     talking = diagnose(target, again.stderr)
-    if route and (b"kex_exchange_identification" in again.stderr or b"UNKNOWN port" in again.stderr):
+    before_sshd = (b"kex_exchange_identification", b"UNKNOWN port")
+    if route and any(words in again.stderr for words in before_sshd):
         if talking.kind == "busy-sshd" and not last:
             return talking                  # no word of the jump host's: it is tried again, too
         return failure(target, "route", "%s: %s" % (route, quote_answer(again.stderr)))
     return error if talking.kind == "other" and not again.stderr.strip() else talking
 
 def choose_host_keys(target: Target, lines: Sequence[str], wanted: Optional[str]) -> list[str]:
-    """Return the known_hosts lines to store: the wanted fingerprint's, or all after a typed "yes"."""
+    """Return the lines to store: the wanted fingerprint's, or all after a typed "yes"."""
     described = [(line, describe_keys([line])) for line in lines]
     if wanted:
         chosen = [line for line, text in described if text.split(" ")[0] == wanted]
@@ -2654,7 +2679,7 @@ def choose_host_keys(target: Target, lines: Sequence[str], wanted: Optional[str]
     return list(lines)
 
 def store_host_keys(shared: Run, lines: Sequence[str]) -> None:
-    """Put these lines into known_hosts in place of what it has for their host (hashed lines too)."""
+    """Put these lines into known_hosts in place of those of their host, hashed ones too."""
     path, old = os.path.join(shared.scratch, "known_hosts"), b""
     if os.path.exists(shared.home.known_hosts):
         shutil.copyfile(shared.home.known_hosts, path)
@@ -2668,8 +2693,9 @@ def store_host_keys(shared: Run, lines: Sequence[str]) -> None:
     new = "".join(line + "\n" for line in lines).encode()
     write_atomically(shared.home.known_hosts, [old, new], 0o600)
 
-def connect_trusted(shared: Run, target: Target, wanted: Optional[str]) -> tuple[Connection, list[str]]:
-    """Return (a connection, the host keys to store: none if it is trusted already). Asks if it must."""
+def connect_trusted(shared: Run, target: Target,
+                    wanted: Optional[str]) -> tuple[Connection, list[str]]:
+    """Return (a connection, the host keys to store: none if trusted already). Asks if it must."""
     connection = Connection(shared, target)
     if not wanted:
         try:
@@ -2681,7 +2707,7 @@ def connect_trusted(shared: Run, target: Target, wanted: Optional[str]) -> tuple
             if error.kind == "host-key-changed":
                 warn(str(error))
     trusted = choose_host_keys(target, fetch_host_keys(connection, wanted or ""), wanted)
-    path = os.path.join(shared.scratch, "trusted")      # for this one connection, until it is proved
+    path = os.path.join(shared.scratch, "trusted")      # for this connection, until it is proved
     write_atomically(path, ["".join(line + "\n" for line in trusted).encode()], 0o600)
     connection = Connection(shared, target, path)
     connection.open()
@@ -2715,7 +2741,7 @@ def prove_forwarding(connection: Connection) -> list[Proof]:
             Proof("forward an agent", agent, answers[agent])]
 
 def prove_all(connection: Connection) -> list[Proof]:
-    """Try all that the key must not do, and that it can write; no file is sent. Raises TargetError."""
+    """Try all that the key must not do, and that it can write; no file is sent."""
     connection.prove_restricted()
     empty, marker = connection.shared.empty, os.urandom(8).hex()
     dry: dict[str, Any] = {"source": empty, "deadline": SESSION_DEADLINE}
@@ -2760,7 +2786,7 @@ def cmd_target_add(args: argparse.Namespace) -> int:
     with Run(home, config) as shared:
         connection, trusted = connect_trusted(shared, target, args.host_key)
         proofs = prove_all(connection)
-        found = ["%s: %s" % (proof.tried, proof.answer) for proof in proofs if proof.closed is False]
+        found = ["%s: %s" % proof[::2] for proof in proofs if proof.closed is False]
         if found:
             raise failure(target, "open", "; ".join(found))
         if trusted:
@@ -2776,14 +2802,16 @@ def cmd_target_add(args: argparse.Namespace) -> int:
 
 RSYNC_OLDEST = (3, 1, 2)                    # the first with rrsync -wo
 RSYNC_SAFER = (3, 4, 0)                     # CVE-2024-12084 to 12088 and 12747
-BREW_BIN = ("/opt/homebrew/bin", "/usr/local/bin", "/home/linuxbrew/.linuxbrew/bin")
+# macOS ships openrsync as rsync.
+BREW_RSYNC = ("/opt/homebrew/bin/rsync", "/usr/local/bin/rsync",
+              "/home/linuxbrew/.linuxbrew/bin/rsync")
 
 class PackageManager(NamedTuple):
     """How one package manager installs what each role needs (names separated by blanks)."""
     install: str
     controller: str
     target: str
-    extra: str = ""                         # best effort, alone: one unknown name fails a whole call
+    extra: str = ""                         # best effort, alone: one unknown name fails a call
     refresh: str = ""                       # before that; may fail
     older: bool = False                     # older releases have one package openssh for both roles
     sudo: bool = True
@@ -2791,13 +2819,14 @@ class PackageManager(NamedTuple):
 
 
 CLIENTS, SERVER = "openssh-clients rsync", "openssh-server rsync python3"
-PACKAGE_MANAGERS = {                        # in the order of preference; brew last: Linux has it too
+PACKAGE_MANAGERS = {                        # in order of preference; brew last: Linux has it too
     "apt-get": PackageManager(
         "env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends",
         "openssh-client rsync", SERVER, refresh="apt-get update"),
     "dnf": PackageManager("dnf -y install", CLIENTS, SERVER, "rsync-rrsync"),
     "yum": PackageManager("yum -y install", CLIENTS, SERVER, "rsync-rrsync"),
-    "pacman": PackageManager("pacman -S --needed --noconfirm", "openssh rsync", "openssh rsync python",
+    "pacman": PackageManager("pacman -S --needed --noconfirm", "openssh rsync",
+                             "openssh rsync python",
                              hint="if a package was not found (404), run: pacman -Syu"),
     "zypper": PackageManager("zypper --non-interactive install --no-recommends", CLIENTS, SERVER,
                              older=True),
@@ -2813,15 +2842,15 @@ def parse_rsync_version(output: bytes) -> Optional[tuple[int, int, int]]:
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 def find_rsync() -> tuple[str, tuple[int, int, int]]:
-    """Return (path, version) of a real rsync: $OFFSYNC_RSYNC, PATH's or brew's (macOS: openrsync)."""
+    """Return (path, version) of a real rsync: $OFFSYNC_RSYNC, PATH's or brew's."""
     named = os.environ.get("OFFSYNC_RSYNC")
-    places = [named] if named else [shutil.which("rsync"), *(place + "/rsync" for place in BREW_BIN)]
+    places = [named] if named else [shutil.which("rsync"), *BREW_RSYNC]
     problem = "%s, which OFFSYNC_RSYNC names, is no program" % show_text(named) if named \
         else "the program is not installed"
     for path in places:
         if path and shutil.which(path):
-            printed = run([path, "--version"], deadline=SESSION_DEADLINE, env=environment(rsync=True)).stdout
-            version = parse_rsync_version(printed)
+            printed = run([path, "--version"], deadline=SESSION_DEADLINE, env=environment(True))
+            version = parse_rsync_version(printed.stdout)
             if version and version >= RSYNC_OLDEST:
                 return path, version
             problem = "%s is %s" % (show_text(path), "rsync %d.%d.%d, too old" % version if version
@@ -2830,7 +2859,7 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
         "install-deps, or set OFFSYNC_RSYNC" % (problem, *RSYNC_OLDEST))
 
 def warn_of_old_rsync() -> None:
-    """Warn where the version suggests known vulnerabilities; only a hint, distributions back-port."""
+    """Warn where the version suggests vulnerabilities; only a hint, distributions back-port."""
     version = find_rsync()[1]
     if version < RSYNC_SAFER and not (3, 2, 8) <= version < (3, 3, 0):
         warn("rsync %d.%d.%d: releases before 3.4.0 have known vulnerabilities (CVE-2024-12084 and "
@@ -2838,7 +2867,8 @@ def warn_of_old_rsync() -> None:
 
 def missing_programs(role: str) -> dict[str, str]:
     """Return the programs that a role needs and that are not here, each with what is wrong."""
-    checks: dict[str, Callable[[], Any]] = {"rsync": find_rsync, "ssh-keygen": lambda: program("ssh-keygen")}
+    checks: dict[str, Callable[[], Any]] = {"rsync": find_rsync}
+    checks["ssh-keygen"] = lambda: program("ssh-keygen")
     if role != "target":
         checks["ssh"] = lambda: program("ssh")
     if role != "controller":
@@ -2852,7 +2882,7 @@ def missing_programs(role: str) -> dict[str, str]:
     return missing
 
 def install_commands(name: str, role: str) -> list[list[list[str]]]:
-    """Return the steps that install what a role needs: lists of commands, one tried after another fails."""
+    """Return the steps that install what a role needs; of each, commands to try in turn."""
     manager = PACKAGE_MANAGERS[name]
     sudo = ["sudo"] if manager.sudo and os.geteuid() != 0 else []
     install = sudo + manager.install.split()
@@ -2869,7 +2899,7 @@ def install_commands(name: str, role: str) -> list[list[list[str]]]:
     return steps
 
 def install_dependencies(role: str, assume_yes: bool) -> None:
-    """Install what a role needs, after showing the commands and asking. Raises if any is missing then."""
+    """Install what a role needs, after showing how and asking. Raises if any is missing then."""
     missing = missing_programs(role)
     if not missing:
         emit("install-deps: everything for the role %s is here" % role, error=True)
@@ -2880,7 +2910,7 @@ def install_dependencies(role: str, assume_yes: bool) -> None:
             "install OpenSSH and rsync with rrsync by hand" % (", ".join(missing), ", ".join(
             PACKAGE_MANAGERS)))
     steps = install_commands(name, role)
-    emit("install-deps: missing here: %s. These commands install it:" % ", ".join(missing), error=True)
+    emit("install-deps: missing here: %s. These commands install it:" % ", ".join(missing), True)
     for step in steps:
         emit("  " + "\n  or, if that fails: ".join(map(shlex.join, step)), error=True)
     if steps[0][0][0] == "sudo" and not shutil.which("sudo"):
@@ -2961,7 +2991,8 @@ def parse_yaml_value(text: str) -> Any:
     if re.fullmatch(r"0|[1-9][0-9]{0,8}", text):
         return int(text)
     if text[0].isdigit() or text.lower() in YAML_WORDS:
-        raise ValueError("%s is not supported; write true, false, a decimal number, or text in quotes" % text)
+        raise ValueError("%s is not supported; write true, false, a decimal number, or text in "
+                         "quotes" % text)
     return text
 
 def add_pair(mapping: dict[str, Node], key: str, node: Node) -> None:
@@ -2981,8 +3012,8 @@ def parse_yaml(text: str) -> dict[str, Node]:
             match = YAML_LINE.fullmatch(line)
             bad = YAML_FORBIDDEN.search(line)
             if bad or not match:
-                raise ValueError("the character U+%04X is not allowed" % ord(bad[0]) if bad else "unsupported "
-                                 "syntax, value or escape (quotes as in JSON always do)")
+                raise ValueError("the character U+%04X is not allowed" % ord(bad[0]) if bad else
+                                 "unsupported syntax, value or escape (quotes as in JSON do)")
             indent, key, value = len(match["indent"]), match["key"], match["value"]
             node = None if value is None else Node(parse_yaml_value(value), number)
             if match["dash"]:
@@ -3021,7 +3052,8 @@ def format_targets(targets: Sequence[Target]) -> list[str]:
         values = {"login": target.login, "user": target.user, "host": target.host,
                   "remote_path": target.remote_path, "rrsync": target.rrsync, "port": target.port,
                   "symlinks": None if target.symlinks else False}
-        pairs = ["%s: %s" % (key, format_yaml(value)) for key, value in values.items() if value is not None]
+        pairs = ["%s: %s" % (key, format_yaml(value))
+                 for key, value in values.items() if value is not None]
         lines += ["  %s %s" % (" " if index else "-", pair) for index, pair in enumerate(pairs)]
     return lines
 
@@ -3031,7 +3063,7 @@ def format_new_config(source: str) -> str:
             '  - ".git/"\ntargets: []\n' % format_yaml(source))
 
 def replace_block(text: str, key: str, block: Sequence[str]) -> str:
-    """Return config text with one top-level key's lines replaced; what stands outside them stays."""
+    """Return config text with one top-level key's lines replaced; all else stays."""
     lines, node = text.split("\n"), parse_yaml(text)[key]
     last = node.line
     for item in node.value if isinstance(node.value, list) else ():
@@ -3041,8 +3073,9 @@ def replace_block(text: str, key: str, block: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-LOGIN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@+\\-]*\$?@(?:\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?\]|"
-                   r"[A-Za-z0-9_][A-Za-z0-9_.-]*)", re.ASCII)
+LOGIN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@+\\-]*\$?@"
+                   r"(?:\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?\]|[A-Za-z0-9_][A-Za-z0-9_.-]*)",
+                   re.ASCII)
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
 
 def validate_login(login: str) -> str:
@@ -3053,7 +3086,7 @@ def validate_login(login: str) -> str:
     return login
 
 def validate_absolute_path(path: str, what: str) -> str:
-    """Return the path normalised; absolute, and free of control characters and undecodable bytes."""
+    """Return the path normalised; absolute, without control characters and undecodable bytes."""
     if not path.startswith("/") or CONTROL.search(path) or len(os.fsencode(path)) > 4000:
         raise UsageError("%s %s: it must be an absolute path in UTF-8, of at most 4000 bytes, "
             "without control characters" % (what, show_text(path)))
@@ -3073,10 +3106,15 @@ class Rule(NamedTuple):
     accept: Callable[[Any], Any] = lambda value: True
 
 
+def is_plain(path: str) -> bool:
+    """Return whether an absolute path is in its simplest form; raises UsageError if it is none."""
+    return validate_absolute_path(path, "path") == path
+
+
 BOOLEAN, PATH = "true or false", "an absolute path without .. and double or trailing slashes"
 TOP_KEYS = {
     "version": Rule("the number 1", int, ..., lambda number: number == 1),
-    "source": Rule("an absolute path", str, ..., lambda path: validate_absolute_path(path, "source")),
+    "source": Rule("an absolute path", str, ..., lambda path: validate_absolute_path(path, "")),
     "delete": Rule(BOOLEAN, bool, False),
     "overwrite": Rule(BOOLEAN, bool, True),
     "verify": Rule('"hash", "strong" or "quick"', str, "hash", lambda word: word in RSYNC_PLAN),
@@ -3092,8 +3130,8 @@ TARGET_KEYS = {
     "login": Rule("user@host (user@[address] for IPv6)", str, ..., validate_login),
     "user": Rule("the user of login", str, ...),
     "host": Rule("the host of login", str, ...),
-    "remote_path": Rule(PATH, str, ..., lambda path: validate_absolute_path(path, "path") == path),
-    "rrsync": Rule(PATH, str, DEFAULT_RRSYNC, lambda path: validate_absolute_path(path, "path") == path),
+    "remote_path": Rule(PATH, str, ..., is_plain),
+    "rrsync": Rule(PATH, str, DEFAULT_RRSYNC, is_plain),
     "port": Rule("a number from 1 to 65535", int, None, validate_port),
     "symlinks": Rule(BOOLEAN, bool, True)}
 
@@ -3106,16 +3144,16 @@ def validate_config(text: str, filename: str) -> Config:
         """Return the values of a mapping, defaults included."""
         for key, node in nodes.items():
             if key not in rules:
-                refuse(node.line, "the key %s is unknown; known here are %s" % (key, ", ".join(rules)))
+                refuse(node.line, "the key %s is unknown; known here are %s" % (
+                    key, ", ".join(rules)))
         values = {}
         for key, rule in rules.items():
             if key not in nodes and rule.default is ...:
                 refuse(first, 'the key "%s" is missing; it is %s' % (key, rule.what))
             values[key] = nodes[key].value if key in nodes else rule.default
-            try:
-                fine = key not in nodes or type(values[key]) is rule.type and rule.accept(values[key])
-            except UsageError:
-                fine = False
+            fine = key not in nodes
+            with contextlib.suppress(UsageError):
+                fine = fine or type(values[key]) is rule.type and rule.accept(values[key])
             if not fine:
                 refuse(nodes[key].line, "%s must be %s" % (key, rule.what))
         return values
@@ -3141,7 +3179,8 @@ def validate_config(text: str, filename: str) -> Config:
             refuse(node.line, "the target %s stands here for the second time" % target.login)
         targets[target.login] = target
     del values["version"]
-    values.update(exclude=tuple(node.value for node in values["exclude"]), targets=tuple(targets.values()))
+    values["exclude"] = tuple(node.value for node in values["exclude"])
+    values["targets"] = tuple(targets.values())
     return Config(**values)
 
 
@@ -3162,7 +3201,7 @@ class Progress:
         return sys.stderr.isatty() and not dumb and not VERBOSE.is_set()
 
     def update(self, name: str, text: Optional[str]) -> None:
-        """Show what is done for a target or the source, its first word the phase; None ends its line."""
+        """Show what is done for a target, its first word being the phase; None ends its line."""
         if self.enabled():
             with self.lock:
                 before, since = self.texts.pop(name, ("", 0.0))
@@ -3172,13 +3211,14 @@ class Progress:
                 self.tick(0.1 if text else 0)
 
     def show_rsync(self, name: str, total: int, line: bytes) -> None:
-        """Show the progress that rsync prints; a target can write such lines too: they are only shown."""
+        """Show the progress that rsync prints; a target can write it too: it is only shown."""
         pattern = rb" *([0-9][0-9,.]{0,30}) +[0-9]+% +([0-9.,]{1,12})([kMGT]?B/s)"
         match = re.match(pattern, line[:100])
         if match:                           # it divides by 1024 (progress.c)
             percent = 100 * int(re.sub(rb"[,.]", b"", match[1])) // max(total, 1)
             rate = match[2].decode() + " " + match[3].decode().replace("k", "K").replace("B", "iB")
-            self.update(name, "sending %d%% of %s at %s" % (min(percent, 100), format_bytes(total), rate))
+            self.update(name, "sending %d%% of %s at %s" % (
+                min(percent, 100), format_bytes(total), rate))
 
     def tick(self, interval: float = 0.5) -> None:
         """Draw all lines again if the last time was the interval (seconds) ago."""
@@ -3258,7 +3298,7 @@ def colour(kind: str, text: str) -> str:
     return "\x1b[%dm%s\x1b[0m" % (COLOURS[kind], text)
 
 def open_terminal() -> BinaryIO:
-    """Return the terminal, as ssh finds it; under "su -c" only stdin leads to it. Raises OSError."""
+    """Return the terminal; under "su -c" only stdin leads to it. Raises OSError."""
     try:
         return open("/dev/tty", "r+b", buffering=0)
     except OSError:
@@ -3267,7 +3307,7 @@ def open_terminal() -> BinaryIO:
         return open(os.dup(0), "r+b", buffering=0)
 
 def ask(question: str, twin: str) -> str:
-    """Return the answer typed on the terminal; without one, an error that names what asks nothing."""
+    """Return the answer typed on the terminal; without one, an error that names the twin."""
     try:
         with open_terminal() as terminal:
             terminal.write(question.encode())
@@ -3309,7 +3349,8 @@ def cmd_init(args: argparse.Namespace) -> int:
         home.replace_in_config("source", ["source: " + format_yaml(source)])
     if not os.path.lexists(home.key):
         comment = "offsync@" + re.sub(r"[^A-Za-z0-9.-]", "", os.uname().nodename)
-        made = run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", home.key])
+        made = run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-C", comment,
+                    "-f", home.key])
         if made.status != 0:
             raise OffsyncError("key %s: ssh-keygen failed; mend that (it said: %s)"
                                % (home.key, quote_answer(made.stderr)))
@@ -3321,9 +3362,10 @@ def cmd_init(args: argparse.Namespace) -> int:
                 "(it said: %s)" % (home.key, quote_answer(public.stderr)))
         write_atomically(home.key + ".pub", [public.stdout], 0o644)
     warn_of_old_rsync()
-    emit("source %s, config %s" % (show_text(home.load().source), show_text(home.config)), error=True)
-    key = read_file(home.key + ".pub", "key", "run: offsync init").decode("utf-8", "replace").strip()
-    emit("Now run this on each target:  offsync link --path DIR --key %s" % shlex.quote(key), error=True)
+    emit("source %s, config %s" % (show_text(home.load().source), show_text(home.config)), True)
+    key = read_file(home.key + ".pub", "key", "run: offsync init").decode("utf-8", "replace")
+    key = key.strip()
+    emit("Now run this on each target:  offsync link --path DIR --key " + shlex.quote(key), True)
     emit(key)
     return 0
 
@@ -3346,7 +3388,7 @@ def cmd_target_list(args: argparse.Namespace) -> int:
                 str(record.get("plan"))[:12], show_text(str(record.get("source"))))]
     print_table(rows)
     if not targets:
-        emit("no targets yet; on a target run: offsync link; then here: offsync target add", error=True)
+        emit("no targets yet; on a target run: offsync link; then here: offsync target add", True)
     return 0
 
 def cmd_target_remove(args: argparse.Namespace) -> int:
@@ -3373,8 +3415,9 @@ def read_inventory(path: str) -> list[str]:
     patterns = [line for line in lines if line and not line.startswith("#")]
     wrong = [pattern for pattern in patterns if pattern.startswith(("-", "@"))]
     if wrong or not patterns:
+        why = "%s is no pattern" % show_text(wrong[0]) if wrong else "it names no target"
         raise UsageError("target list %s: %s; list logins, hosts or patterns, one a line" % (
-            show_text(path), "%s is no pattern" % show_text(wrong[0]) if wrong else "it names no target"))
+            show_text(path), why))
     return patterns
 
 def select_targets(targets: Sequence[Target], patterns: Sequence[str]) -> list[Target]:
@@ -3398,7 +3441,8 @@ def load_targets(home: Home, args: argparse.Namespace) -> tuple[Config, list[Tar
         raise UsageError("targets: there are none yet; run on a target: offsync link --path DIR; "
             "then here the 'offsync target add' command that it prints")
     if args.source is not None:
-        config = config._replace(source=validate_absolute_path(os.path.abspath(args.source), "source"))
+        source = validate_absolute_path(os.path.abspath(args.source), "source")
+        config = config._replace(source=source)
     if getattr(args, "delete", False):
         config = config._replace(delete=True)
     return config, select_targets(config.targets, args.targets)
@@ -3410,10 +3454,12 @@ def plan_summary(config: Config, plan: TargetPlan) -> str:
     """Return the counts of a plan, and what they need that the config forbids."""
     if plan.error:
         return "not compared"
-    remarks = {"missing": " (apply will delete)", "leftover": " (apply will delete)" if config.delete else ""}
+    remarks = {"missing": " (apply will delete)", "leftover": ""}
+    remarks["leftover"] = remarks["missing"] if config.delete else ""
     for kind in forbidden(config, plan):
         remarks[kind] = " (apply will refuse: %s is false)" % POLICIES[kind][0]
-    counts = ["%d %s%s" % (len(plan.of(kind)), kind, remarks.get(kind, "")) for kind in KINDS if plan.of(kind)]
+    counts = ["%d %s%s" % (len(plan.of(kind)), kind, remarks.get(kind, ""))
+              for kind in KINDS if plan.of(kind)]
     if not counts:
         return "equal, nothing to do"
     return "%s; %s to send" % (", ".join(counts), format_bytes(size_to_send(plan.changes)))
@@ -3438,7 +3484,7 @@ def change_line(change: Change) -> str:
     return "  %s  %-12s  %10s  %s" % (colour(change.kind, "%-8s" % change.kind), reason, size, path)
 
 def print_plans(config: Config, plans: Sequence[TargetPlan], entries: int) -> None:
-    """Print plans as text: equal ones once, below the names of their targets; so many entries in all."""
+    """Print plans as text: equal ones once, below their targets; so many entries in all."""
     groups: dict[Any, list[TargetPlan]] = {}
     for plan in plans:
         groups.setdefault(plan.target if plan.error else plan.digest, []).append(plan)
@@ -3491,8 +3537,11 @@ def cmd_plan(args: argparse.Namespace) -> int:
 
 def print_outcome(done: Outcome) -> None:
     """Print what became of one target: on stdout, or on stderr where it is not ok."""
-    counts = [plural(len(done.delivered), "entry", "entries") + " delivered"] if done.delivered else []
-    counts += ["%d deleted" % len(done.deleted)] if done.deleted else []
+    counts = []
+    if done.delivered:
+        counts.append(plural(len(done.delivered), "entry", "entries") + " delivered")
+    if done.deleted:
+        counts.append("%d deleted" % len(done.deleted))
     if done.result != "ok":
         known = "before that: " + (", ".join(counts) or "nothing changed")
         if done.delivered is None:
@@ -3504,17 +3553,17 @@ def print_outcome(done: Outcome) -> None:
         emit("%s: %s: %s, verified; %s sent in %.1f s" % (done.login, colour("ok", "ok"), ", ".join(
             counts), format_bytes(done.bytes_sent or 0), done.seconds or 0))
 
-def report_outcomes(log: Log, as_json: bool) -> None:
-    """Print what became of each target since the last time."""
-    while log.outcomes:
-        done, record = log.outcomes.popleft()
-        log.results[done.result] += 1
-        if as_json:
-            emit(json_line(record))
-        if not as_json or done.result != "ok":
-            print_outcome(done)
+def report_outcome(log: Log, login: str, as_json: bool) -> None:
+    """Print what became of one target."""
+    done, record = log.outcomes.pop(login)
+    log.results[done.result] += 1
+    if as_json:
+        emit(json_line(record))
+    if not as_json or done.result != "ok":
+        print_outcome(done)
 
-def decide(shared: Run, targets: Sequence[Target], reviewed: Optional[str], log: Log) -> list[TargetPlan]:
+def decide(shared: Run, targets: Sequence[Target], reviewed: Optional[str],
+           log: Log) -> list[TargetPlan]:
     """Return the plans to carry out; raise OffsyncError, with nothing sent, if they may not be."""
     if reviewed is None:
         plans = plan_all(shared, targets, shared.config.verify)
@@ -3541,11 +3590,14 @@ def cmd_apply(args: argparse.Namespace) -> int:
                 log.finish(target, Outcome(target.login, "refused", str(error), [], [], 0, 0.0))
             raise
         try:
-            for _ in shared.jobs.map(lambda plan: deliver(shared, log, plan), plans):
-                report_outcomes(log, args.json)
+            ended = shared.jobs.map(lambda plan: deliver(shared, log, plan), plans)
+            for plan, _ in zip(plans, ended):
+                report_outcome(log, plan.target.login, args.json)
         finally:                            # also after a signal: all have ended by then
-            report_outcomes(log, args.json)
-            words = ["%d %s" % (count, word) for word, count in sorted(log.results.items(), reverse=True)]
+            for login in sorted(log.outcomes):
+                report_outcome(log, login, args.json)
+            counts = sorted(log.results.items(), reverse=True)
+            words = ["%d %s" % (count, word) for word, count in counts]
             if not args.json:
                 emit("%s: %s" % (plural(len(targets), "target"), ", ".join(words)))
     return 0 if log.results["ok"] == len(targets) else 1
@@ -3567,7 +3619,8 @@ def cmd_verify(args: argparse.Namespace) -> int:
     elif differing:
         print_plans(config, differing, 1000)
     elif sys.stdout.isatty():
-        emit("%s: equal to %s: %s" % (colour("ok", "ok"), show_text(config.source), plural(len(plans), "target")))
+        emit("%s: equal to %s: %s" % (
+            colour("ok", "ok"), show_text(config.source), plural(len(plans), "target")))
     raise_for_failed(plans, "verify")
     return 3 if differing else 0
 
@@ -3575,7 +3628,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
 # --- Commands: manifest, doctor, completion -----------------------------------------------------
 
 def format_manifest_line(path: bytes, digest: str) -> bytes:
-    r"""Return a line as sha256sum writes it: a leading backslash says that \n, \r, \\ are escaped."""
+    r"""Return a line as sha256sum writes it: a backslash says that \n, \r, \\ are escaped."""
     escaped = path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
     return (b"\\" if escaped != path else b"") + digest.encode() + b"  " + escaped + b"\n"
 
@@ -3621,7 +3674,8 @@ def cmd_manifest(args: argparse.Namespace) -> int:
     if directory is None:
         home = Home()
         if not os.path.exists(home.config):
-            raise UsageError("manifest: no config here names a source; name a directory: offsync manifest DIR")
+            raise UsageError("manifest: no config here names a source; name a directory: offsync "
+                             "manifest DIR")
         directory, exclude = home.load().source, home.load().exclude
     if not os.path.isdir(directory):
         raise UsageError("manifest: %s is not a directory; name one" % show_text(directory))
@@ -3637,14 +3691,17 @@ def cmd_manifest(args: argparse.Namespace) -> int:
              % (plural(len(found), "file"), " ".join(re.findall("....", digest))), error=True)
         return 0
     try:
-        expected = parse_manifest(sys.stdin.buffer.read(FILE_LIMIT) if args.check == "-" else read_file(
-            args.check, "manifest", "name it", False))
+        data = sys.stdin.buffer.read(FILE_LIMIT) if args.check == "-" else read_file(
+            args.check, "manifest", "name it", False)
+        expected = parse_manifest(data)
     except ValueError as error:
-        raise UsageError("manifest %s:%s: %s; correct it" % (show_text(args.check), *error.args)) from None
+        raise UsageError("manifest %s:%s: %s; correct it" % (
+            show_text(args.check), *error.args)) from None
     found = manifest_files(os.path.abspath(directory), exclude, args.check)
     for path in sorted(set(expected) | set(found)):
         if expected.get(path) != found.get(path):
-            kind = "added" if path not in expected else "missing" if path not in found else "modified"
+            kind = "modified" if path in found else "missing"
+            kind = kind if path in expected else "added"
             emit("%s  %s" % (colour(kind, "%-8s" % kind), show(path)))
     if expected != found:
         return 3
@@ -3731,12 +3788,14 @@ def cmd_completion(args: argparse.Namespace) -> int:
 def next_step(home: Home) -> str:
     """Return what to do next from where one stands."""
     if not os.path.exists(home.config) or not os.path.exists(home.key):
-        return "Next: offsync init --source DIR   (on the controller), or offsync link --path DIR   (on a target)"
+        return "Next: offsync init --source DIR   (on the controller), or offsync link --path " \
+               "DIR   (on a target)"
     targets, last = home.load().targets, home.read_last()
     if not targets:
-        return "Next: offsync link --path DIR   (on a target), then here the 'offsync target add' command that " \
-               "it prints"
-    results = {target.login: last[target.login]["result"] for target in targets if target.login in last}
+        return "Next: offsync link --path DIR   (on a target), then here the 'offsync target " \
+               "add' command that it prints"
+    results = {target.login: last[target.login]["result"] for target in targets
+               if target.login in last}
     failed = ["%s (%s)" % (login, "did not finish" if result == "started" else result)
               for login, result in sorted(results.items()) if result != "ok"]
     if failed:
@@ -3785,35 +3844,38 @@ def value(metavar: str, text: str, **more: Any) -> dict[str, Any]:
 KEY_OPTIONS = {"--key": value("TEXT", "the public key line (default: from a pipe, else asked for)"),
                "--key-file": value("FILE", "a file with the public key line")}
 NO_SYMLINKS = {"--no-symlinks": flag("rrsync munges symlinks there, so none are delivered")}
-TARGETS = {"targets": value("TARGET", "a login, a host, a pattern ('web*'), or @FILE with one a line "
-                            "(default: all)", nargs="*")}
+TARGETS = {"targets": value("TARGET", "a login, a host, a pattern ('web*'), or @FILE with one a "
+                            "line (default: all)", nargs="*")}
 JSON = {"--json": flag("print JSON, one line an entry")}
-FOR_RUN = {"--source": value("DIR", "another source for this run (a rollback, for example)"), **JSON,
+FOR_RUN = {"--source": value("DIR", "another source, for this run (to roll back)"), **JSON,
            "--jobs": value("N", "targets at once (default: the config's)", type=number_of_jobs)}
 DELETE = {"--delete": flag("allow deletions, for this run")}
 # name: (function, where and what, example, arguments)
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, dict[str, dict[str, Any]]]] = {
+Arguments = dict[str, dict[str, Any]]
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Arguments]] = {
     "init": (cmd_init, "controller: create key pair and config; prints the public key",
              "init --source /srv/app-data",
              {"--source": value("DIR", "the directory to deliver (default: this one)")}),
     "link": (cmd_link, "target: let the controller's key write below one path only",
              "link --path /srv/app-data --key 'ssh-ed25519 AAAA... offsync@controller'",
              {"--path": value("DIR", "where the key may write (default: ~/.offsync/sync)"),
-              "--rrsync": value("PATH", "where rrsync is (default: the known places)"), **KEY_OPTIONS,
+              "--rrsync": value("PATH", "where rrsync is (default: known places)"), **KEY_OPTIONS,
               "--from": value("PATTERN", "accept the key only from these hosts (sshd(8))",
                               dest="from_pattern"), **NO_SYMLINKS,
               "--accept-risk": {"action": "append", "choices": ("rrsync", "path"),
-                                "help": "go on although link calls this host's rrsync, or the path, a risk"}}),
-    "unlink": (cmd_unlink, "target: remove the key again", "unlink --key 'ssh-ed25519 AAAA...'", KEY_OPTIONS),
+                                "help": "go on although link calls rrsync, or the path, a risk"}}),
+    "unlink": (cmd_unlink, "target: remove the key again", "unlink --key 'ssh-ed25519 AAAA...'",
+               KEY_OPTIONS),
     "target add": (cmd_target_add, "prove trust and restriction of a target, then save it",
                    "target add deploy@node02 --path /srv/app-data --host-key SHA256:...",
                    {"login": value("LOGIN", "user@host; IPv6 as user@[address]"),
                     "--path": value("DIR", "the path given to link there", required=True),
-                    "--rrsync": value("PATH", "where rrsync is there (default: %s)" % DEFAULT_RRSYNC),
+                    "--rrsync": value("PATH", "where rrsync is there, if not " + DEFAULT_RRSYNC),
                     "--port": value("N", "the port of sshd (default: ssh_config, else 22)"),
-                    "--host-key": value("FP", "the fingerprint SHA256:... to expect; nothing is asked then"),
+                    "--host-key": value("FP", "the fingerprint SHA256:... to expect, unasked"),
                     **NO_SYMLINKS}),
-    "target list": (cmd_target_list, "list the targets and their last outcomes", "target list --json", JSON),
+    "target list": (cmd_target_list, "list the targets and their last outcomes",
+                    "target list --json", JSON),
     "target remove": (cmd_target_remove, "forget a target; its files and key entry stay there",
                       "target remove deploy@node02",
                       {"login": value("LOGIN", "user@host, or a host that only one target has")}),
@@ -3822,33 +3884,38 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, dict[st
                      {"--role": {"choices": ("controller", "target", "both"), "default": "both",
                                  "help": "default: both"},
                       "-y": {**flag("do not ask"), "dest": "yes"}}),
-    "plan": (cmd_plan, "controller: show what apply would do; changes nothing", "plan 'web*' --exit-code",
+    "plan": (cmd_plan, "controller: show what apply would do; changes nothing",
+             "plan 'web*' --exit-code",
              {**TARGETS, **FOR_RUN, **DELETE, "--summary": flag("print counts only"),
               "--exit-code": flag("exit 3 if there are differences")}),
-    "apply": (cmd_apply, "controller: transfer what the plan lists, verify, log", "apply 'web*' --plan FILE",
+    "apply": (cmd_apply, "controller: transfer what the plan lists, verify, log",
+              "apply 'web*' --plan FILE",
               {**TARGETS, **FOR_RUN, **DELETE,
-               "--plan": value("ID|FILE", "only what this reviewed plan approves: the ID that plan ends with, "
-                               "or the file that plan --json printed")}),
-    "verify": (cmd_verify, "controller: hash everything again; exit 3 if a target differs", "verify --fast",
+               "--plan": value("ID|FILE", "only what this reviewed plan approves: the ID that plan "
+                               "ends with, or the file that plan --json printed")}),
+    "verify": (cmd_verify, "controller: hash everything again; exit 3 if a target differs",
+               "verify --fast",
                {**TARGETS, **FOR_RUN, "--fast": flag("by the fastest checksum instead of MD5")}),
     "manifest": (cmd_manifest, "either: print a sha256 manifest of a tree, or check one",
                  "manifest /srv/app-data > app-data.sha256",
                  {"directory": value("DIR", "the tree (default: the configured source)", nargs="?"),
-                  "--check": value("FILE", "compare the tree with this manifest; exit 3 if it differs")}),
+                  "--check": value("FILE", "compare with this manifest; exit 3 if it differs")}),
     "doctor": (cmd_doctor, "controller: check it, and prove what the key can do on targets",
                "doctor deploy@node02", TARGETS),
     "completion": (cmd_completion, "either: print the code that completes words in bash",
-                   "completion bash > /etc/bash_completion.d/offsync", {"shell": {"choices": ("bash",)}})}
+                   "completion bash > /etc/bash_completion.d/offsync",
+                   {"shell": {"choices": ("bash",)}})}
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     about = {name: text for name, (_, text, _, _) in COMMANDS.items() if " " not in name}
-    about = {**dict(itertools.islice(about.items(), 3)), "target": "controller: add, list or remove targets", **about}
+    about["target"] = "controller: add, list or remove targets"
+    about = {**dict(list(about.items())[:3]), "target": about["target"], **about}
     listed = ["  %-12s  %s" % item for item in about.items()]
     parser = Parser(prog="offsync", usage="offsync COMMAND ...   (each has --help, with an "
         "example)", description="\n".join([(__doc__ or "").split("\n\n")[0], "", *listed]))
-    parser.add_argument("--version", action="store_true", help="print the version and this file's sha256")
-    parser.add_argument("--contract", **flag("print what offsync reads, writes, runs and never does"))
+    parser.add_argument("--version", **flag("print the version and this file's sha256"))
+    parser.add_argument("--contract", **flag("print what it reads, writes, runs and never does"))
     verbose = flag("print every program before it starts")
     parser.add_argument("-v", "--verbose", **verbose)
     parser.set_defaults(function=None)
@@ -3859,7 +3926,8 @@ def build_parser() -> argparse.ArgumentParser:
         if group not in parents:
             above = parents[""].add_parser(group, description=about[group],
                                            epilog="example:\n  offsync target list")
-            above.set_defaults(function=lambda args, above=above: above.error("choose add, list or remove"))
+            above.set_defaults(function=lambda args: parents[""].choices["target"].error(
+                "choose add, list or remove"))
             parents[group] = above.add_subparsers(metavar="COMMAND", parser_class=Parser)
         command = parents[group].add_parser(word, help=text, description=text,
                                             epilog="example:\n  offsync " + example)
@@ -3871,7 +3939,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 def ignore(signum: int, _: object) -> None:
-    """Do nothing. Unlike SIG_IGN this is not inherited, nor trouble for a signal that just arrives."""
+    """Do nothing. Unlike SIG_IGN this is not inherited by programs."""
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command; return the exit status. The only place that prints errors."""
@@ -3894,7 +3962,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             emit(version_text() if args.version else (__doc__ or "").strip())
             status = 0
         elif args.function is None:
-            emit("usage: offsync COMMAND ...   (offsync --help shows all)\n" + next_step(Home()), error=True)
+            emit("usage: offsync COMMAND ...   (offsync --help shows all)", error=True)
+            emit(next_step(Home()), error=True)
             status = 2
         else:
             status = args.function(args)
@@ -3910,7 +3979,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         emit("offsync: interrupted by %s; the same command again goes on" % name, error=True)
         status = interrupted.status
     if LOST_OUTPUT:
-        emit("offsync: standard output: %s; the rest of the output is lost" % LOST_OUTPUT[0], error=True)
+        emit("offsync: standard output: %s; the rest of it is lost" % LOST_OUTPUT[0], error=True)
         status = status or 1
     for signum in SIGNALS:
         signal.signal(signum, ignore)       # all is done: nothing is left to be interrupted
@@ -3919,125 +3988,156 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 # --- Appendix: what failures mean ---------------------------------------------------------------
 
-# How ssh, rrsync and rsync say that something is wrong, and what we say instead: (kind, words, sentence).
-# Searched in this order in what they wrote on stderr: exit statuses say little (12 and 255 are
-# interchangeable, and 0 proves nothing). "a|b": one of them; "a&b": both in one line; "": only our own
-# findings. They are but words: no decision on security rests here, and plain substrings take linear
-# time, whatever a target writes.
+# How ssh, rrsync and rsync say that something is wrong, and what we say instead: (kind, words,
+# sentence). Searched in this order in what they wrote on stderr: exit statuses say little (12 and
+# 255 are interchangeable, and 0 proves nothing). "a|b": one of them; "a&b": both in one line; "":
+# only our own findings. They are but words: no decision on security rests here, and plain
+# substrings take linear time, whatever a target writes.
 FAILURES = (
-    ("open", "", "the key is NOT restricted as the config says, so nothing is sent; run there: offsync link --path "
-     "{path}, or here, if only the path is another: offsync target add with that path; is there a line for it "
-     "without command=\"...\" in authorized_keys, or an IdentityFile with a shell in ~/.ssh/config?"),
-    ("not-rrsync", "", "the forced command of the key there is not rrsync (it accepts any command and does nothing), so "
-     "nothing was sent; run there: offsync link --path {path}"),
-    ("silent", "", "it accepted the login, then did not answer in time, so nothing was sent; make the shell start files "
-     "of {user} there (.bashrc and the like) read and wait for nothing, then look at that host's disks"),
-    ("prints", "", "the login prints text where rrsync must be alone, so nothing was sent; make the shell start files "
-     "of {user} there silent, or link the key again: offsync link --path {path}"),
-    ("mute", "", "it does not tell where its key writes, so nothing was sent; is its forced command rrsync, of the same "
-     "release as rsync there?"),
-    ("symlinks", "", "it takes no symlinks (--no-symlinks), and the source has some; exclude them, or link it again "
-     "without that option"),
-    ("source-changed", "", "the source changed after the plan, so what is there is not what was planned; let nothing "
-     "write to it meanwhile (deliver from a snapshot), then plan again"),
-    ("changed-there", "", "not sent, since it was changed there after the plan; plan and apply again"),
-    ("appeared", "", "nothing was deleted, since new entries appeared there after the plan; plan again"),
-    ("differs", "", "verification found N differences; apply again, or look for what changes them there"),
-    ("differs-by-mode", "", "verification found N differences; apply again, or look for what changes them there; where "
-     "only a mode differs, it is another name of the same file there (a hard link): delete one of the names"),
-    ("elsewhere", "", "it reports what rsync does not; is its path the right one, and rsync there what it should be?"),
-    ("route", "", "the way to it failed before sshd there answered; mend that way, and try it by itself with ssh -v"),
-    ("revoked", "REVOKED HOST KEY|is marked as revoked",
-     "its host key is marked @revoked in known_hosts, so it must not be trusted; give that host a new key"),
+    ("open", "", "the key is NOT restricted as the config says, so nothing is sent; run there: "
+     "offsync link --path {path}, or here, if only the path is another: offsync target add with "
+     "that path; is there a line for it without command=\"...\" in authorized_keys, or an "
+     "IdentityFile with a shell in ~/.ssh/config?"),
+    ("not-rrsync", "", "the forced command of the key there is not rrsync (it accepts any command "
+     "and does nothing), so nothing was sent; run there: offsync link --path {path}"),
+    ("silent", "", "it accepted the login, then did not answer in time, so nothing was sent; make "
+     "the shell start files of {user} there (.bashrc and the like) read and wait for nothing, "
+     "then look at that host's disks"),
+    ("prints", "", "the login prints text where rrsync must be alone, so nothing was sent; make "
+     "the shell start files of {user} there silent, or link the key again: offsync link --path "
+     "{path}"),
+    ("mute", "", "it does not tell where its key writes, so nothing was sent; is its forced "
+     "command rrsync, of the same release as rsync there?"),
+    ("symlinks", "", "it takes no symlinks (--no-symlinks), and the source has some; exclude "
+     "them, or link it again without that option"),
+    ("source-changed", "", "the source changed after the plan, so what is there is not what was "
+     "planned; let nothing write to it meanwhile (deliver from a snapshot), then plan again"),
+    ("changed-there", "", "not sent, since it was changed there after the plan; plan and apply "
+     "again"),
+    ("appeared", "", "nothing was deleted, since new entries appeared there after the plan; plan "
+     "again"),
+    ("differs", "", "verification found differences; apply again, or look for what changes them "
+     "there"),
+    ("differs-by-mode", "", "verification found differences; apply again, or look for what "
+     "changes them there; where only a mode differs, it is another name of the same file there (a "
+     "hard link): delete one of the names"),
+    ("elsewhere", "", "it reports what rsync does not; is its path the right one, and rsync there "
+     "what it should be?"),
+    ("route", "", "the way to it failed before sshd there answered; mend that way, and try it by "
+     "itself with ssh -v"),
+    ("revoked", "REVOKED HOST KEY|is marked as revoked", "its host key is marked @revoked in "
+     "known_hosts, so it must not be trusted; give that host a new key"),
     ("host-key-expired", "Certificate invalid: expired|ertificate has expired",
      "its host certificate has expired; have it signed again by its CA"),
-    ("host-key-changed", "REMOTE HOST IDENTIFICATION HAS CHANGED",
-     "its host key CHANGED, somebody else may answer there; compare its fingerprint on its own console (ssh-keygen -lf "
-     "/etc/ssh/ssh_host_ed25519_key.pub), and only if it is the new one: offsync target add {add} --host-key SHA256:..."),
-    ("algorithms", "no matching host key type|no matching key exchange method|no matching cipher|no matching MAC",
-     "sshd there and ssh here have no algorithm in common; update the older of them, or allow it in ~/.ssh/config "
-     "(HostKeyAlgorithms, KexAlgorithms, Ciphers, MACs)"),
+    ("host-key-changed", "REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key CHANGED, "
+     "somebody else may answer there; compare its fingerprint on its own console (ssh-keygen -lf "
+     "/etc/ssh/ssh_host_ed25519_key.pub), and only if it is the new one: offsync target add {add} "
+     "--host-key SHA256:..."),
+    ("algorithms", "no matching host key type|no matching key exchange method|no matching cipher|"
+     "no matching MAC", "sshd there and ssh here have no algorithm in common; update the older of "
+     "them, or allow it in ~/.ssh/config (HostKeyAlgorithms, KexAlgorithms, Ciphers, MACs)"),
     ("host-key-unknown", "host key is known for|Host key verification failed",
      "its host key is not trusted yet; confirm it with: offsync target add {add}"),
     ("name", "Could not resolve hostname|Name or service not known",
      "the name {host} does not resolve; check the name and DNS"),
-    ("refused", "Connection refused", "the connection was refused; is sshd running there, on this port?"),
-    ("unreachable", "No route to host|Network is unreachable|Host is down", "there is no route to it; check the network"),
-    ("ssh-config", "Bad configuration option|bad configuration options|Bad SSH2 |Bad owner or permissions on",
-     "ssh cannot use its configuration; mend the file that it names"),
-    ("key-file", "UNPROTECTED PRIVATE KEY|Load key&Permission denied|Load key&invalid format|Load key&error in libcrypto",
-     "ssh cannot use our private key; make it 0600 and yours, or make a new one: offsync init"),
+    ("refused", "Connection refused", "the connection was refused; is sshd running there, on this "
+     "port?"),
+    ("unreachable", "No route to host|Network is unreachable|Host is down",
+     "there is no route to it; check the network"),
+    ("ssh-config", "Bad configuration option|bad configuration options|Bad SSH2 |"
+     "Bad owner or permissions on", "ssh cannot use its configuration; mend the file that it "
+     "names"),
+    ("key-file", "UNPROTECTED PRIVATE KEY|Load key&Permission denied|Load key&invalid format|"
+     "Load key&error in libcrypto", "ssh cannot use our private key; make it 0600 and yours, or "
+     "make a new one: offsync init"),
     ("second-factor", "Permission denied (keyboard-interactive|Permission denied (password",
-     "sshd there wants more than a key (AuthenticationMethods, two factors), or takes none; allow publickey alone for "
-     "{user} in its sshd_config (Match User {user})"),
-    ("key-refused", "Permission denied (publickey|Permission denied (gssapi|Permission denied (hostbased|"
-     "Too many authentication failures",
-     "it refused our key; run there: offsync link --path {path}, with the key that 'offsync init' prints, and with "
-     "--from, if at all, for the address of this controller; a locked account refuses every key"),
-    ("penalty", "Not allowed at this time",
-     "sshd there refuses this controller for a while (PerSourcePenalties, after logins that failed); wait a minute"),
+     "sshd there wants more than a key (AuthenticationMethods, two factors), or takes none; allow "
+     "publickey alone for {user} in its sshd_config (Match User {user})"),
+    ("key-refused", "Permission denied (publickey|Permission denied (gssapi|"
+     "Permission denied (hostbased|Too many authentication failures",
+     "it refused our key; run there: offsync link --path {path}, with the key that 'offsync init' "
+     "prints, and with --from, if at all, for the address of this controller; a locked account "
+     "refuses every key"),
+    ("penalty", "Not allowed at this time", "sshd there refuses this controller for a while "
+     "(PerSourcePenalties, after logins that failed); wait a minute"),
     ("busy-sshd", "kex_exchange_identification|ssh_exchange_identification",
-     "sshd closed the connection before logging in; it is overloaded (MaxStartups), punishes logins that failed "
-     "(PerSourcePenalties; wait a minute) or blocks us"),
+     "sshd closed the connection before logging in; it is overloaded (MaxStartups), punishes "
+     "logins that failed (PerSourcePenalties; wait a minute) or blocks us"),
     ("session-refused", "ession open refused|session request failed|open failed: connect failed|"
-     "Connection closed by remote host", "sshd there allows no further session; raise MaxSessions in its sshd_config"),
+     "Connection closed by remote host", "sshd there allows no further session; raise MaxSessions "
+     "in its sshd_config"),
     ("closed", "Connection closed by&port|Connection reset by&port",
-     "sshd closed the connection while logging in: has the account {user} expired, does PAM refuse it, or does sshd "
-     "itself fail? Its log there tells"),
+     "sshd closed the connection while logging in: has the account {user} expired, does PAM "
+     "refuse it, or does sshd itself fail? Its log there tells"),
     ("password-expired", "Password change required|password has expired|must change your password",
-     "the password of {user} there has expired, so sshd starts nothing; run there as root: chage -M -1 {user}"),
-    ("nologin", "account is currently not available|not allowed to login|This account is not available",
-     "the login's shell refuses commands; give {user} a real one there: chsh -s /bin/sh {user}"),
-    ("other-service", "This service allows sftp connections only|fatal: Interactive git shell|unrecognized command&git|"
-     "git-shell", "something other than rrsync is forced there (sftp only, or git-shell); give {user} a real shell, and "
-     "no ForceCommand in sshd_config"),
-    ("restricted-shell", "restricted: cannot specify|: restricted",
-     "the login's shell is a restricted one (rbash), which cannot start rrsync; run there: chsh -s /bin/sh {user}"),
-    ("locked", "Another instance of rrsync is already accessing",
-     "another rsync is using {path} there; try again when it has finished"),
-    ("no-rrsync", "rrsync&not found|rrsync: No such file|rrsync: Permission denied|can't open file&rrsync|"
-     "Can't open perl script|rrsync: cannot execute|Unknown command&rrsync|rrsync: inaccessible|rrsync&bad interpreter",
-     "rrsync, or its interpreter, is not at {rrsync} there; run on the target: offsync install-deps --role target, then "
-     "link again"),
+     "the password of {user} there has expired, so sshd starts nothing; run there as root: chage "
+     "-M -1 {user}"),
+    ("nologin", "account is currently not available|not allowed to login|"
+     "This account is not available", "the login's shell refuses commands; give {user} a real one "
+     "there: chsh -s /bin/sh {user}"),
+    ("other-service", "This service allows sftp connections only|fatal: Interactive git shell|"
+     "unrecognized command&git|git-shell", "something other than rrsync is forced there (sftp "
+     "only, or git-shell); give {user} a real shell, and no ForceCommand in sshd_config"),
+    ("restricted-shell", "restricted: cannot specify|: restricted", "the login's shell is a "
+     "restricted one (rbash), which cannot start rrsync; run there: chsh -s /bin/sh {user}"),
+    ("locked", "Another instance of rrsync is already accessing", "another rsync is using {path} "
+     "there; try again when it has finished"),
+    ("no-rrsync", "rrsync&not found|rrsync: No such file|rrsync: Permission denied|"
+     "can't open file&rrsync|Can't open perl script|rrsync: cannot execute|Unknown command&rrsync|"
+     "rrsync: inaccessible|rrsync&bad interpreter", "rrsync, or its interpreter, is not at "
+     "{rrsync} there; run on the target: offsync install-deps --role target, then link again"),
     ("read-only-key", "sending to read-only server|read-only server is not allowed",
      "its key is for reading only (rrsync -ro); run there: offsync link --path {path}"),
     ("perl-refusal", "is not rsync|Not invoked via sshd|does not run rsync",
      "rrsync did not accept the command; is it of the same release as rsync there?"),
-    ("no-rsync", "No such file or directory: '&/rsync'|rsync: not found|rsync: command not found|/rsync&No such file|"
-     "/rsync&not found", "rsync is missing there; run on the target: offsync install-deps --role target"),
-    ("no-directory", "Restricted directory does not exist|FileNotFoundError&No such file or directory: '|"
-     "NotADirectoryError|chdir&failed|Unable to chdir",
-     "{path} is gone there or is no directory; create it again with: offsync link --path {path}"),
-    ("openrsync", "openrsync|rsync 2.6.9 compatible|: too large",
-     "openrsync answers there instead of rsync; install the real rsync on the target"),
-    ("option", "has been disabled on this server|invalid rsync-command syntax|option is not supported|unknown option|"
-     "unrecognized option|unrecognized arguments",
-     "its rrsync refused an option; are rrsync and rsync there of the same release, 3.1.2 or newer?"),
-    ("noise", "is your shell clean|unexpected tag |protocol incompatibility", "something other than rsync answered; is "
-     "the forced command rrsync, and do the shell start files of {user} there print nothing?"),
-    ("space", "No space left on device", "the disk is full there; free some space, then apply again"),
+    ("no-rsync", "No such file or directory: '&/rsync'|rsync: not found|rsync: command not found|"
+     "/rsync&No such file|/rsync&not found", "rsync is missing there; run on the target: offsync "
+     "install-deps --role target"),
+    ("no-directory", "Restricted directory does not exist|"
+     "FileNotFoundError&No such file or directory: '|NotADirectoryError|chdir&failed|"
+     "Unable to chdir", "{path} is gone there or is no directory; create it again with: offsync "
+     "link --path {path}"),
+    ("openrsync", "openrsync|rsync 2.6.9 compatible|: too large", "openrsync answers there "
+     "instead of rsync; install the real rsync on the target"),
+    ("option", "has been disabled on this server|invalid rsync-command syntax|"
+     "option is not supported|unknown option|unrecognized option|unrecognized arguments",
+     "its rrsync refused an option; are rrsync and rsync there of the same release, 3.1.2 or "
+     "newer?"),
+    ("noise", "is your shell clean|unexpected tag |protocol incompatibility",
+     "something other than rsync answered; is the forced command rrsync, and do the shell start "
+     "files of {user} there print nothing?"),
+    ("space", "No space left on device", "the disk is full there; free some space, then apply "
+     "again"),
     ("quota", "Disk quota exceeded", "a disk quota is used up there; raise it, then apply again"),
-    ("read-only-disk", "Read-only file system", "the file system is mounted read-only there; remount it"),
-    ("file-io", "(code 11)",
-     "a file could not be written there, most likely because the disk is full; free some space, then apply again"),
-    ("source-unreadable", "[sender]&Permission denied|[sender]&No such file or directory|send_files failed to open|"
-     "file has vanished|link_stat&failed|readlink_stat", "the source changed while it was read; plan again"),
+    ("read-only-disk", "Read-only file system", "the file system is mounted read-only there; "
+     "remount it"),
+    ("file-io", "(code 11)", "a file could not be written there, most likely because the disk is "
+     "full; free some space, then apply again"),
+    ("source-unreadable", "[sender]&Permission denied|[sender]&No such file or directory|"
+     "send_files failed to open|file has vanished|link_stat&failed|readlink_stat",
+     "the source changed while it was read; plan again"),
     ("in-the-way", "could not make way for|cannot delete non-empty directory",
-     "a directory that holds excluded or new files is in the way of a planned entry; move it, then plan again"),
-    ("device", "Device or resource busy", "a mount point there is in the way; unmount it, or exclude it"),
-    ("unreadable-there", "opendir&Permission denied|IO error encountered", "{user} may not read everything below {path} "
-     "there (a disk's lost+found is such a directory); exclude it, or mend owner and modes"),
-    ("immutable", "Operation not permitted (1)", "{user} may not change something below {path} there: it belongs to "
-     "another, or is marked immutable or append-only (lsattr, chattr -ia); mend that, then apply again"),
-    ("permission", "Permission denied (13)",
-     "{user} may not write everywhere below {path} there; mend owner and modes, then apply again"),
-    ("not-a-directory", "Not a directory (20)", "{path} there, or something in it, is no directory any more"),
+     "a directory that holds excluded or new files is in the way of a planned entry; move it, "
+     "then plan again"),
+    ("device", "Device or resource busy", "a mount point there is in the way; unmount it, or "
+     "exclude it"),
+    ("unreadable-there", "opendir&Permission denied|IO error encountered",
+     "{user} may not read everything below {path} there (a disk's lost+found is such a "
+     "directory); exclude it, or mend owner and modes"),
+    ("immutable", "Operation not permitted (1)", "{user} may not change something below {path} "
+     "there: it belongs to another, or is marked immutable or append-only (lsattr, chattr -ia); "
+     "mend that, then apply again"),
+    ("permission", "Permission denied (13)", "{user} may not write everywhere below {path} there; "
+     "mend owner and modes, then apply again"),
+    ("not-a-directory", "Not a directory (20)", "{path} there, or something in it, is no "
+     "directory any more"),
     ("timeout", "timed out|Timeout, server|not responding|io timeout after",
      "it did not answer in time; check host and network"),
-    ("no-answer", "(0 bytes received so far)", "no rsync ever answered there, so nothing was sent; do the shell start "
-     "files of {user} end or replace the shell (exit, exec)? Is the forced command rrsync?"),
-    ("lost", "connection unexpectedly closed|unexpected EOF|unexpectedly close|Broken pipe|error in rsync protocol|"
-     "onnection to&closed|error in socket IO|mux_client|client_loop",
+    ("no-answer", "(0 bytes received so far)", "no rsync ever answered there, so nothing was "
+     "sent; do the shell start files of {user} end or replace the shell (exit, exec)? Is the "
+     "forced command rrsync?"),
+    ("lost", "connection unexpectedly closed|unexpected EOF|unexpectedly close|Broken pipe|"
+     "error in rsync protocol|onnection to&closed|error in socket IO|mux_client|client_loop",
      "the connection was lost; apply again finishes the job"),
 )
 SILENT = b"rsync ended without a word"      # said for it
@@ -4050,7 +4150,7 @@ def failure(target: Target, kind: str, detail: str = "") -> TargetError:
     return TargetError(target.login, text + (": " + detail if detail else ""), kind)
 
 def diagnose(target: Target, stderr: bytes) -> TargetError:
-    """Return what a failed ssh or rsync meant, as one sentence with its remedy and its own words."""
+    """Return what a failed ssh or rsync meant: a sentence with its remedy, and its own words."""
     lines = (stderr[:4096] + b"\n" + stderr[4096:][-4096:]).splitlines()
     said = " (it said: %s)" % (quote_answer(stderr) or "nothing")
     for kind, words, _ in FAILURES:

@@ -246,7 +246,7 @@ class Trouble(SharedLab):
         line = read(self.target.keys)
         self.addCleanup(write, self.target.keys, line)
         write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
-        self.failing("verification found 1 difference;", ": f (before that: nothing changed)")
+        self.failing("verification found differences;", ": f (before that: nothing changed)")
         self.assertEqual((self.lab.records()[-1]["result"], self.lab.records()[-1]["files_changed"]), ("failed", []))
 
     def test_a_target_that_changes_what_it_gets(self) -> None:
@@ -261,7 +261,7 @@ class Trouble(SharedLab):
         for content in ("good", "fine"):
             write(self.source + "/f", content + "\n")
             write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
-            self.failing("verification found 1 difference;", ": f (before that: ")
+            self.failing("verification found differences;", ": f (before that: ")
             self.assertEqual(self.lab.records()[-1]["files_changed"], [] if content == "fine" else ["unchanging"])
             write(self.target.keys, line)
             self.lab.offsync("apply", check=0)
@@ -276,7 +276,7 @@ class Trouble(SharedLab):
         line = read(self.target.keys)
         self.addCleanup(write, self.target.keys, line)
         write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
-        self.failing("verification found 1 difference;", ": new.conf (before that: nothing changed)")
+        self.failing("verification found differences;", ": new.conf (before that: nothing changed)")
         self.assertEqual(read(self.there + "/old.conf"), "content")
         write(self.target.keys, line)
         self.lab.offsync("apply", check=0)
