@@ -1,0 +1,361 @@
+"""Exactly the plan: nothing more, nothing earlier, nothing unknown called known; on rsyncs that answer otherwise, by stand-ins."""
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import unittest
+
+from lab import OFFSYNC, descendants, mentions, read, require, snapshot, wait_for, write
+from test_plan import SharedLab
+
+
+class Standing(SharedLab):
+    """Stand-ins for rsync here and rrsync there: they act at one step, and call the real program."""
+
+    def there_runs(self, script: str) -> None:
+        """Wrap the target's rrsync; $SSH_ORIGINAL_COMMAND is its command, "real" calls the real one."""
+        path = self.lab.base + "/standing-rrsync"
+        write(path, '#!/bin/bash\nreal() { /usr/bin/rrsync "${args[@]}"; }\nargs=("$@")\ncd %s\n%s\n' % (self.there, script), 0o755)
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        write(self.target.keys, line.replace("/usr/bin/rrsync", path))
+
+    def here_runs(self, script: str) -> dict:
+        """Return the environment in which rsync here is wrapped; "real" calls the real one."""
+        path = self.lab.program("standing-rsync", '#!/bin/bash\nargs=("$@")\nreal() { %s "${args[@]}"; }\ncd %s\n%s\n' % (require("rsync"), self.source, script))
+        return {"OFFSYNC_RSYNC": path}
+
+    def mode(self, path: str) -> int:
+        return stat.S_IMODE(os.stat(path).st_mode)
+
+
+class Root(Standing):
+    def test_the_root_of_the_target_is_never_touched(self) -> None:
+        for ours, theirs, more in ((0o700, 0o755, {}), (0o755, 0o2775, {}), (0o777, 0o711, {"overwrite": "false"}), (0o1777, 0o750, {"verify": '"quick"'})):
+            with self.subTest(ours=oct(ours), theirs=oct(theirs), **more):
+                self.setUp()
+                self.lab.configure(**more)
+                for name in ("new", "d/new", "#x", ";y"):
+                    write(self.source + "/" + name, name)
+                os.symlink("new", self.source + "/link")
+                os.chmod(self.source, ours)
+                os.chmod(self.there, theirs)
+                self.lab.offsync("apply", check=0)
+                self.assertEqual(snapshot(self.there), snapshot(self.source))
+                self.assertEqual((self.mode(self.source), self.mode(self.there)), (ours, theirs))
+                self.lab.offsync("verify", check=0)
+        os.chmod(self.source, 0o755)
+
+
+class SymlinksLast(Standing):
+    def setUp(self) -> None:
+        super().setUp()
+        write(self.there + "/v1/app", "old")
+        write(self.source + "/v1/app", "old")
+        write(self.source + "/v2/app", b"n" * 100_000)
+        os.symlink("v2", self.source + "/current")
+        os.symlink("v1", self.there + "/current")
+
+    def test_a_switched_link_is_never_live_before_its_files(self) -> None:
+        self.there_runs('real; s=$?; echo "$(readlink current) $(cat v2/app 2>/dev/null | wc -c)" >> %s/seen; exit $s' % self.lab.base)
+        self.lab.offsync("apply", check=0)
+        seen = read(self.lab.base + "/seen").split("\n")[:-1]
+        self.assertIn("v1 100000", seen)                        # the file had arrived, the link had not moved
+        self.assertEqual([line for line in seen if line.startswith("v2") and line != "v2 100000"], [])
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_nor_when_the_files_did_not_arrive(self) -> None:
+        for how in ("exit 1", "real; exit 12", "real; rm -f v2/app; exit 0"):
+            with self.subTest(how=how):
+                self.setUp()
+                self.there_runs('case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) %s;; *) real;; esac' % how)
+                self.lab.offsync("apply", check=1)
+                self.assertEqual(os.readlink(self.there + "/current"), "v1")
+                self.doCleanups()
+
+    def test_what_stands_in_the_way_of_a_link_goes_only_then(self) -> None:
+        os.unlink(self.there + "/current")
+        write(self.there + "/current/old/file", "x")
+        self.there_runs('case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) ls current/old > %s/then;; esac; real' % self.lab.base)
+        self.lab.offsync("apply", "--delete", check=0)
+        self.assertEqual(read(self.lab.base + "/then"), "file\n")
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+
+class OutsideInfluence(Standing):
+    def test_nothing_of_popt_or_the_environment_counts(self) -> None:
+        write(self.source + "/o/x.o", "an object file")
+        write(self.source + "/f", "f", 0o640)
+        evil = self.lab.base + "/evil"
+        write(evil, "#!/bin/sh\ntouch %s/executed\n" % self.lab.base, 0o755)
+        baseline = self.lab.offsync("plan", "--json", check=0).stdout
+        popt = self.lab.home + "/.popt"
+        self.addCleanup(lambda: os.path.exists(popt) and os.unlink(popt))
+        for line in ("rsync alias -p --perms --chmod=F600", "rsync alias -r --recursive --cvs-exclude", "rsync alias -n --stats", "rsync exec --delete " + evil):
+            with self.subTest(line=line):
+                write(popt, line + "\n")
+                env = {"RSYNC_CHECKSUM_LIST": "none", "RSYNC_PARTIAL_DIR": "x", "RSYNC_RSH": "false"}
+                self.assertEqual(self.lab.offsync("plan", "--json", env=env, check=0).stdout, baseline)
+                self.assertEqual(snapshot(self.there), {})
+                self.lab.offsync("apply", env=env, check=0)
+                self.assertEqual(snapshot(self.there), snapshot(self.source))
+                self.lab.offsync("verify", env=env, check=0)
+                self.assertFalse(os.path.exists(self.lab.base + "/executed"))
+                shutil.rmtree(self.there)
+                os.mkdir(self.there)
+        # The same lines do change what rsync does with HOME: the test is one.
+        write(popt, "rsync alias -r --recursive --cvs-exclude\n")
+        out = subprocess.run([require("rsync"), "-n", "-r", "-i", self.source + "/", self.there], env=self.lab.env, stdout=subprocess.PIPE, text=True, check=True).stdout
+        self.assertNotIn("x.o", out)
+
+    def test_which_checksum_each_pass_uses(self) -> None:
+        record = self.lab.base + "/passes"
+        env = self.here_runs('echo "${RSYNC_CHECKSUM_LIST-fastest} ${HOME-nohome} $(env | grep -c ^RSYNC_) $*" >> %s; real' % record)
+
+        def passes(*args: str) -> set:
+            write(record, "")
+            self.lab.offsync(*args, env=env)
+            found = set()
+            for line in read(record).splitlines():
+                checksum, home, count, words = line.split(" ", 3)
+                self.assertEqual((home, int(count)), ("nohome", checksum == "md5"))
+                for kind, pattern in (("tree", "-rlptc "), ("send", "-ii -lptO"), ("list", "-lptc ")):
+                    if pattern in words:
+                        found.add((kind, checksum))
+            return found
+
+        write(self.source + "/f", "x")
+        write(self.source + "/g", "x")
+        self.assertEqual(passes("plan"), {("tree", "fastest")})
+        self.assertEqual(passes("apply"), {("tree", "fastest"), ("send", "md5")})
+        self.assertEqual(passes("verify"), {("tree", "md5")})
+        self.assertEqual(passes("verify", "--fast"), {("tree", "fastest")})
+        self.lab.configure(verify='"strong"')
+        write(self.source + "/f", "y")
+        self.assertEqual(passes("plan"), {("tree", "md5")})
+        self.assertEqual(passes("apply"), {("tree", "md5"), ("send", "md5"), ("list", "md5")})
+
+
+class SourceChanges(Standing):
+    """Something writes to the source while a run is on its way: what is called ok is what was planned."""
+
+    def failing(self, env: dict, *names: str) -> None:
+        done = self.lab.offsync("apply", env=env, check=1)
+        self.assertIn("failed: the source changed after the plan", done.err)
+        for name in names:
+            self.assertRegex(done.err, ": .*%s.* \\(" % re.escape(name))
+        self.assertEqual(self.lab.records()[-1]["result"], "failed")
+
+    def test_a_parent_directory_that_is_swapped_away_and_back(self) -> None:
+        write(self.source + "/d/f", "good", when=1_600_000_000)
+        write(self.lab.base + "/swapped/f", "evil", when=1_600_000_000)
+        self.addCleanup(shutil.rmtree, self.lab.base + "/swapped", True)
+        env = self.here_runs('case "$*" in *"-ii "*) mv d ../kept; mv ../swapped d; real; s=$?; mv d ../swapped; mv ../kept d; exit $s;; esac; real')
+        self.failing(env, "d/f")
+
+    def test_other_content_mode_link_and_type_while_sending(self) -> None:
+        for name, change in (("f", "echo evil > f; touch -d @1600000000 f"), ("f", "chmod 4755 f"), ("f", "echo more >> f"), ("f", "rm f"), ("m", "chmod 600 m"),
+                             ("l", "ln -sfn m l"), ("d", "chmod 777 d"), ("f", "rm f; mkdir f"), ("f", "rm f; ln -s m f")):
+            with self.subTest(change=change):
+                self.setUp()
+                for path, content in (("f", "good\n"), ("m", "mode"), ("d/inside", "x")):
+                    write(self.source + "/" + path, content, 0o644, 1_600_000_000)
+                os.symlink("f", self.source + "/l")
+                write(self.there + "/m", "mode", 0o600, 1_600_000_000)
+                write(self.there + "/d/inside", "x", 0o644, 1_600_000_000)
+                os.chmod(self.there + "/d", 0o700)
+                once = self.lab.base + "/once"
+                shutil.rmtree(once, ignore_errors=True)
+                env = self.here_runs('case "$*" in *"-ii "*) mkdir %s 2>/dev/null && { %s; };; esac; real' % (once, change))
+                done = self.lab.offsync("apply", env=env, check=1)
+                self.assertRegex(done.err, "failed: the source changed (after the plan|while it was read)")
+                self.assertEqual(self.lab.records()[-1]["result"], "failed")
+
+    def test_a_mode_or_link_that_is_as_there_again_while_it_is_sent(self) -> None:
+        """What was approved did not arrive, though source and target agree."""
+        write(self.source + "/m", "mode", 0o640)
+        write(self.there + "/m", "mode", 0o600)
+        os.symlink("new", self.source + "/l")
+        os.symlink("old", self.there + "/l")
+        for name, change, back in (("m", "chmod 600 m", "chmod 640 m"), ("l", "ln -sfn old l", "ln -sfn new l")):
+            with self.subTest(name=name):
+                env = self.here_runs('case "$*" in *"-ii "*|*"--size-only"*) %s;; esac; real' % change)
+                self.failing(env, name)
+                subprocess.run(["sh", "-c", back], cwd=self.source, check=True)
+
+    def test_what_changes_after_the_sending_is_the_sources_doing_too(self) -> None:
+        write(self.source + "/f", "planned")
+        write(self.source + "/equal", "same", when=1_600_000_000)
+        write(self.there + "/equal", "same", when=1_600_000_000)
+        for change in ("echo later > f", "echo grown >> equal", "rm equal"):
+            with self.subTest(change=change):
+                once = self.lab.base + "/once"
+                shutil.rmtree(once, ignore_errors=True)
+                env = self.here_runs('case "$*" in *"-ii "*) real; s=$?; mkdir %s 2>/dev/null && { %s; }; exit $s;; esac; real' % (once, change))
+                write(self.source + "/f", "planned" + change)
+                self.failing(env)
+
+
+class Unknown(Standing):
+    def test_what_is_not_known_is_null(self) -> None:
+        """sshd dies while it receives, and does not come back: what arrived is unknown."""
+        write(self.source + "/big", os.urandom(3 << 20))
+        write(self.source + "/small", "x")
+        self.lab.configure(bwlimit="1000")
+        process = self.lab.start("apply")
+        wait_for(lambda: any(name.startswith(".big") for name in os.listdir(self.there)), "the transfer")
+        self.target.stop()
+        self.addCleanup(self.target.start)
+        out, err = process.communicate(timeout=90)
+        self.assertEqual(process.returncode, 1, err)
+        self.assertIn(b"what arrived is unknown", err)
+        record = self.lab.records()[-1]
+        self.assertEqual((record["result"], record["files_changed"], record["files_deleted"]), ("failed", None, None))
+
+    def test_a_target_with_nothing_to_do_is_not_interrupted(self) -> None:
+        other = self.lab.joined_by_hand("busy")
+        self.addCleanup(self.lab.offsync, "target", "remove", other.login, check=0)
+        write(self.source + "/big", os.urandom(3 << 20))
+        shutil.copytree(self.source, self.there, dirs_exist_ok=True)
+        self.lab.configure(bwlimit="500")
+        process = self.lab.start("apply")
+        wait_for(lambda: any(name.startswith(".big") for name in os.listdir(other.path)), "the transfer")
+        wait_for(lambda: len(self.lab.records()) and self.lab.records()[-1]["login"] == self.target.login, "the first target's record")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        self.assertIn(b"%s: ok: equal" % self.target.login.encode(), out)
+        self.assertEqual({r["login"]: r["result"] for r in self.lab.records()[-2:]}, {self.target.login: "ok", other.login: "interrupted"})
+
+
+class Converges(Standing):
+    def test_modes_that_would_lock_the_user_out(self) -> None:
+        for path, mode in (("f", 0o000), ("d", 0o300), ("e", 0o400)):
+            if path == "f":
+                write(self.source + "/f", "x", mode)
+            else:
+                os.mkdir(self.source + "/" + path, mode)
+        os.mkdir(self.source + "/fine", 0o555)
+        user = self.target.login.split("@")[0]
+        write(self.lab.state + "/config.yaml", self.config.replace("'%s" % user, "'deploy"))
+        done = self.lab.offsync("plan")
+        self.assert_refused(done, 1, "3 entries cannot be delivered", "d: it", "e: it", "f: it")
+        self.assertNotIn("fine:", done.err)
+
+    def test_two_names_of_one_inode_there_with_two_modes_here(self) -> None:
+        for name, mode in (("one", 0o644), ("two", 0o600)):
+            write(self.source + "/" + name, "same", mode, 1_600_000_000)
+        write(self.there + "/one", "same", 0o644, 1_600_000_000)
+        os.link(self.there + "/one", self.there + "/two")
+        done = self.lab.offsync("apply", check=1)
+        self.assertIn("(a hard link): delete one of the names", done.err)
+        os.unlink(self.there + "/two")          # the cure
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_two_names_of_one_inode_with_one_mode(self) -> None:
+        for name in ("one", "two"):
+            write(self.source + "/" + name, "same", 0o600, 1_600_000_000)
+        write(self.there + "/one", "same", 0o644, 1_600_000_000)
+        os.link(self.there + "/one", self.there + "/two")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_staged_files_that_are_never_put_in_place(self) -> None:
+        """As rsync 3.2.0 to 3.2.3 does with what an interrupted run left in .~tmp~."""
+        write(self.source + "/f", "new content")
+        write(self.there + "/f", "old")
+        write(self.there + "/.~tmp~/f", "new")
+        self.there_runs('case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) cp -p f ../old; real; s=$?; mkdir -p .~tmp~; mv f .~tmp~/f; mv ../old f; exit $s;; esac; real')
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(read(self.there + "/f"), "new content")
+        self.lab.offsync("verify", check=0)
+
+    @unittest.skipUnless(os.geteuid() == 0, "chattr and mount need root")
+    def test_append_only_files_and_mount_points(self) -> None:
+        write(self.source + "/f", "new")
+        write(self.there + "/f", "old")
+        if subprocess.run(["chattr", "+a", self.there + "/f"], stderr=subprocess.DEVNULL).returncode == 0:
+            try:
+                self.assertIn("lsattr, chattr -ia", self.lab.offsync("apply", check=1).err)
+            finally:
+                subprocess.run(["chattr", "-a", self.there + "/f"], check=True)
+        self.lab.offsync("apply", check=0)
+        os.mkdir(self.there + "/mnt")
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", self.there + "/mnt"], check=True)
+        try:
+            done = self.lab.offsync("apply", "--delete", check=1)
+            self.assertRegex(done.err, "mount point|verification found differences")
+        finally:
+            subprocess.run(["umount", self.there + "/mnt"], check=True)
+        self.lab.offsync("apply", "--delete", check=0)
+
+    def test_a_complaint_with_two_slashes(self) -> None:
+        """As rsync up to 3.1.3 names the directory that it could not enter."""
+        write(self.source + "/f", "x")
+        env = self.here_runs('case "$*" in *:/*/x) { real 2>&1 1>&3 | sed "s,%s/,%s//," >&2; } 3>&1; exit 12;; esac; real' % (self.there, self.there))
+        self.lab.offsync("apply", env=env, check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+
+class DeadEnds(Standing):
+    def test_a_generator_that_is_killed_there(self) -> None:
+        """It leaves no end of file: the time without a byte is what ends it, minutes (here: seconds)."""
+        quick = self.lab.base + "/offsync.py"
+        write(quick, read(OFFSYNC).replace("SEND_TIMEOUT = 300", "SEND_TIMEOUT = 4"))
+        write(self.source + "/big", os.urandom(3 << 20))
+        write(self.there + "/big", os.urandom(3 << 20))
+        self.lab.configure(bwlimit="1000")
+        process = subprocess.Popen([sys.executable, quick, "apply"], env=self.lab.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        wait_for(lambda: any(name.startswith(".big") for name in os.listdir(self.there)), "the transfer")
+        out = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,comm="], stdout=subprocess.PIPE, text=True, check=True).stdout
+        rows = [line.split() for line in out.splitlines()]
+        inside = set(descendants(self.target.process.pid))
+        rsyncs = [(int(row[0]), int(row[1])) for row in rows if "rsync" in row[2] and int(row[0]) in inside]
+        parents = {parent for _, parent in rsyncs}
+        generator = next(pid for pid, _ in rsyncs if pid in parents and any(parent == pid for _, parent in rsyncs))
+        os.kill(generator, signal.SIGKILL)
+        _, err = process.communicate(timeout=90)
+        self.assertEqual(process.returncode, 1, err)
+        self.assertNotIn(b"Traceback", err)
+        wait_for(lambda: not mentions(self.lab.tmp), "its processes to end")
+        self.lab.configure(bwlimit="0")
+        self.lab.offsync("apply", check=0)
+        self.lab.offsync("verify", check=0)
+
+    def test_ctrl_c_with_a_hung_target_and_a_second_one(self) -> None:
+        for signals in (1, 2):
+            with self.subTest(signals=signals):
+                self.there_runs('touch ../begun; while kill -0 $PPID; do sleep 0.1; done')
+                process = self.lab.start("apply")
+                wait_for(lambda: os.path.exists(os.path.dirname(self.there) + "/begun"), "the session")
+                for _ in range(signals):
+                    process.send_signal(signal.SIGINT)
+                _, err = process.communicate(timeout=10)
+                self.assertEqual(process.returncode, 130, err)
+                wait_for(lambda: not mentions(self.lab.tmp) and not os.listdir(self.lab.tmp), "all to be gone")
+                os.unlink(os.path.dirname(self.there) + "/begun")
+
+
+class Manifest(Standing):
+    def test_its_own_output_is_not_in_it(self) -> None:
+        write(self.source + "/f", "x")
+        with open(self.source + "/sums", "wb") as stream:
+            subprocess.run([sys.executable, OFFSYNC, "manifest", self.source], env=self.lab.env, stdout=stream, stderr=subprocess.DEVNULL, check=True)
+        self.assertEqual([line.split("  ")[1] for line in read(self.source + "/sums").splitlines()], ["f"])
+        self.lab.offsync("manifest", self.source, "--check", self.source + "/sums", check=0)
+        with open(self.source + "/sums", "rb") as stream:
+            crlf = stream.read().replace(b"  f\n", b" *f\r\n")
+        write(self.lab.base + "/crlf", crlf)
+        os.unlink(self.source + "/sums")
+        self.lab.offsync("manifest", self.source, "--check", self.lab.base + "/crlf", check=0)
+        write(self.lab.base + "/z", crlf.replace(b"\r\n", b"\0"))
+        self.assert_refused(self.lab.offsync("manifest", self.source, "--check", self.lab.base + "/z"), 2, "/z:1: a NUL byte", "without -z")
+
+
+if __name__ == "__main__":
+    unittest.main()
