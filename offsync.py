@@ -945,6 +945,7 @@ SSH_OPTIONS = tuple(word for option in (
     "UpdateHostKeys=no", "HashKnownHosts=no",       # known_hosts changes only in "target add"
     "CheckHostIP=no",                       # the name is what the operator confirmed
     "ForwardAgent=no", "ForwardX11=no", "ClearAllForwardings=yes", "Tunnel=no",
+    "SetEnv=LC_ALL=C",                      # and none of ~/.ssh/config, which the master would send
     "PermitLocalCommand=no", "RemoteCommand=none", "RequestTTY=no", "EscapeChar=none",
     "ConnectTimeout=15", "ConnectionAttempts=1",    # we try again where that can help
     "ServerAliveInterval=15", "ServerAliveCountMax=3",      # a dead link ends within a minute
@@ -3962,8 +3963,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             emit(version_text() if args.version else (__doc__ or "").strip())
             status = 0
         elif args.function is None:
-            emit("usage: offsync COMMAND ...   (offsync --help shows all)", error=True)
-            emit(next_step(Home()), error=True)
+            usage = "usage: offsync COMMAND ...   (offsync --help shows all)\n"
+            emit(usage + next_step(Home()), error=True)
             status = 2
         else:
             status = args.function(args)
