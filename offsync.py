@@ -690,17 +690,22 @@ def start_guard(scratch: str, ssh: str) -> tuple[int, int]:
         os.closerange(3, reader)            # the lock, among others: it ends with offsync
         os.closerange(reader + 1, 1024)
         os.read(reader, 1)                  # returns when nobody holds the other end any more
-        signal.alarm(20)                    # should one of these hang
-        for entry in os.scandir(scratch):
-            if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
-                os.spawnv(os.P_NOWAIT, ssh, [ssh, "-F", "/dev/null", "-O", "exit", "-o",
-                                             "ControlPath=" + entry.path, "--", "offsync"])
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                os.wait()
-        shutil.rmtree(scratch, ignore_errors=True)
-    finally:
+        clean_up(scratch, ssh)
         os._exit(0)
+    finally:
+        os._exit(1)
+
+def clean_up(scratch: str, ssh: str) -> None:
+    """End every ssh connection whose control socket lies in scratch, and remove scratch."""
+    signal.alarm(20)                        # should one of these hang
+    sockets = [entry.path for entry in os.scandir(scratch) if stat.S_ISSOCK(entry.stat().st_mode)]
+    started = [os.spawnv(os.P_NOWAIT, ssh, [ssh, "-F", "/dev/null", "-O", "exit", "-o",
+                                            "ControlPath=" + path, "--", "offsync"])
+               for path in sockets]
+    for pid in started:
+        os.waitpid(pid, 0)
+    shutil.rmtree(scratch, ignore_errors=True)
+    signal.alarm(0)
 
 
 # --- Trust core: the source ---------------------------------------------------------------------
@@ -991,10 +996,11 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave nothing behind: the guard ends the connections and removes scratch."""
+        """Leave nothing behind: the guard cleans up, or we do if somebody killed it."""
         pid, pipe = self.guard
         os.close(pipe)
-        os.waitpid(pid, 0)
+        if os.waitpid(pid, 0)[1] != 0:
+            clean_up(self.scratch, self.ssh)
 
 class Connection:
     """One authenticated ssh connection to a target; sessions and rsyncs go over it or nowhere."""

@@ -156,6 +156,16 @@ class Kills(SharedLab):
         self.assertIn("was killed", self.lab.offsync("apply", check=0).err)
         self.assertEqual([(r["result"], r["files_changed"]) for r in self.lab.records()[-2:]], [("interrupted", None), ("ok", [])])
 
+    def test_the_guard_is_killed(self) -> None:
+        """Whoever ends, connections and scratch go with it: the guard, or offsync in its place."""
+        process = self.apply_until_it_sends()
+        out = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], stdout=subprocess.PIPE, text=True, check=True).stdout
+        guard = next(int(line.split()[0]) for line in out.splitlines() if int(line.split()[1]) == process.pid and "offsync.py" in line)
+        os.kill(guard, signal.SIGKILL)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        self.assert_clean()
+
     def test_two_signals_at_once(self) -> None:
         for pair in ((signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM)):
             self.setUp()

@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import shutil
 import tempfile
 import threading
 import unittest
 from unittest import mock
 
-from lab import OFFSYNC
+from lab import OFFSYNC, read
 
 spec = importlib.util.spec_from_file_location("offsync", OFFSYNC)
 offsync = importlib.util.module_from_spec(spec)
@@ -443,6 +444,28 @@ class Logins(unittest.TestCase):
         with self.assertRaises(offsync.UsageError) as caught:
             pick("web1", "nope*")
         self.assertIn("a@web1, b@web2, c@db1", str(caught.exception))
+
+
+class Audit(unittest.TestCase):
+    def test_the_trust_core_is_where_the_docstring_says(self) -> None:
+        lines = read(OFFSYNC).split("\n")
+        begin = next(number for number, line in enumerate(lines, 1) if line.startswith("# === Trust core"))
+        end = next(number for number, line in enumerate(lines, 1) if line.startswith("# === The trust core ends")) - 1
+        while not lines[end - 1]:
+            end -= 1
+        named = re.search(r"trust core first: lines (\d+) to (\d+)", offsync.__doc__)
+        self.assertEqual((int(named[1]), int(named[2])), (begin, end))
+        self.assertLessEqual(end - begin + 1, 1200)
+        sections = [line.split(": ")[1].split(" -")[0].split(" =")[0] for line in lines[begin - 1:end] if line.startswith(("# --- Trust core", "# === Trust core"))]
+        self.assertEqual(sections, ["running programs", "the source", "the connection", "proofs", "the plan", "approval", "delivery", "the log"])
+
+    def test_width(self) -> None:
+        self.assertEqual([line for line in read(OFFSYNC).split("\n") if len(line) > 100], [])
+
+    def test_programs_are_started_in_one_place(self) -> None:
+        text = read(OFFSYNC)
+        self.assertEqual(len(re.findall(r"subprocess\.(?:Popen|run|call|check_output|check_call)\(", text)), 1)
+        self.assertNotRegex(text, r"shell=True|os\.system|\.sleep\(")
 
 
 if __name__ == "__main__":
