@@ -266,6 +266,16 @@ def read_json_name(fields: dict[str, Any], key: str = "path") -> bytes:
         return base64.b64decode(fields[key + "_b64"], validate=True)
     return bytes(fields[key].encode("utf-8"))
 
+def inside(path: bytes) -> bytes:
+    """Return a path that does not leave the directory that it is relative to. Raises ValueError."""
+    if not path or path.startswith(b"/") or not {b"..", b".", b""}.isdisjoint(path.split(b"/")):
+        raise ValueError("a name that leaves the directory: " + show(path[:100]))
+    return path
+
+def read_json_path(fields: dict[str, Any]) -> bytes:
+    """Return the path of a plan's line. Raises as read_json_name() does."""
+    return inside(read_json_name(fields))
+
 def listed_name(path: bytes) -> bytes:
     """Return a path as --files-from takes it: "/" keeps a leading # or ; from being a comment.
 
@@ -362,8 +372,7 @@ def parse_itemized(line: bytes) -> Optional[Change]:
     path = name.rstrip(b"/")
     if path == b"." or not path:
         return None
-    if path.startswith(b"/") or not {b"..", b".", b""}.isdisjoint(path.split(b"/")):
-        raise ValueError("a name that leaves the directory: " + show(name[:100]))
+    inside(path)
     if code.startswith(b"*deleting"):
         return Change(path, "missing", name.endswith(b"/"))
     update, letter = code[:1], code[1:2]
@@ -388,17 +397,17 @@ class Sent:
     """
 
     def __init__(self, planned: Sequence[Change]) -> None:
-        self.planned = {self.name(change): change for change in planned}    # directories above, too
+        self.planned = {self.name(change): change for change in planned}    # also what is above
         self.reported: set[bytes] = set()   # paths, as planned
         self.wrong: set[bytes] = set()      # other content, mode or link, or not planned at all
         self.bytes = 0
 
     @staticmethod
     def name(change: Change) -> bytes:
-        """Return how %n%L names a planned entry."""
+        """Return the letter of a planned entry's type, and how %n%L names it."""
         assert change.entry is not None
         end = {"directory": b"/", "symlink": b" -> " + change.entry.link, "file": b""}
-        return change.path + end[change.entry.type]
+        return change.entry[:1] + change.path + end[change.entry.type]
 
     def take(self, line: bytes) -> None:
         """Take one report. Raises ValueError for what is none."""
@@ -406,7 +415,7 @@ class Sent:
         mode, count, itemized = line[33:].split(b" ", 2)
         code, name = itemized[:11], printed_name(itemized[12:])
         self.bytes += int(count)
-        change = self.planned.get(name)
+        change = self.planned.get(code[1:2].replace(b"L", b"s") + name)
         if change is None or change.entry is None:
             if code[:1] != b"." or code[2:].strip(b" .t"):      # unchanged directories come along
                 self.wrong.add(name.rstrip(b"/"))
@@ -415,7 +424,8 @@ class Sent:
         planned_mode = stat.filemode(stat.S_IFREG | entry.mode)[1:].encode()
         if entry.type != "symlink" and mode != planned_mode:
             as_planned = False
-        if change.sends_content and md5 != entry.md5.hex().encode():
+        sent = change.sends_content or code[:1] == b"<"         # "<" where only a mode was planned
+        if sent and md5 != entry.md5.hex().encode():
             as_planned = False
         (self.reported if as_planned else self.wrong).add(change.path)
 
@@ -505,7 +515,7 @@ def reviewed_entry(fields: dict[str, Any]) -> tuple[bytes, SourceEntry]:
     if letter == "s":
         content = read_json_name(fields, "link")
     entry = SourceEntry.make(letter, int(fields["mode"], 8), fields["size"], content)
-    return read_json_name(fields), entry
+    return read_json_path(fields), entry
 
 def name_line(fields: dict[str, Any]) -> str:
     """Return one sentence for a line of the plan of now that was not reviewed."""
@@ -746,6 +756,8 @@ def describe_entry(root: bytes, path: bytes, with_md5: bool = False) -> SourceEn
     if stat.S_ISLNK(status.st_mode):
         link = os.readlink(full)
         return SourceEntry.make("s", 0o777, len(link), link)
+    if not stat.S_ISREG(status.st_mode):    # it is not even opened
+        raise OSError(22, "it is no file, directory or symlink any more", full)
     content, size = hash_file(full, with_md5)
     return SourceEntry.make("f", mode, size, content)
 
@@ -795,7 +807,7 @@ class Source:
         for path in paths:
             try:
                 self.entries[path] = describe_entry(self.root, path, self.with_md5)
-            except (OSError, struct.error, MemoryError) as error:
+            except (OSError, ValueError, struct.error, MemoryError) as error:
                 self.errors[path] = getattr(error, "strerror", None) or str(error)
 
     def wait(self) -> None:
@@ -807,6 +819,8 @@ class Source:
             PROGRESS.update("source", "hashing, %d of %d done" % (number, len(pending)))
             future.result()
         PROGRESS.update("source", None)
+        if STOP.is_set():
+            raise Stopped("interrupted")
         if self.errors:
             named = ["%s: %s" % (show(path), self.errors[path]) for path in sorted(self.errors)]
             raise OffsyncError("source %s: it changed during the plan; plan again: %s"
@@ -893,11 +907,13 @@ def scan(source: Source, need_owner: bool) -> dict[bytes, str]:
                 for entry in entries:
                     source.count += 1
                     path = prefix + entry.name
+                    why = ""
                     if entry.is_symlink():
                         source.symlinks.append(path)
                         why = symlink_offence(source.root, real_root, path)
                     else:
-                        why = entry_offence(entry, check_access, need_owner)
+                        with contextlib.suppress(FileNotFoundError):    # gone since
+                            why = entry_offence(entry, check_access, need_owner)
                         if entry.is_dir(follow_symlinks=False):
                             pending.append(path)
                     if why:
@@ -1052,7 +1068,8 @@ class Connection:
             error = explain_failed_login(self, result, last=delay is None)
             if error and (error.kind not in RETRIED or delay is None):
                 raise error
-            STOP.wait(delay if error else 0)        # None: now it asks for another host key
+            STOP.wait(delay if error and delay else 0)      # None: it asks for another host key
+        raise failure(self.target, "host-key-unknown")
 
     def open_proved(self) -> None:
         """Open the connection (again) with the proofs that this target has passed before."""
@@ -1214,6 +1231,7 @@ class TargetPlan:
         self.error: Optional[TargetError] = None
         self.changes: list[Change] = []     # sorted by path
         self.digest = b""                   # of the changes: equal for targets with equal plans
+        self.spared: set[bytes] = set()     # leftovers that a reviewed plan does not list
 
     def of(self, *kinds: str) -> list[Change]:
         """Return the changes of these kinds."""
@@ -1377,18 +1395,21 @@ def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes],
 
     unapproved = set(map(comparable, now())) - {b""}
     held: set[tuple[bytes, SourceEntry]] = set()
+    leftovers: set[tuple[str, bytes]] = set()
     differing: list[str] = []
     for number, line in enumerate(reviewed, 1):
         try:
             fields = json.loads(line)
             key = comparable(fields)
-            if not key or key in unapproved or "kind" not in fields:
+            if not key:
+                leftovers.add((fields["login"], read_json_path(fields)))
+            elif key in unapproved or "kind" not in fields:
                 unapproved.discard(key)
             elif fields["kind"] != "missing":
                 held.add(reviewed_entry(fields))
-            elif os.path.lexists(os.path.join(shared.source.root, read_json_name(fields))):
-                differing.append("%s is in the source again" % show(read_json_name(fields)))
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+            elif os.path.lexists(os.path.join(shared.source.root, read_json_path(fields))):
+                differing.append("%s is in the source again" % show(read_json_path(fields)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
             raise UsageError("plan %s:%d: this is no line of a plan; name a file that 'offsync "
                 "plan --json' printed" % (show_text(name), number)) from None
     differing += ["%s is not in the source as reviewed" % show(path)
@@ -1399,6 +1420,9 @@ def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes],
         raise OffsyncError("refused, nothing was sent: plan %s does not approve what would be done "
                            "now; review a new one: offsync plan; what differs: %s"
                            % (show_text(name), some_of(differing, "; ")))
+    for plan in plans:                      # nothing is deleted that was not listed
+        plan.spared = {change.path for change in plan.of("leftover")
+                       if (plan.target.login, change.path) not in leftovers}
 
 def not_in_source(source: Source, held: set[tuple[bytes, SourceEntry]]) -> list[bytes]:
     """Return the paths of those entries that the source does not hold; hashes what is not yet."""
@@ -1427,7 +1451,7 @@ def refuse_by_policy(shared: Run, plans: Sequence[TargetPlan], reviewed: bool) -
                      for plan in concerned]
             raise OffsyncError(refused + "%s is false, and the plan has %d %s; %s: %s" % (
                 key, count, kind, ways_out, some_of(named, "; ")))
-    deleting = [plan for plan in plans if plan.of("missing")]
+    deleting = [plan for plan in plans if config.delete and plan.of("missing", "leftover")]
     if not deleting:
         return
     kept = len(shared.source.included(shared.rsync))
@@ -1476,8 +1500,10 @@ class Delivery:
         self.content = [c for c in others if c.reasons != ("mode",)]
         self.deletable: dict[bytes, bool] = {}      # path -> whether it is a directory
         if shared.config.delete:
-            self.deletable = {c.path: c.directory for c in plan.of("missing", "leftover")}
+            self.deletable = {c.path: c.directory for c in plan.of("missing", "leftover")
+                              if c.path not in plan.spared}
         self.only_there: set[bytes] = set()     # what must go, as the last pass saw it
+        self.only_modes = False             # the last comparison by hash found no other difference
         self.bytes_sent = 0
         self.begun = False                  # something may have changed there
         self.different: Optional[set[bytes]] = None     # of the plan, afterwards; None: unknown
@@ -1614,6 +1640,7 @@ class Delivery:
         """Return which of these paths differ by hash."""
         strong = self.hash == "strong"
         changes = itemize(self.connection, RSYNC_COMPARE, paths, strong=strong, **more)
+        self.only_modes = all(change.reasons == ("mode",) for change in changes)
         return {change.path for change in changes}
 
     def compare_tree(self, mode: str, **more: Any) -> tuple[set[bytes], set[bytes]]:
@@ -1650,7 +1677,7 @@ class Delivery:
                 here.add(path)
         if here:
             return self.failure("source-changed", here)
-        return self.failure("differs-by-mode" if self.modes else "differs", different)
+        return self.failure("differs-by-mode" if self.only_modes else "differs", different)
 
     def delete(self, paths: dict[bytes, bool], extraneous: set[bytes]) -> None:
         """Delete these planned entries, unless others have appeared since: then nothing."""
@@ -1862,6 +1889,9 @@ def make_directory(path: str, mode: int) -> None:
             os.close(above)
             if created:
                 os.fchmod(descriptor, mode if index == len(parts) - 1 else 0o755)
+    except OSError as error:
+        raise OffsyncError("%s: it cannot be created: %s" % (
+            show_text(path), error.strerror)) from error
     finally:
         os.close(descriptor)
 
@@ -1899,8 +1929,10 @@ def find_strangers(path: str, itself: bool = True) -> str:
     for place in [*places, real] if itself else places:
         try:
             status = os.stat(place)
-        except OSError:
+        except FileNotFoundError:
             return ""                       # from here on it is made by us
+        except OSError as error:
+            return "%s cannot be looked at: %s" % (show_text(place), error.strerror)
         mode, quoted = stat.S_IMODE(status.st_mode), shlex.quote(place)
         if status.st_uid not in ours:
             return "%s belongs to %s; choose another, or run: chown %s %s" % (
@@ -1965,8 +1997,7 @@ class Home:
         except OSError as error:
             raise OffsyncError("lock %s: %s; nothing was sent or changed; mend that, then try again"
                                % (show_text(self.lock_file), error.strerror)) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, b"offsync %s (process %d)\n" % (what.encode(), os.getpid()), 0)
+        self.name_holder(descriptor, what)
         self.log_killed_runs()
 
     def lock_holder(self) -> str:
@@ -1976,18 +2007,24 @@ class Home:
     def wait_for_writers(self) -> None:
         """Wait until no writer is at work, and keep them out: half a delivery is no finding."""
         try:
-            descriptor = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
-            return None                          # nobody has ever written
+            return None                          # nobody has ever written, or nobody may
         said = False
         while True:
             try:
-                return fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return self.name_holder(descriptor, "verify")
             except BlockingIOError:
                 if not said:
                     emit("waiting for %s, which is running ..." % self.lock_holder(), error=True)
                 said = True
                 STOP.wait(0.2)
+
+    def name_holder(self, descriptor: int, what: str) -> None:
+        """Write into the lock file who holds it."""
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, b"offsync %s (process %d)\n" % (what.encode(), os.getpid()), 0)
 
     def read_config(self) -> str:
         """Return the config's text."""
@@ -2043,7 +2080,7 @@ class Home:
         """Return the newest record of each login; what cannot be read is passed over."""
         found = {}
         for name in sorted(os.listdir(self.last)) if os.path.isdir(self.last) else ():
-            with contextlib.suppress(OffsyncError, ValueError, TypeError, KeyError):
+            with contextlib.suppress(OffsyncError, ValueError, TypeError, KeyError, RecursionError):
                 record = json.loads(read_file(os.path.join(self.last, name), "status", ""))
                 if record["login"] == name and record["result"]:
                     found[name] = record
@@ -2089,17 +2126,19 @@ class Home:
             raise UsageError("plan %s: give 32 digits of the ID or more, since fewer can be "
                 "forged; copy the line that 'offsync plan' ends with" % named)
         try:
-            stream, digest = open(path, "rb"), hashlib.sha256()
-            for chunk in iter(lambda: stream.read(1 << 18), b""):
-                digest.update(chunk)
-            stream.seek(0)
+            digest, copy = hashlib.sha256(), tempfile.TemporaryFile()   # of a pipe, too
+            with open(path, "rb") as stream:
+                for chunk in iter(lambda: stream.read(1 << 18), b""):
+                    digest.update(chunk)
+                    copy.write(chunk)
+            copy.seek(0)
         except OSError as error:
             raise UsageError("plan %s: %s; give the ID that 'offsync plan' ends with, or the file "
                 "that 'offsync plan --json' printed" % (show_text(named), error.strerror)) from None
         if path != named and digest.hexdigest() != os.path.basename(path):
             raise OffsyncError("plan %s: what %s holds is not that plan; plan again" % (
                 named, path))
-        return stream, digest.hexdigest()
+        return copy, digest.hexdigest()
 
 
 # --- The target side: link and unlink -----------------------------------------------------------
@@ -2499,7 +2538,9 @@ def cmd_link(args: argparse.Namespace) -> int:
     line = format_authorized_key(forced, key, from_pattern)
     try:
         make_directory(path, 0o755)
-    except PermissionError:
+    except OffsyncError as error:
+        if not isinstance(error.__cause__, PermissionError):
+            raise
         raise OffsyncError("path %s: you may not create it; run as root: install -d -o %s %s; then "
             "link again" % (show_text(path), account.pw_name, shlex.quote(path))) from None
     keys.write(line)
@@ -2762,7 +2803,8 @@ def prove_all(connection: Connection) -> list[Proof]:
     terminal = connection.session(("-tt",), PROOF_COMMAND).stdout.strip()
     proofs = [Proof("run a command", True, "refused"),
               Proof("read a file with cat", not read, quote_answer(read) or "refused"),
-              Proof("read files with rsync", pulled != 0, "refused" if pulled else "it sends them"),
+              Proof("read files with rsync", None if pulled is None else pulled != 0,
+                    {None: "it did not answer", 0: "it sends them"}.get(pulled, "refused")),
               Proof("write to a path outside", True, prove_path(connection)),
               Proof("write to .. of the path", not inside, "accepted" if inside else "refused"),
               Proof("get a terminal (PTY)", not terminal, "given" if terminal else "refused"),
@@ -3447,6 +3489,8 @@ def load_targets(home: Home, args: argparse.Namespace) -> tuple[Config, list[Tar
     if not config.targets:
         raise UsageError("targets: there are none yet; run on a target: offsync link --path DIR; "
             "then here the 'offsync target add' command that it prints")
+    if args.source == "":
+        raise UsageError("source: it is empty; name a directory: --source DIR")
     if args.source is not None:
         source = validate_absolute_path(os.path.abspath(args.source), "source")
         config = config._replace(source=source)
@@ -3535,12 +3579,12 @@ def cmd_plan(args: argparse.Namespace) -> int:
             print_table([[plan.target.login, plan_summary(config, plan)] for plan in plans])
         emit("plan " + name)
         refused = any(forbidden(config, plan) for plan in plans)
-        if sys.stdout.isatty() and any(plan.changes for plan in plans) and not refused:
+        if sys.stdout.isatty() and any(plan.of(*KINDS[:3]) for plan in plans) and not refused:
             words = [*args.targets, *(["--source", args.source] if args.source is not None else []),
                      *(["--delete"] if args.delete else []), "--plan", name]
             emit("Next: offsync apply " + shlex.join(words), error=True)
     raise_for_failed(plans, "plan")
-    return 3 if args.exit_code and any(plan.changes for plan in plans) else 0
+    return 3 if args.exit_code and any(plan.of(*KINDS[:3]) for plan in plans) else 0
 
 def print_outcome(done: Outcome) -> None:
     """Print what became of one target: on stdout, or on stderr where it is not ok."""
@@ -3598,8 +3642,9 @@ def cmd_apply(args: argparse.Namespace) -> int:
             raise
         try:
             ended = shared.jobs.map(lambda plan: deliver(shared, log, plan), plans)
-            for plan, _ in zip(plans, ended):
-                report_outcome(log, plan.target.login, args.json)
+            with contextlib.closing(ended):         # type: ignore[type-var]
+                for plan, _ in zip(plans, ended):
+                    report_outcome(log, plan.target.login, args.json)
         finally:                            # also after a signal: all have ended by then
             for login in sorted(log.outcomes):
                 report_outcome(log, login, args.json)
@@ -3751,9 +3796,9 @@ def cmd_doctor(args: argparse.Namespace) -> int:
                 connection = Connection(shared, target)
                 connection.open()
                 proofs = prove_all(connection)
-            except TargetError as error:
+            except OffsyncError as error:
                 proofs = []
-                emit("  %s  %s" % (colour("failed", "PROBLEM"), error.why))
+                emit("  %s  %s" % (colour("failed", "PROBLEM"), getattr(error, "why", error)))
             for proof in proofs:
                 word = {True: "ok", False: "OPEN", None: "unknown"}[proof.closed]
                 word = colour("failed" if proof.closed is False else "ok", "%-8s" % word)
@@ -4025,9 +4070,8 @@ FAILURES = (
      "again"),
     ("differs", "", "verification found differences; apply again, or look for what changes them "
      "there"),
-    ("differs-by-mode", "", "verification found differences; apply again, or look for what "
-     "changes them there; where only a mode differs, it is another name of the same file there (a "
-     "hard link): delete one of the names"),
+    ("differs-by-mode", "", "verification found differences; only modes differ: has a file "
+     "there another name (a hard link)? Delete one of its names, then apply again"),
     ("elsewhere", "", "it reports what rsync does not; is its path the right one, and rsync there "
      "what it should be?"),
     ("route", "", "the way to it failed before sshd there answered; mend that way, and try it by "

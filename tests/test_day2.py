@@ -82,11 +82,11 @@ class Approval(Fleet):
                 write(self.lab.base + "/edited", "".join(kept))
                 self.refused(self.lab.base + "/edited")
         other = json.loads(lines[-1])
-        for change in ({"path": "../up"}, {"login": "x@y"}, {"sha256": "00" * 32}, {"type": "directory"}, {"link": "x", "type": "symlink"}):
+        for change in ({"path": "../up"}, {"path": "/etc/passwd"}, {"login": "x@y"}, {"sha256": "00" * 32}, {"type": "directory"}, {"link": "x", "type": "symlink"}):
             with self.subTest(change=change):          # what it has besides must be in the source
                 write(self.lab.base + "/edited", "".join(lines) + json.dumps({**other, **change}, sort_keys=True) + "\n")
                 done = self.lab.offsync("apply", "--plan", self.lab.base + "/edited")
-                self.assertEqual(done.returncode, 0 if "login" in change else 1, done.err)
+                self.assertEqual(done.returncode, 0 if "login" in change else 2 if "path" in change else 1, done.err)
 
     def test_leftovers_are_not_compared(self) -> None:
         write(self.source + "/f", "x")
@@ -95,6 +95,26 @@ class Approval(Fleet):
         self.lab.offsync("apply", "--plan", reviewed, check=0)
         write(self.targets[1].path + "/.f.aB3xY9", "")
         self.lab.offsync("apply", "--plan", reviewed, check=0)
+
+    def test_a_leftover_that_was_not_reviewed_is_not_deleted(self) -> None:
+        write(self.source + "/f", "x")
+        write(self.targets[0].path + "/.~tmp~/f", "listed")
+        reviewed = self.review("--delete")
+        write(self.targets[1].path + "/.f.backup", "somebody's")
+        self.lab.offsync("apply", "--delete", "--plan", reviewed, check=0)
+        self.assertEqual(read(self.targets[1].path + "/.f.backup"), "somebody's")
+        self.assertFalse(os.path.exists(self.targets[0].path + "/.~tmp~"))
+
+    def test_a_plan_from_a_pipe_and_one_that_is_too_deep(self) -> None:
+        write(self.source + "/f", "x")
+        reviewed = self.review()
+        done = subprocess.run(["bash", "-c", "%s %s apply --plan <(cat %s)" % (sys.executable, OFFSYNC, reviewed)], env=self.lab.env, stdin=subprocess.DEVNULL, check=False,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        write(self.lab.base + "/deep", "[" * 100_000 + "\n")
+        self.assert_refused(self.lab.offsync("apply", "--plan", self.lab.base + "/deep"), 2, "no line of a plan")
+        write(self.lab.state + "/last/" + self.targets[0].login, "[" * 100_000)
+        self.lab.offsync("target", "list", check=0)
 
     def test_random_sequences_apply_nothing_that_was_not_approved(self) -> None:
         """Plans, partial applies, edits, kills and repeats under one approval, against an oracle."""
@@ -178,6 +198,15 @@ class Deleting(SharedLab):
         self.fill(0, 12)
         plan = self.lab.offsync("plan", "--delete", check=0).out.split()[-1]
         self.assert_refused(self.lab.offsync("apply", "--delete", "--plan", plan), 1, "an empty source never deletes")
+        shutil.rmtree(self.there)
+        write(self.there + "/.~tmp~/x", "only leftovers")
+        self.assert_refused(self.lab.offsync("apply", "--delete"), 1, "an empty source never deletes")
+        self.lab.offsync("plan", "--exit-code", check=0)        # they are no difference
+
+    def test_an_empty_name_of_a_source_is_not_this_directory(self) -> None:
+        self.fill(1, 0)
+        for command in ("plan", "apply", "verify"):
+            self.assert_refused(self.lab.offsync(command, "--source", ""), 2, "it is empty")
 
     def test_delete_holds_for_one_run_and_rollback_is_a_run(self) -> None:
         self.fill(2, 1)

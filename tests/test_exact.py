@@ -159,8 +159,8 @@ class SourceChanges(Standing):
         self.failing(env, "d/f")
 
     def test_other_content_mode_link_and_type_while_sending(self) -> None:
-        for name, change in (("f", "echo evil > f; touch -d @1600000000 f"), ("f", "chmod 4755 f"), ("f", "echo more >> f"), ("f", "rm f"), ("m", "chmod 600 m"),
-                             ("l", "ln -sfn m l"), ("d", "chmod 777 d"), ("f", "rm f; mkdir f"), ("f", "rm f; ln -s m f")):
+        for change in ("echo evil > f; touch -d @1600000000 f", "chmod 4755 f", "echo more >> f", "rm f", "chmod 600 m", "ln -sfn m l", "chmod 777 d",
+                       "rm f; mkdir f", "rm f; ln -s m f", "echo grown >> m"):
             with self.subTest(change=change):
                 self.setUp()
                 for path, content in (("f", "good\n"), ("m", "mode"), ("d/inside", "x")):
@@ -199,6 +199,20 @@ class SourceChanges(Standing):
                 env = self.here_runs('case "$*" in *"-ii "*) real; s=$?; mkdir %s 2>/dev/null && { %s; }; exit $s;; esac; real' % (once, change))
                 write(self.source + "/f", "planned" + change)
                 self.failing(env)
+
+
+    def test_a_mode_only_entry_that_is_sent_with_content(self) -> None:
+        write(self.source + "/m", b"", 0o600)
+        write(self.there + "/m", b"", 0o644)
+        env = self.here_runs('case "$*" in *--size-only*) echo unplanned > m;; esac; real')
+        self.failing(env, "m")
+
+    def test_a_file_named_as_a_symlink_is_printed(self) -> None:
+        write(self.source + "/a -> b", "x")
+        write(self.source + "/b", "b")
+        os.symlink("b", self.source + "/a")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
 
 
 class Unknown(Standing):
@@ -252,7 +266,7 @@ class Converges(Standing):
         write(self.there + "/one", "same", 0o644, 1_600_000_000)
         os.link(self.there + "/one", self.there + "/two")
         done = self.lab.offsync("apply", check=1)
-        self.assertIn("(a hard link): delete one of the names", done.err)
+        self.assertIn("another name (a hard link)? Delete one of its names", done.err)
         os.unlink(self.there + "/two")          # the cure
         self.lab.offsync("apply", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))

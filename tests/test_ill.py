@@ -150,7 +150,7 @@ class Paths(LabCase):
     def test_no_directory_is_made_through_a_symlink(self) -> None:
         os.mkdir(self.lab.base + "/elsewhere")
         os.symlink(self.lab.base + "/elsewhere", self.lab.base + "/planted")
-        with self.assertRaises(OSError):
+        with self.assertRaisesRegex(offsync.OffsyncError, "cannot be created"):
             offsync.make_directory(self.lab.base + "/planted/x", 0o755)
         self.assertEqual(os.listdir(self.lab.base + "/elsewhere"), [])
         offsync.make_directory(self.lab.base + "/real/x", 0o700)
@@ -219,6 +219,12 @@ class UserBeside(LabCase):
         self.assertIn("offsync: %s: failed" % one.login, done.err)
         self.assertIn("2 targets: 1 ok, 1 failed", done.out)
         self.assertEqual(snapshot(two.path), snapshot(self.lab.source))
+        shutil.rmtree(self.lab.state + "/last")
+        write(self.lab.state + "/last", "a file")       # nor for any of them
+        write(self.lab.source + "/g", "x")
+        done = self.lab.offsync("apply", check=1)
+        self.assertIn("2 targets: 2 failed", done.out)
+        self.assertEqual(len(self.lab.records()), 2 + 1 + 1)
 
 
 class HostileTarget(Standing):
