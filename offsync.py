@@ -26,7 +26,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 300 to 1400, in the order in
+To audit it, read the trust core first: lines 530 to 1724, in the order in
 which data flows. What follows serves it: link, host keys, packages, the config,
 output, commands; a table of what failures mean comes last.
 """
@@ -520,7 +520,8 @@ def reviewed_entry(fields: dict[str, Any]) -> tuple[bytes, SourceEntry]:
 def name_line(fields: dict[str, Any]) -> str:
     """Return one sentence for a line of the plan of now that was not reviewed."""
     if "source" in fields:
-        return "the policy is now " + json.dumps(fields)
+        return "the policy is now %s (give --source and --delete as for the plan)" % (
+            json.dumps(fields))
     if "kind" in fields:
         return "%s: %s is now %s" % (fields["login"], show(read_json_name(fields)), fields["kind"])
     return "%(login)s at port %(port)s, %(remote_path)s was not reviewed" % fields
@@ -535,9 +536,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FOREVER = threading.TIMEOUT_MAX             # seconds
 CONNECT_DEADLINE = 60.0                     # seconds for a connection
 SESSION_DEADLINE = 45.0                     # seconds for a session that hashes nothing
-STDERR_KEPT = 1 << 14                       # bytes of stderr kept, of its head and of its tail
-STDOUT_LIMIT = 1 << 22                      # bytes of stdout, where it is not read line by line
-MAX_LINE = 1 << 16                          # bytes; a name has 4096, times 5 when escaped
 Argv = Sequence[Union[str, bytes]]
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
@@ -573,70 +571,6 @@ def environment(rsync: bool = False, strong: bool = False) -> dict[str, str]:
     if strong:
         ours["RSYNC_CHECKSUM_LIST"] = "md5"
     return ours
-
-class Output:
-    """Takes a program's output as it comes; keeps little of it, whatever a target sends."""
-
-    def __init__(self, on_line: Optional[Callable[[bytes], None]]) -> None:
-        self.on_line = on_line
-        self.kept: list[bytes] = []         # stdout, where there is no on_line
-        self.size = 0                       # of what is kept, in bytes
-        self.rest = b""                     # of stdout: a line that is not complete
-        self.head = self.tail = b""         # of stderr
-
-    def take(self, chunk: bytes) -> None:
-        """Give each whole line to on_line, else keep it. Raises OffsyncError without an end."""
-        if not self.on_line:
-            self.kept.append(chunk)
-            self.size += len(chunk)
-        else:                               # a name holds no raw \r or \n: rsync escapes them
-            *lines, self.rest = (self.rest + chunk).replace(b"\r", b"\n").split(b"\n")
-            for line in lines:
-                self.on_line(line)
-        if self.size > STDOUT_LIMIT or len(self.rest) > MAX_LINE:
-            raise OffsyncError("a program prints without end; nothing more is read from it")
-
-    def take_error(self, chunk: bytes) -> None:
-        room = STDERR_KEPT - len(self.head)
-        self.head += chunk[:room]
-        self.tail = (self.tail + chunk[room:])[-STDERR_KEPT:]
-
-    def read(self, process: "subprocess.Popen[bytes]", deadline: float, greeting: float) -> bool:
-        """Read both pipes until the program ends; return whether it was ended for being late.
-
-        deadline is in seconds for all of it, greeting for its first byte on stdout. The end is
-        that of the program, not of its pipes: an ssh in the background may hold them open.
-        """
-        started, late = time.monotonic(), False
-        with selectors.DefaultSelector() as selector:
-            for stream in filter(None, (process.stdout, process.stderr)):
-                os.set_blocking(stream.fileno(), False)
-                selector.register(stream, selectors.EVENT_READ)
-            while selector.get_map():
-                ready = selector.select(0.1)
-                if not ready and process.poll() is not None:
-                    break
-                for key, _ in ready:
-                    chunk = os.read(key.fd, 1 << 18)
-                    if not chunk:
-                        selector.unregister(key.fileobj)
-                    elif key.fileobj is process.stderr:
-                        self.take_error(chunk)
-                    else:
-                        greeting = deadline
-                        self.take(chunk)
-                PROGRESS.tick()
-                if not late and time.monotonic() - started > min(deadline, greeting):
-                    late = True
-                    kill(process)
-        if self.rest and self.on_line:
-            self.on_line(self.rest)
-        try:
-            process.wait(max(started + deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:   # it closed its pipes and goes on
-            late = True
-            kill(process)
-        return late
 
 def run(argv: Argv, *, stdin: Union[int, IO[bytes]] = subprocess.DEVNULL, shown: bool = False,
         env: Optional[dict[str, str]] = None, deadline: float = FOREVER, greeting: float = FOREVER,
@@ -722,13 +656,26 @@ def clean_up(scratch: str, ssh: str) -> None:
 
 BATCH = 64                                  # source entries that a thread describes at a time
 
-def hash_file(path: bytes, with_md5: bool = False) -> tuple[bytes, int]:
+def open_directory(root: bytes, directory: bytes) -> int:
+    """Return a descriptor of a directory of the source, through no symlink. Raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    descriptor = os.open(root, flags)
+    for part in filter(None, directory.split(b"/")):
+        try:
+            below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)
+        descriptor = below
+    return descriptor
+
+def hash_file(path: bytes, with_md5: bool = False,
+              parent: Optional[int] = None) -> tuple[bytes, int]:
     """Return (SHA-256, then MD5 if wanted; size in bytes) of a file, never through a symlink."""
     digests = [hashlib.sha256()]
     if with_md5:
         digests.append(hashlib.md5(usedforsecurity=False))      # there under FIPS, too
-    size = 0
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    size, flags = 0, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, dir_fd=parent)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -748,18 +695,22 @@ def hash_file(path: bytes, with_md5: bool = False) -> tuple[bytes, int]:
 
 def describe_entry(root: bytes, path: bytes, with_md5: bool = False) -> SourceEntry:
     """Return what a plan says of a source entry. Raises OSError, also for devices and the like."""
-    full = os.path.join(root, path)
-    status = os.lstat(full)
-    mode = stat.S_IMODE(status.st_mode)
-    if stat.S_ISDIR(status.st_mode):
-        return SourceEntry.make("d", mode, 0, b"")
-    if stat.S_ISLNK(status.st_mode):
-        link = os.readlink(full)
-        return SourceEntry.make("s", 0o777, len(link), link)
-    if not stat.S_ISREG(status.st_mode):    # it is not even opened
-        raise OSError(22, "it is no file, directory or symlink any more", full)
-    content, size = hash_file(full, with_md5)
-    return SourceEntry.make("f", mode, size, content)
+    directory, name = os.path.split(path)
+    parent = open_directory(root, directory)
+    try:
+        status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        mode = stat.S_IMODE(status.st_mode)
+        if stat.S_ISDIR(status.st_mode):
+            return SourceEntry.make("d", mode, 0, b"")
+        if stat.S_ISLNK(status.st_mode):
+            link = os.readlink(name, dir_fd=parent)
+            return SourceEntry.make("s", 0o777, len(link), link)
+        if not stat.S_ISREG(status.st_mode):        # it is not even opened
+            raise OSError(22, "it is no file, directory or symlink any more", path)
+        content, size = hash_file(name, with_md5, parent)
+        return SourceEntry.make("f", mode, size, content)
+    finally:
+        os.close(parent)
 
 class Source:
     """The source directory of a run: scanned once; what differs is hashed once, for all targets.
@@ -920,8 +871,8 @@ def scan(source: Source, need_owner: bool) -> dict[bytes, str]:
                         offences[path] = why
         except OSError as error:
             if not directory:
-                raise OffsyncError("source %s: %s; name a readable directory: offsync init "
-                    "--source DIR" % (show(source.root), error.strerror)) from None
+                raise OffsyncError("source %s: %s; name a readable directory" % (
+                    show(source.root), error.strerror)) from None
             offences.setdefault(directory, "it cannot be read")
     PROGRESS.update("source", None)
     return offences
@@ -929,8 +880,8 @@ def scan(source: Source, need_owner: bool) -> dict[bytes, str]:
 def check_source(source: Source, home: "Home", rsync: str, targets: Sequence[Target]) -> None:
     """Scan the source. Raises unless all that is not excluded can be delivered to these targets."""
     if not os.path.isdir(source.root):
-        raise OffsyncError("source %s: it is not a readable directory; name one: offsync init "
-                           "--source DIR" % show(source.root))
+        raise OffsyncError("source %s: it is not a readable directory; name one with --source (for "
+                           "this run), or with offsync init --source DIR" % show(source.root))
     top = os.path.realpath(source.root).rstrip(b"/") + b"/"
     for private in (home.path, home.key):   # the key may be a symlink to another place
         if (os.path.realpath(os.fsencode(private)) + b"/").startswith(top):
@@ -988,6 +939,7 @@ LINGERING = 0.07
 # Seconds without a byte while sending: nothing is hashed in silence then, and a killed rsync there
 # leaves no EOF.
 SEND_TIMEOUT = 300
+OTHER_LIMIT = 1 << 24                       # bytes that rsync prints beside items: its progress
 
 class Run:
     """What all targets of one command share: config, programs, threads, the scratch directory."""
@@ -1114,14 +1066,21 @@ class Connection:
         stdin is an open file, read from its current position (again for each attempt). Seconds:
         timeout without a byte, deadline for all of it, greeting until the server has answered.
         """
-        answered = False
+        answered, other = False, 0          # whether rsync there has begun; bytes that are no items
 
         def on_any_line(line: bytes) -> None:
             nonlocal answered
-            answered = True                 # rsync there has begun: it is not tried again
+            answered = True                 # it is not tried again then
             on_line(line)
 
-        out_format, on_line = marked(item_format, on_item, on_other)
+        def on_other_line(line: bytes) -> None:
+            nonlocal other
+            other += len(line)
+            if other > OTHER_LIMIT:         # a target can have our rsync print what it likes
+                raise failure(self.target, "elsewhere", "text without end")
+            on_other(line)
+
+        out_format, on_line = marked(item_format, on_item, on_other_line)
         start = stdin.tell() if stdin else 0
         *shell, destination = self.rsync_words(path)
         # -8: raw bytes in every locale. flist1 prints a line once the server has answered.
@@ -1459,13 +1418,15 @@ def refuse_by_policy(shared: Run, plans: Sequence[TargetPlan], reviewed: bool) -
         raise OffsyncError(refused + "the source %s is empty (after the excludes), and an empty "
             "source never deletes; is it mounted and filled?" % show_text(config.source))
     for plan in () if reviewed else deleting:
-        gone, new = len(plan.of("missing")), len(plan.of("added"))
+        gone, new = len(plan.of("missing", "leftover")), len(plan.of("added"))
         there = kept - new + gone           # what it has now; it will have what the source has
         if gone >= MANY_DELETIONS and 100 * kept < (100 - config.max_delete) * there:
             raise OffsyncError(refused + "%s would shrink from %d to %d entries (max_delete: %d "
-                "percent); is the source %s mounted and filled? If it is meant, review it: offsync "
-                "plan, then apply --plan ID; or raise max_delete in the config" % (
-                plan.target.login, there, kept, config.max_delete, show_text(config.source)))
+                               "percent); is the source %s mounted and filled? If it is meant, "
+                               "review it: offsync plan, then apply --plan ID, both with the same "
+                               "--source and --delete; or raise max_delete in the config" % (
+                                   plan.target.login, there, kept, config.max_delete,
+                                   show_text(config.source)))
 
 
 # --- Trust core: delivery -----------------------------------------------------------------------
@@ -1522,8 +1483,9 @@ class Delivery:
             result, error = "interrupted", "apply again finishes the job"
         except (OffsyncError, OSError) as problem:
             result, error = "failed", getattr(problem, "why", str(problem))
-            if self.begun and self.different is None:
-                self.find_out()
+            source_changed = getattr(problem, "kind", "") == "source-changed"
+            if self.begun and self.different is None and not source_changed:
+                self.find_out()             # else there is nothing to compare with
         if not self.begun and result != "ok":
             self.different = {change.path for change in self.plan.changes}
         PROGRESS.update(self.login, None)
@@ -1757,12 +1719,17 @@ def deliver(shared: Run, log: Log, plan: TargetPlan) -> None:
         why = "%s; %s" % (done.error or "delivered and verified, but not logged", error)
         done = done._replace(result="failed", error=why)
         record = log.record(target, done)
+        with contextlib.suppress(OffsyncError):
+            log.home.write_last(record)     # it was not killed
     log.outcomes[target.login] = (done, record)
 
 
 # === The trust core ends here. Programs, threads, the state directory ===========================
 
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"    # where sshd lives; often not in a user's PATH
+STDERR_KEPT = 1 << 14                       # bytes of stderr kept, of its head and of its tail
+STDOUT_LIMIT = 1 << 22                      # bytes of stdout, where it is not read line by line
+MAX_LINE = 1 << 16                          # bytes; a name has 4096, times 5 when escaped
 FILE_LIMIT = 1 << 30                        # bytes of a config, key, manifest ... that are read
 PLANS_KEPT, PLANS_KEPT_DAYS = 100, 30       # plans that "plan" keeps for "apply --plan"
 
@@ -1776,13 +1743,86 @@ def program(name: str) -> str:
 def make_scratch() -> str:
     """Return a new private directory whose path is short and plain enough for control sockets.
 
-    sun_path has 104 bytes on macOS; ssh appends 17 to a socket's name while it binds it.
+    sun_path has 104 bytes on macOS; ssh appends 17 to a socket's name while it binds it. Nobody
+    else may be able to put another directory in its place, with another connection in it.
     """
     for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
         plain = re.fullmatch(r"[A-Za-z0-9/._+-]+", parent) and len(parent) + 24 < 104 - 17
         if plain and os.access(parent, os.W_OK | os.X_OK):
-            return tempfile.mkdtemp(prefix="offsync-", dir=parent)
-    raise OffsyncError("TMPDIR: set it to a writable directory with a short, plain name")
+            scratch = tempfile.mkdtemp(prefix="offsync-", dir=parent)
+            if not find_strangers(scratch):
+                return scratch
+            os.rmdir(scratch)
+    raise OffsyncError("TMPDIR: set it to a writable directory with a short, plain name, in which "
+                       "nobody else can replace what is yours")
+
+class Output:
+    """Takes a program's output as it comes; keeps little of it, whatever a target sends."""
+
+    def __init__(self, on_line: Optional[Callable[[bytes], None]]) -> None:
+        self.on_line = on_line
+        self.kept: list[bytes] = []         # stdout, where there is no on_line
+        self.size = 0                       # of what is kept, in bytes
+        self.rest = b""                     # of stdout: a line that is not complete
+        self.head = self.tail = b""         # of stderr
+        self.error_size = 0
+
+    def take(self, chunk: bytes) -> None:
+        """Give each whole line to on_line, else keep it. Raises OffsyncError without an end."""
+        if not self.on_line:
+            self.kept.append(chunk)
+            self.size += len(chunk)
+        else:                               # a name holds no raw \r or \n: rsync escapes them
+            *lines, self.rest = (self.rest + chunk).replace(b"\r", b"\n").split(b"\n")
+            for line in lines:
+                self.on_line(line)
+        if self.size > STDOUT_LIMIT or len(self.rest) > MAX_LINE:
+            raise OffsyncError("a program prints without end; nothing more is read from it")
+
+    def take_error(self, chunk: bytes) -> None:
+        self.error_size += len(chunk)
+        if self.error_size > STDOUT_LIMIT:
+            raise OffsyncError("a program complains without end; nothing more is read from it")
+        room = STDERR_KEPT - len(self.head)
+        self.head += chunk[:room]
+        self.tail = (self.tail + chunk[room:])[-STDERR_KEPT:]
+
+    def read(self, process: "subprocess.Popen[bytes]", deadline: float, greeting: float) -> bool:
+        """Read both pipes until the program ends; return whether it was ended for being late.
+
+        deadline is in seconds for all of it, greeting for its first byte on stdout. The end is
+        that of the program, not of its pipes: an ssh in the background may hold them open.
+        """
+        started, late = time.monotonic(), False
+        with selectors.DefaultSelector() as selector:
+            for stream in filter(None, (process.stdout, process.stderr)):
+                os.set_blocking(stream.fileno(), False)
+                selector.register(stream, selectors.EVENT_READ)
+            while selector.get_map():
+                ready = selector.select(0.1)
+                if not ready and process.poll() is not None:
+                    break
+                for key, _ in ready:
+                    chunk = os.read(key.fd, 1 << 18)
+                    if not chunk:
+                        selector.unregister(key.fileobj)
+                    elif key.fileobj is process.stderr:
+                        self.take_error(chunk)
+                    else:
+                        greeting = deadline
+                        self.take(chunk)
+                PROGRESS.tick()
+                if not late and time.monotonic() - started > min(deadline, greeting):
+                    late = True
+                    kill(process)
+        if self.rest and self.on_line:
+            self.on_line(self.rest)
+        try:
+            process.wait(max(started + deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:   # it closed its pipes and goes on
+            late = True
+            kill(process)
+        return late
 
 class Pool:
     """Threads that carry out functions; one that cannot start (a process limit) is done without."""
@@ -1918,6 +1958,12 @@ def group_has_strangers(gid: int) -> bool:
         return True
     return bool(primary) and (primary != {account} or group.gr_name != account)
 
+def has_acl(path: str) -> bool:
+    """Return whether a directory has an access control list (acl(5)), masked by the group mode."""
+    with contextlib.suppress(OSError, AttributeError):
+        return bool(os.getxattr(path, "system.posix_acl_access"))
+    return False
+
 def find_strangers(path: str, itself: bool = True) -> str:
     """Return who else could replace what lies at a path, "" if only root and this account can.
 
@@ -1945,7 +1991,7 @@ def find_strangers(path: str, itself: bool = True) -> str:
         if mode & 0o002:
             return "everybody may write to %s (mode %04o); run: chmod o-w %s" % (
                 show_text(place), mode, quoted)
-        if mode & 0o020 and group_has_strangers(status.st_gid):
+        if mode & 0o020 and (has_acl(place) or group_has_strangers(status.st_gid)):
             return "its group may write to %s (mode %04o); run: chmod g-w %s" % (
                 show_text(place), mode, quoted)
     return ""
@@ -1965,7 +2011,7 @@ class Home:
 
     def __init__(self) -> None:
         named = os.environ.get("OFFSYNC_HOME") or os.path.expanduser("~/.offsync")
-        self.path = path = validate_absolute_path(named, "OFFSYNC_HOME")
+        self.path = path = os.path.realpath(validate_absolute_path(named, "OFFSYNC_HOME"))
         if re.search(r'["%$\\]', path):
             raise UsageError('OFFSYNC_HOME %s: ssh would interpret one of " %% $ \\ in it; choose '
                 'another ' "directory" % show_text(path))
@@ -2155,7 +2201,8 @@ RRSYNC_PLACES = (DEFAULT_RRSYNC, "/usr/local/bin/rrsync", "/opt/homebrew/bin/rrs
                  "/usr/share/doc/rsync/scripts/rrsync.gz")
 # A key that can write in or above one of these is as good as a shell, sooner or later.
 SYSTEM_TREES = (*("/" + name for name in ("bin", "boot", "dev", "etc", "lib", "lib32", "lib64",
-                                          "libx32", "proc", "run", "sbin", "sys", "usr")),
+                                          "libx32", "Library", "proc", "run", "sbin", "sys",
+                                          "System", "usr")),
                 "/var/spool", *("/var/lib/" + name for name in (
                     "apt", "cloud", "containerd", "dkms", "docker", "dpkg", "flatpak", "kubelet",
                     "pacman", "polkit-1", "rpm", "snapd", "systemd")))
@@ -2318,7 +2365,8 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
     users = [entry.pw_dir for entry in pwd.getpwall()
              if os.path.basename(entry.pw_shell) not in NO_LOGIN_SHELLS]
     homes = set(map(os.path.realpath, (os.path.expanduser("~"), *users)))
-    never = sorted({*map(os.path.realpath, protected), *(home + "/.ssh" for home in homes)})
+    keys = [home + name for home in homes for name in ("/.ssh", "/.ssh/authorized_keys")]
+    never = sorted({*keys, *map(os.path.realpath, [*keys, *protected])})
     found = "is the root or a home directory" if real == "/" or real in homes else ""
     for place in never:
         if contains(place) or lies_in(place):
@@ -2330,8 +2378,9 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
     trees = sorted({*SYSTEM_TREES, *map(os.path.realpath, SYSTEM_TREES)})
     risks = ["it lies in or contains %s, where the system keeps what it runs and reads" % place
              for place in trees if contains(place) or lies_in(place)]
-    if real in map(os.path.realpath, filter(os.path.isabs, os.get_exec_path())):
-        risks.append("it is in $PATH, so what is delivered there is run as a program")
+    programs = [*filter(os.path.isabs, os.get_exec_path()), os.path.expanduser("~/bin")]
+    if any(contains(place) for place in map(os.path.realpath, programs)):
+        risks.append("it is or contains a directory of $PATH, or ~/bin, where programs are found")
     default = os.path.realpath(os.path.expanduser("~/.offsync/sync"))
     if real != default and any(part.startswith(".") for part in real.split("/")):
         risks.append("a component begins with a dot, where programs keep what they run and read")
@@ -2460,6 +2509,9 @@ def link_warnings(account: pwd.struct_passwd, sshd: dict[str, list[str]], delive
                   keys: AuthorizedKeys) -> Iterator[str]:
     """Yield what would make sshd ignore the key, and what is wrong with the delivery directory."""
     home, status = os.path.expanduser("~"), os.stat(delivery)
+    if status.st_uid not in (0, account.pw_uid):
+        yield "%s belongs to %s, who can change what is delivered" % (
+            show_text(delivery), name_of(status.st_uid))
     if not os.access(delivery, os.W_OK):
         yield "%s is not writable for %s; change its owner or mode" % (
             show_text(delivery), account.pw_name)
@@ -2696,7 +2748,10 @@ def explain_failed_login(connection: Connection, result: Result,
     if error.kind == "busy-sshd" and not route and not last:
         return error                        # it is tried again first
     again = run([connection.shared.ssh, "-o", "LogLevel=INFO", *SSH_ALONE, *connection.options(),
-        *connection.destination(), PROOF_COMMAND], stdin=subprocess.PIPE, deadline=CONNECT_DEADLINE)
+                 *connection.destination(), PROOF_COMMAND], stdin=subprocess.PIPE,
+                env={"HOME": os.path.expanduser("~"), "PATH": os.environ.get("PATH", os.defpath),
+                     "LC_ALL": "C"},
+                deadline=CONNECT_DEADLINE)  # SendEnv of ~/.ssh/config finds nothing to send
     talking = diagnose(target, again.stderr)
     before_sshd = (b"kex_exchange_identification", b"UNKNOWN port")
     if route and any(words in again.stderr for words in before_sshd):
@@ -3383,7 +3438,7 @@ def cmd_init(args: argparse.Namespace) -> int:
         named = "." if args.source is None else args.source
         source = validate_absolute_path(os.path.abspath(named), "source")
         if not named or not os.path.isdir(source):
-            raise UsageError("source %s: it is not a directory; create it first" % show_text(named))
+            raise UsageError("source %s: it is not a directory; create one" % show_text(named))
         real, private = os.path.realpath(source), os.path.realpath(home.path)
         holds = (private + "/").startswith(real.rstrip("/") + "/")
         if holds or real == os.path.realpath(os.path.expanduser("~")):
@@ -3460,7 +3515,7 @@ def cmd_target_remove(args: argparse.Namespace) -> int:
 def read_inventory(path: str) -> list[str]:
     """Return the patterns that a file lists, one a line; nothing in it is an option or "all"."""
     data = read_file(path, "target list", "name a file with a pattern a line", False)
-    lines = [line.strip() for line in data.decode("utf-8", "replace").split("\n")]
+    lines = [line.split(" #")[0].strip() for line in data.decode("utf-8", "replace").split("\n")]
     patterns = [line for line in lines if line and not line.startswith("#")]
     wrong = [pattern for pattern in patterns if pattern.startswith(("-", "@"))]
     if wrong or not patterns:
@@ -3898,7 +3953,7 @@ KEY_OPTIONS = {"--key": value("TEXT", "the public key line (default: from a pipe
 NO_SYMLINKS = {"--no-symlinks": flag("rrsync munges symlinks there, so none are delivered")}
 TARGETS = {"targets": value("TARGET", "a login, a host, a pattern ('web*'), or @FILE with one a "
                             "line (default: all)", nargs="*")}
-JSON = {"--json": flag("print JSON, one line an entry")}
+JSON = {"--json": flag("print JSON")}
 FOR_RUN = {"--source": value("DIR", "another source, for this run (to roll back)"), **JSON,
            "--jobs": value("N", "targets at once (default: the config's)", type=number_of_jobs)}
 DELETE = {"--delete": flag("allow deletions, for this run")}
@@ -4061,7 +4116,7 @@ FAILURES = (
     ("mute", "", "it does not tell where its key writes, so nothing was sent; is its forced "
      "command rrsync, of the same release as rsync there?"),
     ("symlinks", "", "it takes no symlinks (--no-symlinks), and the source has some; exclude "
-     "them, or link it again without that option"),
+     "them, or link it again, and add it here again, without that option"),
     ("source-changed", "", "the source changed after the plan, so what is there is not what was "
      "planned; let nothing write to it meanwhile (deliver from a snapshot), then plan again"),
     ("changed-there", "", "not sent, since it was changed there after the plan; plan and apply "

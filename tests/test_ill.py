@@ -106,7 +106,7 @@ class Paths(LabCase):
             offsync.validate_link_path(os.path.expanduser("~/.ssh/x"), (), True)
 
     def test_a_directory_of_path(self) -> None:
-        self.assert_refused(self.link(self.lab.bin), 2, "in $PATH", "--accept-risk path")
+        self.assert_refused(self.link(self.lab.bin), 2, "directory of $PATH", "--accept-risk path")
 
     def test_parents_that_others_may_write_to(self) -> None:
         for mode, refused in ((0o777, True), (0o1777, False), (0o755, False), (0o775, os.stat(self.home).st_gid != os.getegid())):
