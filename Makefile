@@ -9,6 +9,7 @@ help:
 	@echo 'make test     the suite, on a real sshd and rsync (YES=1 as above; TESTS="test_text ..." for some)'
 	@echo 'make lint     ruff, mypy, vermin, shellcheck, and the YAML subset against PyYAML'
 	@echo 'make soak     random trees and random kills for as long as you like (SEEDS=n rounds, KILLS=n, from SEED=n)'
+	@echo 'make guards   each guard taken out in a copy: its test must notice (WORDS="--few" for those of CI)'
 	@echo 'make bench    speed against bare rsync (QUICK=1; ROWS="help small large many million")'
 	@echo 'make fuzz     the YAML subset against PyYAML (COUNT=n SEED=n)'
 	@echo 'make dist     the release below dist/: offsync.py, its .sha256, install.sh, tar.gz, wheel (reproducible)'
@@ -38,6 +39,9 @@ $(DEV)/ready:
 soak:
 	SEED=$(or $(SEED),1000) SEEDS=$(or $(SEEDS),50) KILLS=$(or $(KILLS),50) $(PYTHON) tests/run.py test_property test_failures.Soak
 
+guards:
+	$(PYTHON) tests/guards.py $(WORDS)
+
 bench:
 	QUICK=$(QUICK) $(PYTHON) tests/bench.py $(ROWS)
 
@@ -53,4 +57,4 @@ uninstall:
 clean:
 	rm -rf $(DEV) dist tests/__pycache__ __pycache__
 
-.PHONY: help demo test lint fuzz soak bench dist install uninstall clean
+.PHONY: help demo test lint fuzz soak guards bench dist install uninstall clean

@@ -205,6 +205,17 @@ class UserBeside(LabCase):
         subprocess.run([sys.executable, "-c", "import json"], cwd=trap, env=self.lab.env)
         self.assertTrue(os.path.exists(self.lab.base + "/sprung"))      # the trap is one
 
+    @unittest.skipUnless(os.geteuid() == 0, "only root can give directories away")
+    def test_a_temporary_directory_of_somebody_else(self) -> None:
+        """They could put another one, with another connection in it, in the place of ours."""
+        self.lab.joined_by_hand("one")
+        os.mkdir(self.lab.base + "/theirs")
+        os.chown(self.lab.base + "/theirs", 65534, 65534)
+        os.chmod(self.lab.base + "/theirs", 0o777)
+        err = self.lab.offsync("-v", "plan", env={"TMPDIR": self.lab.base + "/theirs"}, check=0).err
+        self.assertNotIn("ControlPath=%s/theirs" % self.lab.base, err)
+        self.assertEqual(os.listdir(self.lab.base + "/theirs"), [])
+
     def test_the_private_key_is_never_delivered_by_its_real_path_either(self) -> None:
         self.lab.joined_by_hand("one")
         os.rename(self.lab.state + "/id_ed25519", self.lab.source + "/key")
@@ -225,6 +236,23 @@ class UserBeside(LabCase):
         done = self.lab.offsync("apply", check=1)
         self.assertIn("2 targets: 2 failed", done.out)
         self.assertEqual(len(self.lab.records()), 2 + 1 + 1)
+
+
+class SourceWriter(Standing):
+    def test_a_parent_that_becomes_a_symlink_before_it_is_hashed(self) -> None:
+        """What lies outside the source is not read, whatever stands in for a directory of it."""
+        secret = self.lab.base + "/secret/f"
+        write(secret, "secret", when=1_600_000_000)
+        write(self.source + "/d/f", "public", when=1_600_000_000)
+        env = self.here_runs('case "$*" in *--delete*--out-format*) real; s=$?; mv d ../d; ln -s ../secret d; exit $s;; esac; real')
+        done = self.lab.offsync("apply", env=env, check=1)
+        self.assertNotIn("ok:", done.out)
+        self.assertEqual([path for path, entry in snapshot(self.there).items() if entry[0] == "file"], [])
+        with self.assertRaises(OSError):
+            offsync.describe_entry(os.fsencode(self.source), b"d/f")
+        os.unlink(self.source + "/d")
+        os.rename(self.lab.base + "/d", self.source + "/d")
+        self.lab.offsync("apply", check=0)
 
 
 class HostileTarget(Standing):
