@@ -171,12 +171,28 @@ class LabTarget:
             return stream.read()
 
 
+def processes() -> list:
+    """Return (PID, parent's PID, name, command line) of every process: from proc(5), or from ps where there is none."""
+    found = []
+    if not os.path.isdir("/proc/self"):
+        out = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,comm=,args="], stdout=subprocess.PIPE, text=True, errors="replace", check=True).stdout
+        return [(int(row[0]), int(row[1]), os.path.basename(row[2]), row[3]) for row in (line.split(None, 3) for line in out.splitlines()) if len(row) == 4]
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open("/proc/%s/stat" % name, errors="replace") as stream:
+                before, _, after = stream.read().rpartition(")")
+            with open("/proc/%s/cmdline" % name, "rb") as stream:
+                args = stream.read().replace(b"\0", b" ").decode(errors="replace").strip()
+            found.append((int(name), int(after.split()[1]), before.split("(", 1)[1], args))
+        except OSError:                     # it has ended
+            pass
+    return found
+
+
 def descendants(pid: int) -> list:
-    """Return the PIDs of all descendants of a process, from ps."""
-    out = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE, text=True, check=True).stdout
+    """Return the PIDs of all descendants of a process."""
     children: dict = {}
-    for line in out.splitlines():
-        child, parent = map(int, line.split())
+    for child, parent, _, _ in processes():
         children.setdefault(parent, []).append(child)
     found, pending = [], [pid]
     while pending:
@@ -339,8 +355,7 @@ def wait_for(condition, what: str, seconds: float = 30.0):
 
 def mentions(text: str) -> list:
     """Return the command lines of all processes that mention a text."""
-    out = subprocess.run(["ps", "-A", "-ww", "-o", "args="], stdout=subprocess.PIPE, text=True, errors="replace", check=True).stdout
-    return [line for line in out.splitlines() if text in line and not line.startswith("ps ")]
+    return [args for _, _, _, args in processes() if text in args]
 
 
 def type_on_terminal(argv: list, env: dict, *dialogue: tuple, stdin: str = "", columns: int = 80) -> tuple:

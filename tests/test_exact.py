@@ -10,7 +10,7 @@ import subprocess
 import sys
 import unittest
 
-from lab import OFFSYNC, descendants, mentions, read, require, snapshot, wait_for, write
+from lab import OFFSYNC, descendants, mentions, processes, read, require, snapshot, wait_for, write
 from test_plan import SharedLab
 
 
@@ -326,10 +326,8 @@ class DeadEnds(Standing):
         self.lab.configure(bwlimit="1000")
         process = subprocess.Popen([sys.executable, quick, "apply"], env=self.lab.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         wait_for(lambda: any(name.startswith(".big") for name in os.listdir(self.there)), "the transfer")
-        out = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,comm="], stdout=subprocess.PIPE, text=True, check=True).stdout
-        rows = [line.split() for line in out.splitlines()]
         inside = set(descendants(self.target.process.pid))
-        rsyncs = [(int(row[0]), int(row[1])) for row in rows if "rsync" in row[2] and int(row[0]) in inside]
+        rsyncs = [(pid, parent) for pid, parent, name, _ in processes() if "rsync" in name and pid in inside]
         parents = {parent for _, parent in rsyncs}
         generator = next(pid for pid, _ in rsyncs if pid in parents and any(parent == pid for _, parent in rsyncs))
         os.kill(generator, signal.SIGKILL)

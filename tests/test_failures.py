@@ -12,7 +12,7 @@ import subprocess
 import sys
 import unittest
 
-from lab import OFFSYNC, descendants, mentions, read, require, snapshot, wait_for, write
+from lab import OFFSYNC, descendants, mentions, processes, read, require, snapshot, wait_for, write
 from test_job import LabCase
 from test_plan import SharedLab
 
@@ -159,8 +159,7 @@ class Kills(SharedLab):
     def test_the_guard_is_killed(self) -> None:
         """Whoever ends, connections and scratch go with it: the guard, or offsync in its place."""
         process = self.apply_until_it_sends()
-        out = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], stdout=subprocess.PIPE, text=True, check=True).stdout
-        guard = next(int(line.split()[0]) for line in out.splitlines() if int(line.split()[1]) == process.pid and "offsync.py" in line)
+        guard = next(pid for pid, parent, _, args in processes() if parent == process.pid and "offsync.py" in args)
         os.kill(guard, signal.SIGKILL)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
@@ -179,7 +178,7 @@ class Kills(SharedLab):
 
 def comm(pid: int) -> str:
     """Return the name of a process."""
-    return subprocess.run(["ps", "-p", str(pid), "-o", "comm="], stdout=subprocess.PIPE, text=True).stdout.strip()
+    return next((name for number, _, name, _ in processes() if number == pid), "")
 
 
 class Trouble(SharedLab):
@@ -333,8 +332,7 @@ class Trouble(SharedLab):
                                    start_new_session=True)
         wait_for(lambda: any(os.path.getsize(os.path.join(self.there, name)) > 300_000 for name in os.listdir(self.there)
                              if name.startswith(".big")) or os.path.isdir(self.there + "/.~tmp~"), "the transfer")
-        out = subprocess.run(["ps", "-A", "-o", "pid=,args="], stdout=subprocess.PIPE, text=True, check=True).stdout
-        proxies = [int(line.split()[0]) for line in out.splitlines() if "delay.py" in line and str(self.target.port) in line and "sh -c" not in line]
+        proxies = [pid for pid, _, _, args in processes() if "delay.py" in args and str(self.target.port) in args and "sh -c" not in args]
         self.assertTrue(proxies)
         for pid in proxies:
             os.kill(pid, signal.SIGSTOP)

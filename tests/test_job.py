@@ -8,7 +8,7 @@ import stat
 import subprocess
 import unittest
 
-from lab import Lab, OFFSYNC, USER, read, require, snapshot, write
+from lab import Lab, OFFSYNC, USER, mentions, read, require, snapshot, write
 
 
 class LabCase(unittest.TestCase):
@@ -151,8 +151,7 @@ class Connections(LabCase):
         self.lab.joined("one")
         write(self.lab.source + "/f")
         self.lab.offsync("apply", check=0)
-        processes = subprocess.run(["ps", "-A", "-o", "args="], stdout=subprocess.PIPE, text=True, check=True).stdout
-        self.assertEqual([line for line in processes.splitlines() if self.lab.tmp in line], [])
+        self.assertEqual(mentions(self.lab.tmp), [])
         self.assertEqual(os.listdir(self.lab.tmp), [])
 
 
