@@ -3035,17 +3035,12 @@ def install_dependencies(role: str, assume_yes: bool) -> None:
         emit("install-deps: now start sshd, for example: " + start, error=True)
 
 def require_programs(role: str) -> None:
-    """Make sure of a role's programs: on a terminal offer to install them, else name the command.
-
-    rrsync is not among them: link looks for it and knows better what to say.
-    """
+    """Raise for what a role needs and is not here, but for rrsync: link says more of that."""
     missing = missing_programs(role)
     missing.pop("rrsync", None)
-    if missing and has_terminal() and not os.environ.get("OFFSYNC_RSYNC"):
-        install_dependencies(role, False)
-    elif list(missing) == ["rsync"]:
+    if list(missing) == ["rsync"]:          # openrsync, too old, or OFFSYNC_RSYNC names another
         raise OffsyncError(missing["rsync"])
-    elif missing:
+    if missing:
         raise OffsyncError("%s: not installed; run: offsync install-deps --role %s" % (
             ", ".join(missing), role))
 
@@ -3418,14 +3413,6 @@ def ask(question: str, twin: str) -> str:
             return terminal.readline().decode("utf-8", "replace").strip()
     except OSError:
         raise OffsyncError("there is no terminal to ask on; %s" % twin) from None
-
-def has_terminal() -> bool:
-    """Return whether a question could be asked."""
-    try:
-        open_terminal().close()
-        return True
-    except OSError:
-        return False
 
 
 # --- Commands: init, targets --------------------------------------------------------------------
@@ -4045,9 +4032,6 @@ def build_parser() -> argparse.ArgumentParser:
             (only_one if argument in KEY_OPTIONS else command).add_argument(argument, **words)
     return parser
 
-def ignore(signum: int, _: object) -> None:
-    """Do nothing. Unlike SIG_IGN this is not inherited by programs."""
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command; return the exit status. The only place that prints errors."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -4089,7 +4073,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         emit("offsync: standard output: %s; the rest of it is lost" % LOST_OUTPUT[0], error=True)
         status = status or 1
     for signum in SIGNALS:
-        signal.signal(signum, ignore)       # all is done: nothing is left to be interrupted
+        signal.signal(signum, lambda *_: None)      # all is done: nothing is left to interrupt
     return status
 
 

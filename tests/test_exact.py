@@ -327,7 +327,7 @@ class DeadEnds(Standing):
         process = subprocess.Popen([sys.executable, quick, "apply"], env=self.lab.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         wait_for(lambda: any(name.startswith(".big") for name in os.listdir(self.there)), "the transfer")
         inside = set(descendants(self.target.process.pid))
-        rsyncs = [(pid, parent) for pid, parent, name, _ in processes() if "rsync" in name and pid in inside]
+        rsyncs = [(pid, parent) for pid, parent, name, _ in processes() if name == "rsync" and pid in inside]
         parents = {parent for _, parent in rsyncs}
         generator = next(pid for pid, _ in rsyncs if pid in parents and any(parent == pid for _, parent in rsyncs))
         os.kill(generator, signal.SIGKILL)
