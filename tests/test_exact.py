@@ -317,8 +317,14 @@ class Converges(Standing):
 
 
 class DeadEnds(Standing):
-    def test_a_generator_that_is_killed_there(self) -> None:
-        """It leaves no end of file: the time without a byte is what ends it, minutes (here: seconds)."""
+    def test_a_generator_that_is_killed_and_a_target_that_stops(self) -> None:
+        """Neither leaves an end of file: the time without a byte is what ends it, minutes (here: seconds)."""
+        for signum in (signal.SIGKILL, signal.SIGSTOP):
+            with self.subTest(signal=signum.name):
+                self.setUp()
+                self.one_dead_end(signum)
+
+    def one_dead_end(self, signum: int) -> None:
         quick = self.lab.base + "/offsync.py"
         write(quick, read(OFFSYNC).replace("SEND_TIMEOUT = 300", "SEND_TIMEOUT = 4"))
         write(self.source + "/big", os.urandom(3 << 20))
@@ -330,8 +336,15 @@ class DeadEnds(Standing):
         rsyncs = [(pid, parent) for pid, parent, name, _ in processes() if name == "rsync" and pid in inside]
         parents = {parent for _, parent in rsyncs}
         generator = next(pid for pid, _ in rsyncs if pid in parents and any(parent == pid for _, parent in rsyncs))
-        os.kill(generator, signal.SIGKILL)
+        stopped = [generator] if signum == signal.SIGKILL else [pid for pid, _ in rsyncs]
+        for pid in stopped:
+            os.kill(pid, signum)
         _, err = process.communicate(timeout=90)
+        for pid in stopped:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
         self.assertEqual(process.returncode, 1, err)
         self.assertNotIn(b"Traceback", err)
         wait_for(lambda: not mentions(self.lab.tmp), "its processes to end")
