@@ -4150,12 +4150,11 @@ FAILURES = (
      "refuses every key"),
     ("penalty", "Not allowed at this time", "sshd there refuses this controller for a while "
      "(PerSourcePenalties, after logins that failed); wait a minute"),
+    ("session-refused", "ession open refused|session request failed|open failed: connect failed",
+     "sshd there allows no further session; raise MaxSessions in its sshd_config"),
     ("busy-sshd", "kex_exchange_identification|ssh_exchange_identification",
      "sshd closed the connection before logging in; it is overloaded (MaxStartups), punishes "
      "logins that failed (PerSourcePenalties; wait a minute) or blocks us"),
-    ("session-refused", "ession open refused|session request failed|open failed: connect failed|"
-     "Connection closed by remote host", "sshd there allows no further session; raise MaxSessions "
-     "in its sshd_config"),
     ("closed", "Connection closed by&port|Connection reset by&port",
      "sshd closed the connection while logging in: has the account {user} expired, does PAM "
      "refuse it, or does sshd itself fail? Its log there tells"),

@@ -235,6 +235,24 @@ class Trouble(SharedLab):
         self.assertEqual(process.returncode, 0, err)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
+    def test_nothing_is_deleted_while_something_differs(self) -> None:
+        """A file that was equal is changed there after the sending: what is to be deleted may be its only copy."""
+        write(self.source + "/f", "new")
+        write(self.source + "/g", "good")
+        write(self.there + "/g", "good")
+        write(self.there + "/old", "old")
+        keys, script = read(self.target.keys), self.lab.base + "/spoiling-rrsync"
+        write(script, '#!/bin/sh\nset -- "$@" $SSH_ORIGINAL_COMMAND\n/usr/bin/rrsync "$1" "$2"\nstatus=$?\ncase "$5" in *n*) ;; *) echo spoiled > %s/g;; esac\nexit $status\n'
+              % self.there, 0o755)
+        write(self.target.keys, keys.replace("/usr/bin/rrsync", script))
+        done = self.lab.offsync("apply", "--delete", check=1)
+        self.assertEqual(read(self.there + "/f"), "new", done.err)
+        self.assertEqual(read(self.there + "/g"), "spoiled\n", done.err)
+        self.assertEqual(read(self.there + "/old"), "old", done.err)
+        write(self.target.keys, keys)
+        self.lab.offsync("apply", "--delete", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
     def test_source_changes_under_the_run(self) -> None:
         """The target's rrsync is wrapped: the source file changes after the transfer."""
         write(self.source + "/f", "planned")

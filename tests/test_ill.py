@@ -98,6 +98,7 @@ class Paths(LabCase):
                 self.assert_refused(self.link(path), 2, "--accept-risk path", "such as /srv/app-data")
                 real = offsync.validate_link_path(path, (), True)
                 self.assertEqual(real, os.path.realpath(path))
+        self.assert_refused(self.link(self.home + "/a/.b/c", "--accept-risk", "rrsync"), 2, "--accept-risk path")
         self.link(self.home + "/a/.b/c", "--accept-risk", "path", check=0)
         self.link(self.home + "/fine/deep", check=0)
         with self.assertRaises(offsync.UsageError):

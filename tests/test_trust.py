@@ -217,6 +217,26 @@ class Restriction(LabCase):
         write(self.target.keys, self.good)
         self.lab.offsync("apply", program=quick, check=0)
 
+    def answer_the_proof(self, command: str) -> None:
+        """Give the key a forced command that does this when asked for a command, and is rrsync else."""
+        script = self.lab.base + "/odd-rrsync"
+        write(script, '#!/bin/sh\ncase "$SSH_ORIGINAL_COMMAND" in echo*) %s;; esac\nexec /usr/bin/rrsync "$@"\n' % command, 0o755)
+        write(self.target.keys, self.line.replace("/usr/bin/rrsync", script))
+
+    def test_a_proof_that_is_cut_off_is_none(self) -> None:
+        """The pass is answered, asking for a command is not."""
+        quick = self.lab.base + "/offsync.py"
+        write(quick, read(OFFSYNC).replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 2.0"))
+        self.answer_the_proof("sleep 6")
+        done = self.lab.offsync("apply", program=quick, check=1)
+        self.assertIn("failed: it accepted the login, then did not answer in time", done.err)
+        self.assertEqual(snapshot(self.target.path), {})
+
+    def test_the_status_with_which_ssh_fails_is_no_refusal(self) -> None:
+        """255 with nothing known beside it: the session may have been lost before anything was asked."""
+        self.answer_the_proof("exit 255")
+        self.assert_nothing_written()
+
     def test_read_only(self) -> None:
         write(self.target.keys, self.line.replace("-wo", "-ro"))
         self.assert_nothing_written("reading only")
