@@ -92,10 +92,10 @@ class Bench:
             shutil.rmtree(self.target.path)
             os.mkdir(self.target.path)
 
-        self.measure("%d files, first" % count, "1.6", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, empty, max(RUNS // 2, 1))
+        self.measure("%d files, first" % count, "1.7", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, empty, max(RUNS // 2, 1))
         self.offsync("apply")
-        self.measure("%d files, equal" % count, "1.3", {"rsync": self.rsync, "plan": lambda: self.offsync("plan"), "apply": lambda: self.offsync("apply")})
-        self.measure("%d files, 100 changed" % count, "2.1", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, lambda: self.touch(100))
+        self.measure("%d files, equal" % count, "1.2", {"rsync": self.rsync, "plan": lambda: self.offsync("plan"), "apply": lambda: self.offsync("apply")})
+        self.measure("%d files, 100 changed" % count, "2.2", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, lambda: self.touch(100))
 
     def row_large(self) -> None:
         """8 GB in 200 files, 10 changed."""
@@ -103,7 +103,7 @@ class Bench:
         self.fresh(count, size)
         self.offsync("apply")
         self.measure("%d large files, 10 changed" % count, "1.15", {"rsync -n": lambda: self.dry(), "plan": lambda: self.offsync("plan")}, lambda: self.touch(10), min(RUNS, 3))
-        self.measure("%d large files, 10 changed" % count, "2.1", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, lambda: self.touch(10), min(RUNS, 3))
+        self.measure("%d large files, 10 changed" % count, "1.9", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, lambda: self.touch(10), min(RUNS, 3))
 
     def dry(self) -> float:
         """The yardstick as a dry run, so that what plan sees stays changed."""
@@ -119,7 +119,7 @@ class Bench:
         write(self.lab.ssh_config, "ProxyCommand %s\n" % delay)
         self.fresh(200, 1000)
         self.offsync("apply")
-        self.measure("%d targets, 50 ms" % len(targets), "3", {"one": lambda: self.offsync("plan", targets[0].login), "plan": lambda: self.offsync("plan")}, runs=3)
+        self.measure("%d targets, 50 ms" % len(targets), "2.6", {"one": lambda: self.offsync("plan", targets[0].login), "plan": lambda: self.offsync("plan")}, runs=3)
         write(self.lab.ssh_config, "")
         for target in targets[1:]:          # the next row has one target again
             self.lab.offsync("target", "remove", target.login, check=0)
@@ -132,12 +132,12 @@ class Bench:
         subprocess.run(["cp", "-a", self.lab.source + "/.", self.target.path], check=True)
         before = self.usage(self.rsync)
         own = self.usage(lambda: self.offsync("plan"), own=True)
-        print("%d entries, equal: rsync alone %.1f s CPU; offsync itself %.1f s CPU (%.2f of it; bound 0.25), %d MB peak (bound 100)"
+        print("%d entries, equal: rsync alone %.1f s CPU; offsync itself %.1f s CPU (%.2f of it; bound 0.1), %d MB peak (bound 50)"
               % (count, before[0], own[0], own[0] / before[0], own[1]), flush=True)
         shutil.rmtree(self.target.path)
         os.mkdir(self.target.path)
         own = self.usage(lambda: self.offsync("plan"), own=True)
-        print("%d entries, all new: offsync itself %.1f s CPU, %d MB peak (bound 500)" % (count, own[0], own[1]), flush=True)
+        print("%d entries, all new: offsync itself %.1f s CPU, %d MB peak (bound 400)" % (count, own[0], own[1]), flush=True)
 
     def usage(self, command, own: bool = False) -> tuple:
         """Return (CPU seconds, peak MB) of a command's children, or of offsync.py alone (which reports it to us)."""
