@@ -143,8 +143,10 @@ class Bench:
         """Return (CPU seconds, peak MB) of a command's children, or of offsync.py alone (which reports it to us)."""
         if own:
             report = self.lab.base + "/usage"
+            # VmHWM, since ru_maxrss holds what this process had before exec, too: our own peak.
             code = ("import atexit, resource, runpy, sys\n"
-                    "def say():\n u = resource.getrusage(resource.RUSAGE_SELF)\n open(%r, 'w').write('%%f %%d' %% (u.ru_utime + u.ru_stime, u.ru_maxrss))\n"
+                    "def say():\n u = resource.getrusage(resource.RUSAGE_SELF)\n"
+                    " peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n open(%r, 'w').write('%%f %%s' %% (u.ru_utime + u.ru_stime, peak))\n"
                     "atexit.register(say)\nsys.argv = ['offsync', 'plan']\nrunpy.run_path(%r, run_name='__main__')\n" % (report, OFFSYNC))
             subprocess.run([sys.executable, "-c", code], env=self.lab.env, stdout=subprocess.DEVNULL, check=True)
             cpu, peak = open(report).read().split()

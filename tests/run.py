@@ -1,5 +1,7 @@
 """Run the suite: every test class in a process of its own, as many at once as there are cores.
 
+Beside these, one after another, run the classes with WAITS, which mostly wait for deadlines.
+
 usage: run.py [--yes] [MODULE or MODULE.CLASS ...]; --yes installs missing system programs unasked. The last line is "N passed, M failed" (", K skipped" if any were).
 """
 from __future__ import annotations
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import time
 import unittest
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -29,6 +31,12 @@ def classes(names: list) -> list:
             if isinstance(value, type) and issubclass(value, unittest.TestCase) and value.__module__ == name:
                 found["%s.%s" % (name, key)] = len(unittest.defaultTestLoader.getTestCaseNames(value))
     return sorted((name for name, count in found.items() if count), key=lambda name: -found[name])
+
+
+def waits(name: str) -> bool:
+    """Tell whether this class mostly waits."""
+    module, _, found = name.partition(".")
+    return getattr(getattr(importlib.import_module(module), found.split(".")[0], None), "WAITS", False)
 
 
 def ensure_programs(words: list) -> list:
@@ -65,8 +73,9 @@ def main(names: list) -> int:
                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors="replace", cwd=HERE)
         return name, done, time.monotonic() - begun
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        for name, done, seconds in pool.map(start, classes(names)):
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool, ThreadPoolExecutor(max_workers=1) as beside:
+        for future in as_completed([(beside if waits(name) else pool).submit(start, name) for name in classes(names)]):
+            name, done, seconds = future.result()
             lines = done.stdout.strip().split("\n")
             try:
                 counts = json.loads(lines[-1])

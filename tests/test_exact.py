@@ -317,6 +317,8 @@ class Converges(Standing):
 
 
 class DeadEnds(Standing):
+    WAITS = True
+
     def test_a_generator_that_is_killed_and_a_target_that_stops(self) -> None:
         """Neither leaves an end of file: the time without a byte is what ends it, minutes (here: seconds)."""
         for signum in (signal.SIGKILL, signal.SIGSTOP):

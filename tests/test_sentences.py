@@ -13,6 +13,8 @@ from test_plan import SharedLab
 class SentenceCase(SharedLab):
     """One target; each row changes its sshd, its forced command, or the controller's ssh_config."""
 
+    WAITS = True
+
     def setUp(self) -> None:
         super().setUp()
         write(self.lab.ssh_config, "")
