@@ -26,7 +26,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 530 to 1724, in the order in
+To audit it, read the trust core first: lines 530 to 1726, in the order in
 which data flows. What follows serves it: link, host keys, packages, the config,
 output, commands; a table of what failures mean comes last.
 """
@@ -1465,7 +1465,7 @@ class Delivery:
                               if c.path not in plan.spared}
         self.only_there: set[bytes] = set()     # what must go, as the last pass saw it
         self.only_modes = False             # the last comparison by hash found no other difference
-        self.bytes_sent = 0
+        self.bytes_sent: Optional[int] = 0
         self.begun = False                  # something may have changed there
         self.different: Optional[set[bytes]] = None     # of the plan, afterwards; None: unknown
 
@@ -1549,6 +1549,7 @@ class Delivery:
         options += ["--info=progress2"] if PROGRESS.enabled() else []
         PROGRESS.update(self.login, "sending %s" % format_bytes(total))
         self.begun = True
+        before, self.bytes_sent = self.bytes_sent or 0, None    # unknown where rsync fails
         with name_list(self.shared, (listed_name(c.path) for c in changes)) as names:
             try:
                 result = self.connection.rsync(
@@ -1557,7 +1558,8 @@ class Delivery:
                     timeout=min(SEND_TIMEOUT, config.timeout), greeting=SESSION_DEADLINE)
             except ValueError as error:
                 raise failure(self.plan.target, "elsewhere", str(error)) from None
-        self.bytes_sent += report.bytes
+        if result.status == 0:
+            self.bytes_sent = before + report.bytes
         if report.wrong:
             raise self.failure("source-changed", report.wrong)
         if result.status != 0:
