@@ -22,6 +22,8 @@ MEBIBYTE = 1 << 20
 class Kills(SharedLab):
     """Each test stops a slow transfer of one large file while it is on its way."""
 
+    WAITS = True
+
     def setUp(self) -> None:
         super().setUp()
         self.lab.configure(bwlimit="1000")

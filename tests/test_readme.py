@@ -214,7 +214,7 @@ class Dist(unittest.TestCase):
         self.build(TOP, "dist", 0o022)
         listed = subprocess.run(["tar", "-tzf", "%s/dist/offsync-%s.tar.gz" % (self.base, offsync.VERSION)], check=True, stdout=subprocess.PIPE, text=True).stdout
         for name in os.listdir(HERE):
-            if not name.startswith("__"):
+            if not name.startswith(("__", ".")):       # caches of tools
                 self.assertIn("/tests/%s\n" % name, listed)
 
 

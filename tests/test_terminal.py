@@ -67,6 +67,8 @@ class WrongWords(LabCase):
 
 
 class ProgressLines(LabCase):
+    WAITS = True
+
     def setUp(self) -> None:
         super().setUp()
         self.one = self.lab.joined_by_hand("one")
