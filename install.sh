@@ -3,6 +3,8 @@
 #
 #   ./install.sh [--uninstall]
 #
+# The man page offsync.1 of a release, if it lies beside this script, goes to PREFIX/share/man/man1.
+#
 # PREFIX   default /usr/local for root, else ~/.local
 # DESTDIR  put in front of PREFIX, for packaging
 # An offsync.py.sha256 beside offsync.py is verified first.
@@ -51,13 +53,14 @@ main() {
     fi
     case $PREFIX in /*) ;; *) fail "PREFIX $PREFIX is not absolute; name a directory from / on" ;; esac
     directory=${DESTDIR-}$PREFIX/bin
+    manual=${DESTDIR-}$PREFIX/share/man/man1
     case ${1-} in
     --uninstall)
         if [ ! -e "$directory/offsync" ]; then
             printf '%s is not there; nothing to remove\n' "$directory/offsync"
             return 0
         fi
-        rm -f -- "$directory/offsync" || fail "$directory/offsync cannot be removed; run this as its owner"
+        rm -f -- "$directory/offsync" "$manual/offsync.1" || fail "$directory/offsync cannot be removed; run this as its owner"
         printf 'removed %s\n' "$directory/offsync"
         return 0
         ;;
@@ -77,6 +80,11 @@ main() {
     trap 'exit 1' HUP INT TERM
     if ! cp -- "$here/offsync.py" "$temporary" || ! chmod 755 "$temporary" || ! mv -f -- "$temporary" "$directory/offsync"; then
         fail "$directory/offsync cannot be written; choose another PREFIX, or run this as root"
+    fi
+    if [ -f "$here/offsync.1" ]; then
+        if ! mkdir -p -- "$manual" || ! cp -- "$here/offsync.1" "$manual/offsync.1" || ! chmod 644 "$manual/offsync.1"; then
+            fail "$manual/offsync.1 cannot be written; choose another PREFIX, or run this as root (offsync itself is installed)"
+        fi
     fi
     printf '%s\nsha256 %s\n' "$directory/offsync" "$(digest "$directory/offsync")"
     [ -n "${DESTDIR-}" ] || hint_path "$directory"

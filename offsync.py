@@ -26,7 +26,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 530 to 1726, in the order in
+To audit it, read the trust core first: lines 530 to 1727, in the order in
 which data flows. What follows serves it: link, host keys, packages, the config,
 output, commands; a table of what failures mean comes last.
 """
@@ -924,10 +924,11 @@ SSH_OPTIONS = tuple(word for option in (
 ) for word in ("-o", option))
 SSH_QUIET = ("-o", "LogLevel=ERROR")        # no banner on stderr
 SSH_ALONE = ("-o", "ControlMaster=no", "-o", "ControlPath=none")    # for one question
-# A session goes over the open connection or nowhere: were the master gone, "false" keeps ssh from
-# connecting afresh, unproved. Nothing of ~/.ssh/config is for a session (RemoteCommand, SendEnv).
-SSH_SESSION = ("-F", "/dev/null", "-o", "ControlMaster=no", "-o", "ProxyCommand=false",
-               "-o", "BatchMode=yes", *SSH_QUIET)
+# A session goes over the open connection or nowhere: were the master gone, ssh would connect
+# afresh, unproved. It is sent to a program that is not there, and whose name says what happened.
+# Nothing of ~/.ssh/config is for a session (RemoteCommand, SendEnv).
+SSH_SESSION = ("-F", "/dev/null", "-o", "ControlMaster=no", "-o", "BatchMode=yes", *SSH_QUIET,
+               "-o", "ProxyCommand=/nonexistent/offsync-connection-ended")
 MASTER_IDLE = 600                           # seconds until a forgotten connection ends itself
 # Seconds. For connections that sshd drops (MaxStartups; PerSourcePenalties of sshd 9.8: 16 s for
 # two logins that failed), for rrsync's lock, for sessions beyond MaxSessions.
@@ -1103,7 +1104,7 @@ class Connection:
             if answered or delay is None or result.status is None:
                 return result
             kind = diagnose(self.target, result.stderr).kind
-            if kind in ("lost", "no-answer", "busy-sshd"):
+            if kind in ("lost", "no-answer", "ended"):
                 self.opened = self.is_open()
             if self.opened and kind not in RETRIED:
                 return result
@@ -4148,15 +4149,19 @@ FAILURES = (
     ("key-refused", "Permission denied (publickey|Permission denied (gssapi|"
      "Permission denied (hostbased|Too many authentication failures",
      "it refused our key; run there: offsync link --path {path}, with the key that 'offsync init' "
-     "prints, and with --from, if at all, for the address of this controller; a locked account "
-     "refuses every key"),
+     "prints, and with --from, if at all, for the address of this controller; sshd's log there "
+     "tells more: a locked or expired account, or one without a login shell, is always refused"),
     ("penalty", "Not allowed at this time", "sshd there refuses this controller for a while "
      "(PerSourcePenalties, after logins that failed); wait a minute"),
     ("session-refused", "ession open refused|session request failed|open failed: connect failed",
      "sshd there allows no further session; raise MaxSessions in its sshd_config"),
+    ("ended", "offsync-connection-ended", "sshd there accepted the login, then ended the "
+     "connection; try again; if it goes on, look at sshd's log there: what ends its process?"),
     ("busy-sshd", "kex_exchange_identification|ssh_exchange_identification",
      "sshd closed the connection before logging in; it is overloaded (MaxStartups), punishes "
      "logins that failed (PerSourcePenalties; wait a minute) or blocks us"),
+    ("account-expired", "account has expired", "the account {user} there has expired; run there as "
+     "root: chage -E -1 {user}"),
     ("closed", "Connection closed by&port|Connection reset by&port",
      "sshd closed the connection while logging in: has the account {user} expired, does PAM "
      "refuse it, or does sshd itself fail? Its log there tells"),
@@ -4167,7 +4172,7 @@ FAILURES = (
      "This account is not available", "the login's shell refuses commands; give {user} a real one "
      "there: chsh -s /bin/sh {user}"),
     ("other-service", "This service allows sftp connections only|fatal: Interactive git shell|"
-     "unrecognized command&git|git-shell", "something other than rrsync is forced there (sftp "
+     "fatal: unrecognized command|git-shell", "something other than rrsync is forced there (sftp "
      "only, or git-shell); give {user} a real shell, and no ForceCommand in sshd_config"),
     ("restricted-shell", "restricted: cannot specify|: restricted", "the login's shell is a "
      "restricted one (rbash), which cannot start rrsync; run there: chsh -s /bin/sh {user}"),
@@ -4226,7 +4231,7 @@ FAILURES = (
      "it did not answer in time; check host and network"),
     ("no-answer", "(0 bytes received so far)", "no rsync ever answered there, so nothing was "
      "sent; do the shell start files of {user} end or replace the shell (exit, exec)? Is the "
-     "forced command rrsync?"),
+     "forced command rrsync, and the login shell a real one? Does PAM open a session?"),
     ("lost", "connection unexpectedly closed|unexpected EOF|unexpectedly close|Broken pipe|"
      "error in rsync protocol|onnection to&closed|error in socket IO|mux_client|client_loop",
      "the connection was lost; apply again finishes the job"),
@@ -4249,6 +4254,7 @@ def diagnose(target: Target, stderr: bytes) -> TargetError:
             parts = [part.encode() for part in alternative.split("&")]
             if any(all(part in line for part in parts) for line in lines):
                 error = failure(target, kind)
+                said = said if kind != "ended" else ""      # those words are ours
                 return TargetError(target.login, error.why + said, kind)
     return TargetError(target.login, "it failed in a way that is not known; run: ssh -v %s, and "
         "look at sshd's log there%s" % (shlex.quote(target.login), said))

@@ -1,4 +1,4 @@
-"""Build the release below dist/: offsync.py, its .sha256, install.sh, a tar.gz and a wheel. The same input gives the same bytes.
+"""Build the release below dist/: offsync.py, its .sha256, a man page, install.sh, a tar.gz and a wheel. The same input gives the same bytes.
 
 usage: dist.py [DIRECTORY]
 """
@@ -64,6 +64,34 @@ def make_wheel(program: bytes, readme: str, version: str) -> bytes:
     return packed.getvalue()
 
 
+def roff(text: str) -> str:
+    """Return a line of text for man(7): nothing in it is a request or an escape."""
+    text = text.replace("\\", "\\e").replace("-", "\\-")
+    return "\\&" + text if text.startswith((".", "'")) else text
+
+
+def make_man(version: str) -> bytes:
+    """Return the man page, made from the words of offsync's own parser and its docstring."""
+    sys.path.insert(0, TOP)
+    sys.dont_write_bytecode = True
+    import offsync
+    promise, contract = offsync.__doc__.split("\n\n", 1)
+    lines = ['.TH OFFSYNC 1 "" "offsync %s" "User Commands"' % version, ".SH NAME", "offsync \\- push a directory to many targets with rsync over SSH",
+             ".SH SYNOPSIS", ".B offsync", "COMMAND [argument ...]", ".SH DESCRIPTION", *map(roff, promise.split("\n")), ".SH COMMANDS"]
+    for name, (_, about, example, arguments) in offsync.COMMANDS.items():
+        lines += [".SS offsync " + name, roff(about[:1].upper() + about[1:] + ".")]
+        for argument, words in arguments.items():
+            choices = words.get("choices", ())
+            shown = "" if words.get("action") == "store_true" else words.get("metavar") or "|".join(choices)
+            named = [argument, shown] if argument.startswith("-") else [shown or argument]
+            lines += [".TP", ".B " + roff(" ".join(filter(None, named))), roff(words.get("help", "the shell"))]
+        lines += [".PP", "Example: " + roff("offsync " + example)]
+    lines += [".SH OPTIONS", ".TP", ".B \\-v", "print every program before it starts", ".TP", ".B \\-\\-version", roff("print the version and this file's sha256"),
+              ".TP", ".B \\-\\-contract", "print what it reads, writes, runs and never does", ".SH CONTRACT", ".nf"]
+    lines += [*map(roff, contract.split("To audit it")[0].rstrip().split("\n")), ".fi", ".SH SEE ALSO", ".BR rsync (1), rrsync (1), ssh (1), ssh_config (5), authorized_keys (5)"]
+    return ("\n".join(line or ".PP" for line in lines) + "\n").encode()
+
+
 def main() -> None:
     """Write all files, and print their sha256."""
     directory = sys.argv[1] if sys.argv[1:] else os.path.join(TOP, "dist")
@@ -74,7 +102,8 @@ def main() -> None:
     digest = b"%s  offsync.py\n" % hashlib.sha256(program).hexdigest().encode()
     files = {name: read(name) for name in ("offsync.py", "install.sh", "README.md", "Makefile", ".ci/run", ".gitignore", *tests)}
     files["offsync.py.sha256"] = digest
-    release = {"offsync.py": program, "offsync.py.sha256": digest, "install.sh": files["install.sh"],
+    files["offsync.1"] = make_man(version)
+    release = {"offsync.py": program, "offsync.py.sha256": digest, "install.sh": files["install.sh"], "offsync.1": files["offsync.1"],
                "offsync-%s.tar.gz" % version: make_tar(files, "offsync-" + version),
                "offsync-%s-py3-none-any.whl" % version: make_wheel(program, files["README.md"].decode(), version)}
     os.makedirs(directory, exist_ok=True)

@@ -100,6 +100,7 @@ class LabTarget:
 
     def __init__(self, lab: Lab, name: str, options: str = "", address: str = "127.0.0.1") -> None:
         self.lab, self.name, self.options, self.address = lab, name, options, address
+        self.namespace = ""                 # what a shell, as root, does before sshd starts, in a mount namespace of their own
         self.base = os.path.join(lab.base, name)
         self.home = os.path.join(self.base, "home")
         self.path = os.path.join(self.base, "data")
@@ -138,7 +139,10 @@ class LabTarget:
                       "PidFile none\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
                       "LogLevel VERBOSE\nUseDNS no\n"
               % (self.options, self.port, self.address, self.host_key, self.keys))
-        self.process = subprocess.Popen([require("sshd"), "-D", "-e", "-f", config], stdin=subprocess.DEVNULL,
+        argv = [require("sshd"), "-D", "-e", "-f", config]
+        if self.namespace:
+            argv = ["unshare", "--mount", "sh", "-e", "-c", self.namespace + '\nexec "$0" "$@"', *argv]
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
         line = b""
         seen = b""

@@ -139,6 +139,22 @@ class InstallScript(unittest.TestCase):
         prefix = self.base + "/p"
         self.assertEqual(self.install("sh", PREFIX=prefix, PATH=prefix + "/bin:" + os.environ["PATH"]).stderr, "")
 
+    def test_the_man_page_of_a_release(self) -> None:
+        subprocess.run(["python3", TOP + "/tests/dist.py", self.base + "/release"], check=True, stdout=subprocess.DEVNULL)
+        page = read(self.base + "/release/offsync.1")
+        for words in (".SS offsync target add", ".B \\-\\-host\\-key FP", "Example: offsync apply 'web*' \\-\\-plan FILE", ".B TARGET", "never   deletes without"):
+            self.assertIn(words, page)
+        self.assertNotIn("\n\n", page)
+        if shutil.which("groff"):
+            done = subprocess.run(["groff", "-man", "-Tascii", "-ww", self.base + "/release/offsync.1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=True)
+            self.assertEqual(done.stderr, "")
+        shutil.copy(self.base + "/release/offsync.1", self.base)
+        prefix = self.base + "/p"
+        self.install("sh", PREFIX=prefix)
+        self.assertEqual(read(prefix + "/share/man/man1/offsync.1"), page)
+        self.install("sh", "--uninstall", PREFIX=prefix)
+        self.assertFalse(os.path.exists(prefix + "/share/man/man1/offsync.1"))
+
     def test_refusals(self) -> None:
         prefix = self.base + "/p"
         write(self.base + "/offsync.py.sha256", "%s  offsync.py\n" % ("0" * 64))

@@ -188,7 +188,7 @@ class Dist(unittest.TestCase):
     def test_two_builds_are_identical_also_from_the_tarball(self) -> None:
         first = self.build(TOP, "one", 0o022)
         version = offsync.VERSION
-        self.assertEqual(sorted(first), ["install.sh", "offsync-%s-py3-none-any.whl" % version, "offsync-%s.tar.gz" % version, "offsync.py", "offsync.py.sha256"])
+        self.assertEqual(sorted(first), ["install.sh", "offsync-%s-py3-none-any.whl" % version, "offsync-%s.tar.gz" % version, "offsync.1", "offsync.py", "offsync.py.sha256"])
         subprocess.run(["tar", "-xzf", "%s/one/offsync-%s.tar.gz" % (self.base, version), "-C", self.base], check=True)
         unpacked = "%s/offsync-%s" % (self.base, version)
         self.assertEqual(self.build(unpacked, "two", 0o077), first)

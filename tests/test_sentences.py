@@ -1,12 +1,17 @@
 """The right sentence for the right side: failures provoked from the real programs, each with the side that is named and the remedy.
 
+About 60 rows: what sshd is configured to, what answers instead of rsync, accounts, shells and disks of the target (in a mount namespace of
+its own, as root), dropbear, and the way there. Recorded answers of programs that cannot be had here are in test_text.Diagnosis.
 Most of the time here is waited, so each class is a process of its own.
 """
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import unittest
 
-from lab import OFFSYNC, USER, free_port, read, require, write
+from lab import OFFSYNC, USER, free_port, read, require, wait_for, write
 from test_plan import SharedLab
 
 
@@ -23,10 +28,16 @@ class SentenceCase(SharedLab):
             type(self).keys = read(self.target.keys)
         write(self.target.keys, self.keys)
 
-    def said(self, *words: str, never: tuple = (), program: str = OFFSYNC) -> None:
-        """plan fails, and says these words (and never others), once."""
-        out = self.lab.offsync("plan", check=1, program=program, timeout=100).out
-        why = out.split("not compared: ")[1].split("\n")[0]
+    def restart(self, options: str = "", namespace: str = "") -> None:
+        """Start the target's sshd again, with these options and what a shell does before."""
+        self.target.stop()
+        self.target.options, self.target.namespace = options, namespace
+        self.target.start()
+
+    def said(self, *words: str, never: tuple = (), program: str = OFFSYNC, command: str = "plan") -> None:
+        """plan (or apply) fails, and says these words (and never others), once."""
+        done = self.lab.offsync(*command.split(), check=1, program=program, timeout=100)
+        why = (done.err.split(": failed: ") if "apply" in command else done.out.split("not compared: "))[1].split("\n")[0]
         for word in words:
             self.assertIn(word, why)
         for word in (*never, "in a way that is not known"):
@@ -51,11 +62,6 @@ class Sshd(SentenceCase):
         write(self.lab.ssh_config, "")
         self.lab.offsync("plan", check=0)
 
-    def restart(self, options: str) -> None:
-        self.target.stop()
-        self.target.options = options
-        self.target.start()
-
 
 class Answers(SentenceCase):
     def test_what_answers_instead_of_rsync(self) -> None:
@@ -68,7 +74,7 @@ class Answers(SentenceCase):
                 ("/usr/sbin/nologin", "give %s a real one" % USER), ("bash -r -c " + rrsync.replace(" ", "\\\\ "), "restricted one"), ("/nowhere/rrsync -wo /x", "rrsync, or its interpreter, is not at"),
                 (fake + " '#!/nowhere/python3'", "rrsync, or its interpreter, is not at"), ("echo 'openrsync: protocol 29' >&2; exit 2", "openrsync answers there"),
                 ("echo 'option --delete has been disabled on this server.' >&2; exit 1", "of the same release"), ("echo 'Password change required but no TTY available.' >&2; exit 1", "chage -M -1"),
-                ("/usr/bin/rrsync -ro " + self.there, "for reading only"), ("/usr/bin/rrsync -wo /nowhere", "gone there or is no directory"))
+                ("kill -9 $PPID", "accepted the login, then ended the connection"), ("/usr/bin/rrsync -ro " + self.there, "for reading only"), ("/usr/bin/rrsync -wo /nowhere", "gone there or is no directory"))
         for command, words in rows:
             with self.subTest(command=command):
                 if command.startswith(fake):
@@ -82,6 +88,91 @@ class Answers(SentenceCase):
         write(script, read(require("rrsync")).replace("/usr/bin/rsync", "/nowhere/rsync"), 0o755)
         write(self.target.keys, self.keys.replace("/usr/bin/rrsync", script))
         self.said("rsync is missing there", "install-deps --role target")
+
+
+def change(file: str, edit: str) -> str:
+    """Return the shell words that show an edited copy of a file in its place, in the namespace alone."""
+    return "copy=$(mktemp) && sed '%s' %s > $copy && chmod --reference=%s $copy && mount --bind $copy %s && rm $copy\n" % (edit, file, file, file)
+
+
+def login_shell(path: str) -> str:
+    """Return the words that give root another login shell."""
+    return change("/etc/passwd", "s,^\\(root:.*:\\).*,\\1%s," % path)
+
+
+def pam(*lines: str) -> str:
+    """Return the words that make these sshd's PAM configuration."""
+    return "copy=$(mktemp) && printf '%%s\\n' %s > $copy && mount --bind $copy /etc/pam.d/sshd && rm $copy\n" % " ".join("'%s'" % line for line in lines)
+
+
+@unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "a mount namespace needs root")
+class Host(SentenceCase):
+    """The target's accounts, shells, PAM and disks; nothing of this machine's is changed."""
+
+    def test_accounts_and_shells(self) -> None:
+        rows = [(login_shell("/usr/sbin/nologin"), "", "give root a real one"), (login_shell("/bin/false"), "", "the login shell a real one"), (login_shell("/nowhere/sh"), "", "without a login shell"),
+                (login_shell("/bin/rbash"), "", "restricted one (rbash)"), (change("/etc/shadow", "s,^root:[^:]*:,root:!:,"), "", "a locked or expired account"),
+                (change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,"), "", "a locked or expired account")]
+        if os.path.exists("/usr/bin/git-shell"):
+            rows.append((login_shell("/usr/bin/git-shell"), "", "git-shell"))
+        if os.path.exists("/etc/pam.d/sshd"):
+            account = pam("account required pam_unix.so", "session required pam_permit.so")
+            rows += [(change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,") + account, "UsePAM yes", "chage -E -1 root"),
+                     (change("/etc/shadow", "s,^root:.*,root:*:0:0:99999:7:::,") + account, "UsePAM yes", "chage -M -1 root"),
+                     (pam("account required pam_deny.so"), "UsePAM yes", "does PAM refuse it"), (pam("account required pam_permit.so", "session required pam_deny.so"), "UsePAM yes", "Does PAM open a session")]
+        for namespace, options, words in rows:
+            with self.subTest(words=words, namespace=namespace):
+                self.restart(options, namespace)
+                self.said(words, never=("apply again finishes", "connection was lost", "~/.ssh/config"))
+
+    def test_disks(self) -> None:
+        """Each fails an apply; what the disk is mounted at is the target's path."""
+        small = "mount -t tmpfs -o size=16k tmpfs %s\n" % self.there
+        for namespace, command, words in ((small, "apply", "the disk is full there"), (small + "mount -o remount,ro %s\n" % self.there, "apply", "read-only there"),
+                                          (small.replace("16k", "1m") + "mkdir %s/m && mount -t tmpfs tmpfs %s/m\n" % (self.there, self.there), "apply --delete", "a mount point there is in the way")):
+            with self.subTest(words=words):
+                write(self.source + "/f", "x" * 100000)
+                self.restart("", namespace)
+                self.said(words, never=("connection was lost", "host key"), command=command)
+
+    def test_other_login_shells_work(self) -> None:
+        """The twin: what is no failure with the shells that are here."""
+        for path in filter(os.path.exists, ("/bin/dash", "/bin/zsh", "/bin/mksh", "/bin/ksh", "/bin/tcsh", "/usr/bin/fish", "/bin/busybox")):
+            with self.subTest(path=path):
+                self.restart("", login_shell(path))
+                self.lab.offsync("plan", check=0)
+
+
+@unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare") and shutil.which("dropbear"), "needs root for a mount namespace, and dropbear")
+class Dropbear(SentenceCase):
+    def test_dropbear_instead_of_sshd(self) -> None:
+        self.target.stop()
+        key = self.target.base + "/dropbear_key"
+        subprocess.run(["dropbearkey", "-t", "ed25519", "-f", key], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        shown = subprocess.run(["dropbearkey", "-y", "-f", key], check=True, stdout=subprocess.PIPE, text=True).stdout
+        line = next(line for line in shown.splitlines() if line.startswith("ssh-ed25519 "))
+        write(self.lab.state + "/known_hosts", "[%s]:%d %s\n" % (self.target.address, self.target.port, line))
+        os.chmod(self.target.home + "/.ssh", 0o700)
+        for shell, options, keys, config, words in (
+                ("/bin/sh", [], self.keys, "", ""), ("/bin/sh", [], "\n", "", "refused our key"), ("/bin/rbash", [], self.keys, "", "restricted one"),
+                ("/bin/sh", [], self.keys, "Ciphers aes256-gcm@openssh.com\n", "no algorithm in common"), ("/bin/sh", ["-c", "/usr/sbin/nologin"], self.keys, "", "give root a real one"),
+                ("/bin/sh", ["-t"], self.keys, "", "wants more than a key")):
+            with self.subTest(words=words or "it works"):
+                write(self.target.keys, keys, 0o600)
+                write(self.lab.ssh_config, config)
+                prepare = change("/etc/passwd", "s,^root:.*,root:x:0:0:root:%s:%s," % (self.target.home, shell))
+                argv = ["unshare", "--mount", "sh", "-e", "-c", prepare + 'exec "$0" "$@"', require("dropbear"), "-F", "-E", "-r", key, "-p", "%s:%d" % (self.target.address, self.target.port), "-P", "", *options]
+                with open(self.target.log, "wb") as log:
+                    self.target.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                self.target.pump = subprocess.Popen(["true"])
+                wait_for(lambda: "Not backgrounding" in self.target.read_log(), "dropbear")
+                try:
+                    if words:
+                        self.said(words, never=("apply again finishes", "connection was lost"))
+                    else:
+                        self.lab.offsync("plan", check=0)
+                finally:
+                    self.target.stop()
 
 
 class Way(SentenceCase):

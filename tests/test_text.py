@@ -390,6 +390,9 @@ class Diagnosis(unittest.TestCase):
         ("key-refused", "root@127.0.0.1: Permission denied (publickey,password,keyboard-interactive)."),
         ("ssh-config", "Bad owner or permissions on /root/.ssh/config"),
         ("penalty", "kex_exchange_identification: read: Connection reset by peer\nNot allowed at this time"),
+        ("account-expired", "Your account has expired; please contact your system administrator.\nConnection closed by 127.0.0.1 port 34699"),
+        ("ended", "/bin/bash: line 1: /nonexistent/offsync-connection-ended: No such file or directory\nkex_exchange_identification: Connection closed by remote host"),
+        ("other-service", "fatal: unrecognized command '/usr/bin/rrsync -wo /srv/x'\nrsync: connection unexpectedly closed (0 bytes received so far) [sender]"),
         ("closed", "Connection closed by 127.0.0.1 port 2201"),
         ("session-refused", "mux_client_request_session: session request failed: Session open refused by peer"),
         ("password-expired", "Password change required but no TTY available.\nrsync: connection unexpectedly closed (0 bytes received so far) [sender]"),
@@ -415,6 +418,19 @@ class Diagnosis(unittest.TestCase):
                 self.assertNotIn("{", str(error))
                 self.assertNotIn("\n", str(error))
         self.assertEqual({kind for kind, _ in self.ANSWERS} - {"other"}, {kind for kind, words, _ in offsync.FAILURES if words})
+
+
+class Limits(unittest.TestCase):
+    def test_neither_a_line_nor_an_answer_is_read_without_end(self) -> None:
+        with self.assertRaisesRegex(offsync.OffsyncError, "prints without end"):
+            offsync.Output(lambda line: None).take(b"x" * (offsync.MAX_LINE + 1))
+        with self.assertRaisesRegex(offsync.OffsyncError, "prints without end"):
+            offsync.Output(None).take(b"x" * (offsync.STDOUT_LIMIT + 1))
+        lines: list = []
+        output = offsync.Output(lines.append)
+        for _ in range(3):
+            output.take((b"x" * 1000 + b"\n") * 100)
+        self.assertEqual(len(lines), 300)
 
 
 class Versions(unittest.TestCase):
