@@ -26,7 +26,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 530 to 1727, in the order in
+To audit it, read the trust core first: lines 532 to 1730, in the order in
 which data flows. What follows serves it: link, host keys, packages, the config,
 output, commands; a table of what failures mean comes last.
 """
@@ -517,11 +517,13 @@ def reviewed_entry(fields: dict[str, Any]) -> tuple[bytes, SourceEntry]:
     entry = SourceEntry.make(letter, int(fields["mode"], 8), fields["size"], content)
     return read_json_path(fields), entry
 
-def name_line(fields: dict[str, Any]) -> str:
-    """Return one sentence for a line of the plan of now that was not reviewed."""
+def name_line(fields: dict[str, Any], failed: set[str]) -> str:
+    """Return a sentence for a line that was not reviewed; failed: logins that had no plan then."""
     if "source" in fields:
         return "the policy is now %s (give --source and --delete as for the plan)" % (
             json.dumps(fields))
+    if fields["login"] in failed:
+        return "%(login)s could not be compared then: plan again, or name the others" % fields
     if "kind" in fields:
         return "%s: %s is now %s" % (fields["login"], show(read_json_name(fields)), fields["kind"])
     return "%(login)s at port %(port)s, %(remote_path)s was not reviewed" % fields
@@ -722,10 +724,9 @@ class Source:
         self.root, self.exclude, self.with_md5 = os.fsencode(path), exclude, with_md5
         self.count = 0                      # of entries, excluded ones too, once it is scanned
         self.symlinks: list[bytes] = []     # not excluded; where a target takes none
-        self.entries: dict[bytes, SourceEntry] = {}
+        self.entries: dict[bytes, SourceEntry] = {}         # b"" where it is not described yet
         self.errors: dict[bytes, str] = {}
-        self.lock = threading.Lock()        # for the next three
-        self.wanted: set[bytes] = set()
+        self.lock = threading.Lock()        # for the next two
         self.batch: list[bytes] = []
         self.pending: list[Any] = []        # futures of batches
         self.pool = Pool(min(os.cpu_count() or 1, 4))
@@ -733,8 +734,8 @@ class Source:
     def want(self, path: bytes) -> None:
         """Have an entry described in the background."""
         with self.lock:
-            if path not in self.wanted:
-                self.wanted.add(path)
+            if path not in self.entries:
+                self.entries[path] = SourceEntry()
                 self.batch.append(path)
                 if len(self.batch) >= BATCH:
                     self._hand_over([self.batch])
@@ -785,10 +786,7 @@ class Source:
             return False
 
     def older(self, path: bytes, when: int) -> bool:
-        """Return whether an entry (or, if it is gone, what is above it) is older than a time (ns).
-
-        For words only: a writer of the source can choose time stamps.
-        """
+        """Return whether an entry, or what is above it, precedes a time (ns). For words only."""
         for place in (path, os.path.dirname(path)):
             with contextlib.suppress(OSError):
                 return os.lstat(os.path.join(self.root, place)).st_ctime_ns < when
@@ -825,29 +823,30 @@ def symlink_offence(root: bytes, real_root: bytes, path: bytes) -> str:
         return "it is a symlink that leaves the source"
     return ""
 
-def entry_offence(entry: "os.DirEntry[bytes]", check_access: bool, need_owner: bool) -> str:
-    """Return why a file or directory of the source cannot be delivered, "" if it can."""
-    if entry.name == STAGING:
-        return "rsync reserves the name .~tmp~ for itself; rename it"
-    directory = entry.is_dir(follow_symlinks=False)
-    if not directory and not entry.is_file(follow_symlinks=False):
-        return "it is a device, socket or fifo"
-    if check_access and not os.access(entry.path, os.R_OK | (os.X_OK if directory else 0)):
-        return "it cannot be read"
-    if need_owner:                          # else no later run could compare it there
-        needed = 0o500 if directory else 0o400
-        if entry.stat(follow_symlinks=False).st_mode & needed != needed:
+def entry_offence(entry: "os.DirEntry[bytes]", needed: int) -> str:
+    """Return why a file or directory of the source cannot be delivered, "" if it can.
+
+    needed: permissions of the owner without which a user that is not root could not compare it.
+    """
+    try:
+        if entry.is_dir(follow_symlinks=False):
+            access = os.R_OK | os.X_OK
+        elif entry.is_file(follow_symlinks=False):
+            access, needed = os.R_OK, needed & 0o400
+        else:
+            return "it is a device, socket or fifo"
+        if needed and entry.stat(follow_symlinks=False).st_mode & needed != needed:
             return "its mode would lock the target's user out; run: chmod u+rX"
+    except FileNotFoundError:               # gone since
+        return ""
+    if os.geteuid() != 0 and not os.access(entry.path, access):
+        return "it cannot be read"
     return ""
 
-def scan(source: Source, need_owner: bool) -> dict[bytes, str]:
-    """Walk the source once, count it, note its symlinks; return {path: why it is no delivery}.
-
-    Excludes are not applied. need_owner: some target's user is not root.
-    """
+def scan(source: Source, needed: int) -> dict[bytes, str]:
+    """Walk the source once, count it, note its symlinks; return {path: why it is no delivery}."""
     offences: dict[bytes, str] = {}
     real_root = os.path.realpath(source.root)
-    check_access = os.geteuid() != 0        # root reads everything
     pending = [b""]
     while pending:
         directory = pending.pop()
@@ -857,18 +856,18 @@ def scan(source: Source, need_owner: bool) -> dict[bytes, str]:
             with os.scandir(os.path.join(source.root, directory)) as entries:
                 for entry in entries:
                     source.count += 1
-                    path = prefix + entry.name
                     why = ""
                     if entry.is_symlink():
-                        source.symlinks.append(path)
-                        why = symlink_offence(source.root, real_root, path)
+                        source.symlinks.append(prefix + entry.name)
+                        why = symlink_offence(source.root, real_root, prefix + entry.name)
                     else:
-                        with contextlib.suppress(FileNotFoundError):    # gone since
-                            why = entry_offence(entry, check_access, need_owner)
+                        why = entry_offence(entry, needed)
                         if entry.is_dir(follow_symlinks=False):
-                            pending.append(path)
+                            pending.append(prefix + entry.name)
+                    if entry.name == STAGING:
+                        why = "rsync reserves the name .~tmp~ for itself; rename it"
                     if why:
-                        offences[path] = why
+                        offences[prefix + entry.name] = why
         except OSError as error:
             if not directory:
                 raise OffsyncError("source %s: %s; name a readable directory" % (
@@ -888,7 +887,7 @@ def check_source(source: Source, home: "Home", rsync: str, targets: Sequence[Tar
             raise OffsyncError("source %s: it contains %s and so the private key; choose a "
                 "directory of its own: offsync init --source DIR" % (show(source.root), show_text(
                 private)))
-    offences = scan(source, need_owner=any(target.user != "root" for target in targets))
+    offences = scan(source, 0o500 if any(target.user != "root" for target in targets) else 0)
     if all(target.symlinks for target in targets):
         source.symlinks = []                # nobody minds them
     if source.exclude and (offences or source.symlinks):
@@ -1161,9 +1160,10 @@ def prove_path(connection: Connection) -> str:
                 return "it stays below " + show(expected)
         quote = before.rfind(b'"/')
         if found and quote >= 0:
-            elsewhere = show(before[quote + 1:].rstrip(b"/") or b"/")
-            raise failure(target, "open", "its key writes below %s, not below %s" % (
-                elsewhere, show(expected)))
+            elsewhere = before[quote + 1:].rstrip(b"/") or b"/"
+            raise failure(target, "open" if elsewhere == b"/" else "other-path",
+                          "its key writes below %s, not below %s" % (
+                              show(elsewhere), show(expected)))
         if not result.stderr.startswith(SILENT):
             break
     error = diagnose(target, result.stderr)
@@ -1236,7 +1236,7 @@ def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iter
         raise diagnose(target, result.stderr)
     return found
 
-def compare_proved(connection: Connection, mode: str) -> list[Change]:
+def compare_proved(connection: Connection) -> list[Change]:
     """Return what the plan's pass itemizes, once it is proved that the key runs no command there.
 
     The proof runs beside the pass, on the same connection, from the moment in which the server has
@@ -1244,6 +1244,7 @@ def compare_proved(connection: Connection, mode: str) -> list[Change]:
     sshd may allow one session), it is tried again after the pass.
     """
     shared, proofs, changes = connection.shared, [], []     # type: ignore[var-annotated]
+    mode = shared.config.verify
     failed: Optional[OffsyncError] = None
 
     def begin_proof(_: bytes) -> None:
@@ -1287,7 +1288,7 @@ def classify(connection: Connection, changes: list[Change]) -> list[Change]:
             raise failure(connection.target, "elsewhere", "%s twice" % show(one.path))
     return changes
 
-def plan_target(shared: Run, target: Target, mode: str) -> TargetPlan:
+def plan_target(shared: Run, target: Target) -> TargetPlan:
     """Return the plan of one target, errors included.
 
     Where there is something to do, the key must really write below the configured path: that is
@@ -1300,7 +1301,7 @@ def plan_target(shared: Run, target: Target, mode: str) -> TargetPlan:
         PROGRESS.update(target.login, "connecting")
         plan.connection.open()
         PROGRESS.update(target.login, "comparing")
-        changes = classify(plan.connection, compare_proved(plan.connection, mode))
+        changes = classify(plan.connection, compare_proved(plan.connection))
         if changes:
             prove_path(plan.connection)
         source.wait()
@@ -1327,11 +1328,11 @@ def share(shared: Run, target: Target, changes: list[Change]) -> tuple[list[Chan
     with shared.source.lock:
         return shared.plans.setdefault(digest.digest(), changes), digest.digest()
 
-def plan_all(shared: Run, targets: Sequence[Target], mode: str) -> list[TargetPlan]:
+def plan_all(shared: Run, targets: Sequence[Target]) -> list[TargetPlan]:
     """Check the source, then return the plan of each target, in the given order."""
     check_source(shared.source, shared.home, shared.rsync, targets)
     shared.targets = len(targets)
-    return list(shared.jobs.map(lambda target: plan_target(shared, target, mode), targets))
+    return list(shared.jobs.map(lambda target: plan_target(shared, target), targets))
 
 
 # --- Trust core: approval -----------------------------------------------------------------------
@@ -1357,6 +1358,7 @@ def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes],
     held: set[tuple[bytes, SourceEntry]] = set()
     leftovers: set[tuple[str, bytes]] = set()
     differing: list[str] = []
+    failed: set[str] = set()                # logins that the review did not show
     for number, line in enumerate(reviewed, 1):
         try:
             fields = json.loads(line)
@@ -1365,6 +1367,7 @@ def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes],
                 leftovers.add((fields["login"], read_json_path(fields)))
             elif key in unapproved or "kind" not in fields:
                 unapproved.discard(key)
+                failed.update([fields["login"]] if fields.get("error") else [])
             elif fields["kind"] != "missing":
                 held.add(reviewed_entry(fields))
             elif os.path.lexists(os.path.join(shared.source.root, read_json_path(fields))):
@@ -1374,8 +1377,9 @@ def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes],
                 "plan --json' printed" % (show_text(name), number)) from None
     differing += ["%s is not in the source as reviewed" % show(path)
                   for path in not_in_source(shared.source, held)]
-    if unapproved:
-        differing += [name_line(fields) for fields in now() if comparable(fields) in unapproved]
+    if unapproved:                          # the policy comes first
+        new = (fields for fields in now() if comparable(fields) in unapproved)
+        differing = [*dict.fromkeys(name_line(fields, failed) for fields in new), *differing]
     if differing:
         raise OffsyncError("refused, nothing was sent: plan %s does not approve what would be done "
                            "now; review a new one: offsync plan; what differs: %s"
@@ -1388,46 +1392,45 @@ def not_in_source(source: Source, held: set[tuple[bytes, SourceEntry]]) -> list[
     """Return the paths of those entries that the source does not hold; hashes what is not yet."""
     again = Source(os.fsdecode(source.root))        # what vanished is no error here
     for path, _ in held:
-        if path not in source.entries:
+        if not source.entries.get(path):
             again.want(path)
     with contextlib.suppress(OffsyncError):
         again.wait()
     found = {**again.entries, **source.entries}
     return sorted({path for path, entry in held
-                   if path not in found or found[path].reviewed != entry})
+                   if not found.get(path) or found[path].reviewed != entry})
 
-def forbidden(config: Config, plan: TargetPlan) -> list[str]:
-    """Return the kinds of changes that a plan needs and the config forbids."""
-    return [kind for kind in POLICIES if not getattr(config, POLICIES[kind][0]) and plan.of(kind)]
+def refusal(shared: Run, plans: Sequence[TargetPlan], reviewed: bool) -> str:
+    """Return why none of these plans may be carried out, "" if all may.
 
-def refuse_by_policy(shared: Run, plans: Sequence[TargetPlan], reviewed: bool) -> None:
-    """Raise if the config forbids what any of the plans needs: then nothing is sent anywhere."""
-    config, refused = shared.config, "refused, nothing was sent: "
+    reviewed: somebody has looked at the deletions.
+    """
+    config, source, kept = shared.config, show_text(shared.config.source), 0
+    deleting = [plan for plan in plans
+                if plan.of("missing") or config.delete and plan.of("leftover")]
+    if deleting:
+        kept = len(shared.source.included(shared.rsync))
+        if not kept:
+            return "the source %s is empty (after the excludes), and an empty source never " \
+                   "deletes; is it mounted and filled?" % source
     for kind, (key, ways_out) in POLICIES.items():
-        concerned = [plan for plan in plans if kind in forbidden(config, plan)]
-        if concerned:
-            count = sum(len(plan.of(kind)) for plan in concerned)
+        concerned = [plan for plan in plans if plan.of(kind)]
+        if concerned and not getattr(config, key):
             named = ["%s: %s" % (plan.target.login, some_paths(c.path for c in plan.of(kind)))
                      for plan in concerned]
-            raise OffsyncError(refused + "%s is false, and the plan has %d %s; %s: %s" % (
-                key, count, kind, ways_out, some_of(named, "; ")))
-    deleting = [plan for plan in plans if config.delete and plan.of("missing", "leftover")]
-    if not deleting:
-        return
-    kept = len(shared.source.included(shared.rsync))
-    if not kept:
-        raise OffsyncError(refused + "the source %s is empty (after the excludes), and an empty "
-            "source never deletes; is it mounted and filled?" % show_text(config.source))
+            return "%s is false, and the plan has %d %s; %s: %s" % (
+                key, sum(len(plan.of(kind)) for plan in concerned), kind, ways_out,
+                some_of(named, "; "))
     for plan in () if reviewed else deleting:
         gone, new = len(plan.of("missing", "leftover")), len(plan.of("added"))
         there = kept - new + gone           # what it has now; it will have what the source has
         if gone >= MANY_DELETIONS and 100 * kept < (100 - config.max_delete) * there:
-            raise OffsyncError(refused + "%s would shrink from %d to %d entries (max_delete: %d "
-                               "percent); is the source %s mounted and filled? If it is meant, "
-                               "review it: offsync plan, then apply --plan ID, both with the same "
-                               "--source and --delete; or raise max_delete in the config" % (
-                                   plan.target.login, there, kept, config.max_delete,
-                                   show_text(config.source)))
+            return "%s would shrink from %d to %d entries (max_delete: %d percent); is the " \
+                   "source %s mounted and filled? If it is meant, review it: offsync plan, then " \
+                   "apply --plan ID, both with the same --source and --delete; or raise " \
+                   "max_delete in the config" % (
+                       plan.target.login, there, kept, config.max_delete, source)
+    return ""
 
 
 # --- Trust core: delivery -----------------------------------------------------------------------
@@ -1991,9 +1994,9 @@ def find_strangers(path: str, itself: bool = True) -> str:
         if following and mode & stat.S_ISVTX and os.path.lexists(below):
             if os.lstat(below).st_uid in ours:
                 continue
-        if mode & 0o002:
-            return "everybody may write to %s (mode %04o); run: chmod o-w %s" % (
-                show_text(place), mode, quoted)
+        if mode & 0o002:                    # /tmp and the like are meant to be so
+            remedy = "choose another place" if mode & stat.S_ISVTX else "run: chmod o-w " + quoted
+            return "everybody may write to %s (mode %04o); %s" % (show_text(place), mode, remedy)
         if mode & 0o020 and (has_acl(place) or group_has_strangers(status.st_gid)):
             return "its group may write to %s (mode %04o); run: chmod g-w %s" % (
                 show_text(place), mode, quoted)
@@ -2599,20 +2602,21 @@ def cmd_link(args: argparse.Namespace) -> int:
         raise OffsyncError("path %s: you may not create it; run as root: install -d -o %s %s; then "
             "link again" % (show_text(path), account.pw_name, shlex.quote(path))) from None
     keys.write(line)
-    before = keys.line.split(KEY_RESTRICTIONS)[0]
-    same = bool(before) and line.startswith(before)
-    if before and not same:
+    before, after = (re.sub('^from="[^"]*",', "", text).split(KEY_RESTRICTIONS)[0]
+                     for text in (keys.line, line))
+    if before not in ("", after):
         warn("this key was linked in another way before, which is replaced: what it could write to "
             "then can no longer be delivered to: " + show_text(before))
-    emit("%s %s: the key may write below %s, nothing else" % (
-        "already linked in" if same else "linked in", keys.path, show_text(path)), error=True)
+    done = "already linked" if keys.line == line else "linked"
+    emit("%s in %s: the key may write below %s, nothing else" % (
+        done, keys.path, show_text(path)), error=True)
     settings = sshd_settings(account.pw_name)
     for warning in link_warnings(account, settings, path, keys):
         warn(warning)
-    warn_of_old_rsync()
     port, host_key = own_address(settings)
     target = Target("%s@%s" % (account.pw_name, os.uname().nodename), path, rrsync, port, not munge)
-    emit("Now run this on the controller (with the name by which it reaches this host):", True)
+    emit("Now run this on the controller, unless it knows this target (with the name by which "
+         "it reaches this host; port and fingerprint are those of the system's sshd):", error=True)
     fingerprint = " --host-key " + host_key if host_key else ""
     emit("offsync target add " + target.add_arguments + fingerprint)
     return 0
@@ -2908,7 +2912,6 @@ def cmd_target_add(args: argparse.Namespace) -> int:
 # --- System packages ----------------------------------------------------------------------------
 
 RSYNC_OLDEST = (3, 1, 2)                    # the first with rrsync -wo
-RSYNC_SAFER = (3, 4, 0)                     # CVE-2024-12084 to 12088 and 12747
 # macOS ships openrsync as rsync.
 BREW_RSYNC = ("/opt/homebrew/bin/rsync", "/usr/local/bin/rsync",
               "/home/linuxbrew/.linuxbrew/bin/rsync")
@@ -2965,13 +2968,6 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
     raise OffsyncError("rsync: %s; offsync needs rsync %d.%d.%d or newer: run offsync "
         "install-deps, or set OFFSYNC_RSYNC" % (problem, *RSYNC_OLDEST))
 
-def warn_of_old_rsync() -> None:
-    """Warn where the version suggests vulnerabilities; only a hint, distributions back-port."""
-    version = find_rsync()[1]
-    if version < RSYNC_SAFER and not (3, 2, 8) <= version < (3, 3, 0):
-        warn("rsync %d.%d.%d: releases before 3.4.0 have known vulnerabilities (CVE-2024-12084 and "
-            "others), unless your distribution patched them; update it" % version)
-
 def missing_programs(role: str) -> dict[str, str]:
     """Return the programs that a role needs and that are not here, each with what is wrong."""
     checks: dict[str, Callable[[], Any]] = {"rsync": find_rsync}
@@ -3021,8 +3017,10 @@ def install_dependencies(role: str, assume_yes: bool) -> None:
     for step in steps:
         emit("  " + "\n  or, if that fails: ".join(map(shlex.join, step)), error=True)
     if steps[0][0][0] == "sudo" and not shutil.which("sudo"):
+        here = "offsync" if shutil.which("offsync") else "python3 " + shlex.quote(
+            os.path.realpath(sys.argv[0]))
         raise OffsyncError("install-deps: this account is not root, and there is no sudo; have "
-            "root run: offsync install-deps --role %s -y" % role)
+            "root run: %s install-deps --role %s -y" % (here, role))
     if not assume_yes and ask("Run them now? Type y or n: ", "repeat with -y to run them without a "
                               "question") not in ("y", "yes"):
         raise OffsyncError("install-deps: nothing was installed; missing: %s" % ", ".join(missing))
@@ -3115,7 +3113,7 @@ def parse_yaml(text: str) -> dict[str, Node]:
             bad = YAML_FORBIDDEN.search(line)
             if bad or not match:
                 raise ValueError("the character U+%04X is not allowed" % ord(bad[0]) if bad else
-                                 "unsupported syntax, value or escape (quotes as in JSON do)")
+                                 "unsupported syntax or value; put text in double quotes, as JSON")
             indent, key, value = len(match["indent"]), match["key"], match["value"]
             node = None if value is None else Node(parse_yaml_value(value), number)
             if match["dash"]:
@@ -3440,6 +3438,10 @@ def cmd_init(args: argparse.Namespace) -> int:
     if not os.path.lexists(home.config):
         write_atomically(home.config, [format_new_config(source).encode()], 0o600)
     elif source and source != home.load().source:
+        if home.load().targets:
+            warn("the source was %s; %s will get the new one (a second tree has its own "
+                "OFFSYNC_HOME)" % (show_text(home.load().source), plural(len(home.load().targets),
+                "target")))
         home.replace_in_config("source", ["source: " + format_yaml(source)])
     if not os.path.lexists(home.key):
         comment = "offsync@" + re.sub(r"[^A-Za-z0-9.-]", "", os.uname().nodename)
@@ -3455,7 +3457,6 @@ def cmd_init(args: argparse.Namespace) -> int:
             raise OffsyncError("key %s: ssh-keygen cannot read it; move it away and run init again "
                 "(it said: %s)" % (home.key, quote_answer(public.stderr)))
         write_atomically(home.key + ".pub", [public.stdout], 0o644)
-    warn_of_old_rsync()
     emit("source %s, config %s" % (show_text(home.load().source), show_text(home.config)), True)
     key = read_file(home.key + ".pub", "key", "run: offsync init").decode("utf-8", "replace")
     key = key.strip()
@@ -3466,7 +3467,8 @@ def cmd_init(args: argparse.Namespace) -> int:
 def cmd_target_list(args: argparse.Namespace) -> int:
     """List the targets, each with its last outcome."""
     home = Home()
-    last, targets = home.read_last(), sorted(home.load().targets)
+    config, last = home.load(), home.read_last()
+    targets = sorted(config.targets)
     if args.json:
         listed = [{**target._asdict(), "user": target.user, "host": target.host,
                    "last": last.get(target.login)} for target in targets]
@@ -3478,8 +3480,10 @@ def cmd_target_list(args: argparse.Namespace) -> int:
         where += " port %d" % target.port if target.port else ""
         rows.append([target.login, where, "never delivered", "", ""])
         if record:
-            rows[-1][2:] = [record["result"], str(record.get("timestamp")), "plan %s from %s" % (
-                str(record.get("plan"))[:12], show_text(str(record.get("source"))))]
+            plan, source = str(record.get("plan"))[:12], str(record.get("source"))
+            other = "" if source == config.source else " from " + show_text(source)
+            why = ": " + str(record.get("error")) if record["result"] == "failed" else ""
+            rows[-1][2:] = [record["result"], str(record.get("timestamp")), plan + other + why]
     print_table(rows)
     if not targets:
         emit("no targets yet; on a target run: offsync link; then here: offsync target add", True)
@@ -3504,13 +3508,13 @@ def cmd_target_remove(args: argparse.Namespace) -> int:
 
 def read_inventory(path: str) -> list[str]:
     """Return the patterns that a file lists, one a line; nothing in it is an option or "all"."""
-    data = read_file(path, "target list", "name a file with a pattern a line", False)
+    data = read_file(path, "list of targets", "name a file with a pattern a line", False)
     lines = [line.split(" #")[0].strip() for line in data.decode("utf-8", "replace").split("\n")]
     patterns = [line for line in lines if line and not line.startswith("#")]
     wrong = [pattern for pattern in patterns if pattern.startswith(("-", "@"))]
     if wrong or not patterns:
         why = "%s is no pattern" % show_text(wrong[0]) if wrong else "it names no target"
-        raise UsageError("target list %s: %s; list logins, hosts or patterns, one a line" % (
+        raise UsageError("list of targets %s: %s; list logins, hosts or patterns, one a line" % (
             show_text(path), why))
     return patterns
 
@@ -3547,14 +3551,11 @@ def load_targets(home: Home, args: argparse.Namespace) -> tuple[Config, list[Tar
 # --- Commands: plan, apply, verify --------------------------------------------------------------
 
 def plan_summary(config: Config, plan: TargetPlan) -> str:
-    """Return the counts of a plan, and what they need that the config forbids."""
+    """Return the counts of a plan."""
     if plan.error:
         return "not compared"
-    remarks = {"missing": " (apply will delete)", "leftover": ""}
-    remarks["leftover"] = remarks["missing"] if config.delete else ""
-    for kind in forbidden(config, plan):
-        remarks[kind] = " (apply will refuse: %s is false)" % POLICIES[kind][0]
-    counts = ["%d %s%s" % (len(plan.of(kind)), kind, remarks.get(kind, ""))
+    deletes = {"missing", "leftover"} if config.delete else set()
+    counts = ["%d %s%s" % (len(plan.of(kind)), kind, " (to delete)" if kind in deletes else "")
               for kind in KINDS if plan.of(kind)]
     if not counts:
         return "equal, nothing to do"
@@ -3601,9 +3602,9 @@ def print_plans(config: Config, plans: Sequence[TargetPlan], entries: int) -> No
         each = "" if len(group) == 1 else "%d targets, each: " % len(group)
         emit("  " + each + plan_summary(config, plan))
 
-def raise_for_failed(plans: Sequence[TargetPlan], what: str) -> None:
-    """Raise if a target has no plan; why is printed already, or is in the JSON."""
-    failed = [plan.target.login for plan in plans if plan.error]
+def raise_for_failed(plans: Sequence[TargetPlan], what: str, as_json: bool) -> None:
+    """Raise if a target has no plan; why was printed unless as JSON, which has only its kind."""
+    failed = [str(plan.error) if as_json else plan.target.login for plan in plans if plan.error]
     if failed:
         raise OffsyncError("%s: %d of %s could not be compared; mend what is said of each, then "
             "try again: %s" % (what, len(failed), plural(len(plans), "target"), some_of(failed)))
@@ -3613,8 +3614,8 @@ def cmd_plan(args: argparse.Namespace) -> int:
     home = Home()
     config, targets = load_targets(home, args)
     with Run(home, config, args.jobs) as shared:
-        plans = plan_all(shared, targets, config.verify)
-        name = plan_id(config, plans)
+        plans = plan_all(shared, targets)
+        name, why = plan_id(config, plans), "" if args.json else refusal(shared, plans, False)
         home.keep_plan(name, plan_lines(config, plans))
     if args.json:
         emit_lines(plan_lines(config, plans))
@@ -3622,13 +3623,14 @@ def cmd_plan(args: argparse.Namespace) -> int:
         print_plans(config, plans, 0 if args.summary else sys.maxsize)
         if len(plans) > 1:
             print_table([[plan.target.login, plan_summary(config, plan)] for plan in plans])
+        if why:
+            emit("%s: %s" % (colour("failed", "apply will refuse"), why))
         emit("plan " + name)
-        refused = any(forbidden(config, plan) for plan in plans)
-        if sys.stdout.isatty() and any(plan.of(*KINDS[:3]) for plan in plans) and not refused:
+        if sys.stdout.isatty() and any(plan.of(*KINDS[:3]) for plan in plans) and not why:
             words = [*args.targets, *(["--source", args.source] if args.source is not None else []),
                      *(["--delete"] if args.delete else []), "--plan", name]
             emit("Next: offsync apply " + shlex.join(words), error=True)
-    raise_for_failed(plans, "plan")
+    raise_for_failed(plans, "plan", args.json)
     return 3 if args.exit_code and any(plan.of(*KINDS[:3]) for plan in plans) else 0
 
 def print_outcome(done: Outcome) -> None:
@@ -3639,7 +3641,7 @@ def print_outcome(done: Outcome) -> None:
     if done.deleted:
         counts.append("%d deleted" % len(done.deleted))
     if done.result != "ok":
-        known = "before that: " + (", ".join(counts) or "nothing changed")
+        known = "before that: " + (", ".join(counts) or "nothing was delivered")
         if done.delivered is None:
             known = "what arrived is unknown: offsync plan tells"
         emit("offsync: %s: %s: %s (%s)" % (done.login, done.result, done.error, known), error=True)
@@ -3662,14 +3664,16 @@ def decide(shared: Run, targets: Sequence[Target], reviewed: Optional[str],
            log: Log) -> list[TargetPlan]:
     """Return the plans to carry out; raise OffsyncError, with nothing sent, if they may not be."""
     if reviewed is None:
-        plans = plan_all(shared, targets, shared.config.verify)
+        plans = plan_all(shared, targets)
         log.plan = plan_id(shared.config, plans)
     else:
         stream, log.plan = shared.home.open_plan(reviewed)
         with stream:
-            plans = plan_all(shared, targets, shared.config.verify)
+            plans = plan_all(shared, targets)
             approve(shared, plans, stream, reviewed)
-    refuse_by_policy(shared, plans, reviewed is not None)
+    why = refusal(shared, plans, reviewed is not None)
+    if why:
+        raise OffsyncError("refused, nothing was sent: " + why)
     return plans
 
 def cmd_apply(args: argparse.Namespace) -> int:
@@ -3703,9 +3707,10 @@ def cmd_verify(args: argparse.Namespace) -> int:
     """Compare every target with the source by hash; silent when all is equal."""
     home = Home()
     config, targets = load_targets(home, args)
+    config = config._replace(verify="hash" if args.fast else "strong")
     home.wait_for_writers()
     with Run(home, config, args.jobs) as shared:
-        plans = plan_all(shared, targets, "hash" if args.fast else "strong")
+        plans = plan_all(shared, targets)
     differing = []
     for plan in plans:                      # what rsync itself left there is no difference
         plan.changes = [change for change in plan.changes if change.kind != "leftover"]
@@ -3718,7 +3723,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
     elif sys.stdout.isatty():
         emit("%s: equal to %s: %s" % (
             colour("ok", "ok"), show_text(config.source), plural(len(plans), "target")))
-    raise_for_failed(plans, "verify")
+    raise_for_failed(plans, "verify", args.json)
     return 3 if differing else 0
 
 
@@ -3817,21 +3822,21 @@ def check_controller() -> bool:
         "ssh"), "-V"]).stderr)), "ssh-keygen": lambda: program("ssh-keygen"), "state": lambda:
         check_private(Home().path), "key": lambda: check_private(Home().key), "config": lambda: (
         Home().load(), check_private(Home().config))[1], "source": config_source}
-    healthy = True
+    problems: set[str] = set()
     for what, check in checks.items():
         try:
             emit("%s %-10s  %s" % (colour("ok", "ok      "), what, check()))
         except (OffsyncError, OSError) as error:
-            healthy = False
-            emit("%s %s" % (colour("failed", "PROBLEM "), error))
-    return healthy
+            if str(error) not in problems:
+                emit("%s %s" % (colour("failed", "PROBLEM "), error))
+            problems.add(str(error))
+    return not problems
 
 def cmd_doctor(args: argparse.Namespace) -> int:
     """Check this controller and prove, per target, what the key can and cannot do."""
     if not check_controller():
         raise OffsyncError("doctor: this controller has problems; mend what is marked PROBLEM "
             "above, then run it again")
-    warn_of_old_rsync()
     home, healthy = Home(), True
     config = home.load()
     with Run(home, config) as shared:
@@ -3897,7 +3902,7 @@ def next_step(home: Home) -> str:
               for login, result in sorted(results.items()) if result != "ok"]
     if failed:
         return "The last apply was not ok for: %s. Next: offsync plan" % some_of(failed)
-    return "%s configured. Next: offsync plan" % plural(len(targets), "target")
+    return "%s in %s. Next: offsync plan" % (plural(len(targets), "target"), show_text(home.config))
 
 
 # --- Parser and main ----------------------------------------------------------------------------
@@ -4089,17 +4094,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 # substrings take linear time, whatever a target writes.
 FAILURES = (
     ("open", "", "the key is NOT restricted as the config says, so nothing is sent; run there: "
-     "offsync link --path {path}, or here, if only the path is another: offsync target add with "
-     "that path; is there a line for it without command=\"...\" in authorized_keys, or an "
-     "IdentityFile with a shell in ~/.ssh/config?"),
+     "offsync link --path {path}; is there a line for it without command=\"...\" in "
+     "authorized_keys, or an IdentityFile with a shell in ~/.ssh/config?"),
+    ("other-path", "", "the key is for another path there, so nothing is sent; for a second tree "
+     "use a state of its own (OFFSYNC_HOME), with a key of its own; else run there: offsync link "
+     "--path {path}, or here: offsync target add, with the path that it is for"),
     ("not-rrsync", "", "the forced command of the key there is not rrsync (it accepts any command "
      "and does nothing), so nothing was sent; run there: offsync link --path {path}"),
     ("silent", "", "it accepted the login, then did not answer in time, so nothing was sent; make "
      "the shell start files of {user} there (.bashrc and the like) read and wait for nothing, "
      "then look at that host's disks"),
     ("prints", "", "the login prints text where rrsync must be alone, so nothing was sent; make "
-     "the shell start files of {user} there silent, or link the key again: offsync link --path "
-     "{path}"),
+     "the shell start files of {user} there silent (.bashrc and the like; at its top: case $- in "
+     "*i*) ;; *) return;; esac), or link the key again: offsync link --path {path}"),
     ("mute", "", "it does not tell where its key writes, so nothing was sent; is its forced "
      "command rrsync, of the same release as rsync there?"),
     ("symlinks", "", "it takes no symlinks (--no-symlinks), and the source has some; exclude "
@@ -4124,11 +4131,12 @@ FAILURES = (
      "its host certificate has expired; have it signed again by its CA"),
     ("host-key-changed", "REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key CHANGED, "
      "somebody else may answer there; compare its fingerprint on its own console (ssh-keygen -lf "
-     "/etc/ssh/ssh_host_ed25519_key.pub), and only if it is the new one: offsync target add {add} "
-     "--host-key SHA256:..."),
+     "/etc/ssh/ssh_host_ed25519_key.pub, or its HostKey), and only if it is the new one: offsync "
+     "target add {add} --host-key SHA256:..."),
     ("algorithms", "no matching host key type|no matching key exchange method|no matching cipher|"
      "no matching MAC", "sshd there and ssh here have no algorithm in common; update the older of "
-     "them, or allow it in ~/.ssh/config (HostKeyAlgorithms, KexAlgorithms, Ciphers, MACs)"),
+     "them, or allow here what is offered: in ~/.ssh/config HostKeyAlgorithms, KexAlgorithms, "
+     "Ciphers or MACs, with a + before it; the first line that matches wins"),
     ("host-key-unknown", "host key is known for|Host key verification failed",
      "its host key is not trusted yet; confirm it with: offsync target add {add}"),
     ("name", "Could not resolve hostname|Name or service not known",
@@ -4148,9 +4156,10 @@ FAILURES = (
      "publickey alone for {user} in its sshd_config (Match User {user})"),
     ("key-refused", "Permission denied (publickey|Permission denied (gssapi|"
      "Permission denied (hostbased|Too many authentication failures",
-     "it refused our key; run there: offsync link --path {path}, with the key that 'offsync init' "
-     "prints, and with --from, if at all, for the address of this controller; sshd's log there "
-     "tells more: a locked or expired account, or one without a login shell, is always refused"),
+     "it refused our key; run there: offsync link --path {path} --key '...', as {user}, with the "
+     "key that 'offsync init' prints here (and --from, if its line has one, for this controller's "
+     "address); if that changes nothing, sshd's log there tells more: a locked account (as root: "
+     "usermod -p '*' {user}), an expired one, or one without a login shell is always refused"),
     ("penalty", "Not allowed at this time", "sshd there refuses this controller for a while "
      "(PerSourcePenalties, after logins that failed); wait a minute"),
     ("session-refused", "ession open refused|session request failed|open failed: connect failed",
@@ -4167,21 +4176,24 @@ FAILURES = (
      "refuse it, or does sshd itself fail? Its log there tells"),
     ("password-expired", "Password change required|password has expired|must change your password",
      "the password of {user} there has expired, so sshd starts nothing; run there as root: chage "
-     "-M -1 {user}"),
+     "-d -1 -M -1 {user}"),
     ("nologin", "account is currently not available|not allowed to login|"
      "This account is not available", "the login's shell refuses commands; give {user} a real one "
      "there: chsh -s /bin/sh {user}"),
     ("other-service", "This service allows sftp connections only|fatal: Interactive git shell|"
      "fatal: unrecognized command|git-shell", "something other than rrsync is forced there (sftp "
-     "only, or git-shell); give {user} a real shell, and no ForceCommand in sshd_config"),
+     "only, or git-shell); take ForceCommand for {user} out of its sshd_config and restart sshd, "
+     "or give {user} a real login shell: chsh -s /bin/sh {user}"),
     ("restricted-shell", "restricted: cannot specify|: restricted", "the login's shell is a "
      "restricted one (rbash), which cannot start rrsync; run there: chsh -s /bin/sh {user}"),
     ("locked", "Another instance of rrsync is already accessing", "another rsync is using {path} "
      "there; try again when it has finished"),
     ("no-rrsync", "rrsync&not found|rrsync: No such file|rrsync: Permission denied|"
+     "bash: line 1: /&: No such file|sh: 1: /&: not found|"
      "can't open file&rrsync|Can't open perl script|rrsync: cannot execute|Unknown command&rrsync|"
      "rrsync: inaccessible|rrsync&bad interpreter", "rrsync, or its interpreter, is not at "
-     "{rrsync} there; run on the target: offsync install-deps --role target, then link again"),
+     "{rrsync} there; run on the target: offsync install-deps --role target, then: offsync link "
+     "--path {path}"),
     ("read-only-key", "sending to read-only server|read-only server is not allowed",
      "its key is for reading only (rrsync -ro); run there: offsync link --path {path}"),
     ("perl-refusal", "is not rsync|Not invoked via sshd|does not run rsync",
@@ -4191,8 +4203,8 @@ FAILURES = (
      "install-deps --role target"),
     ("no-directory", "Restricted directory does not exist|"
      "FileNotFoundError&No such file or directory: '|NotADirectoryError|chdir&failed|"
-     "Unable to chdir", "{path} is gone there or is no directory; create it again with: offsync "
-     "link --path {path}"),
+     "Unable to chdir", "{path} is gone there or is no directory; create it again, as root: "
+     "install -d -o {user} {path}"),
     ("openrsync", "openrsync|rsync 2.6.9 compatible|: too large", "openrsync answers there "
      "instead of rsync; install the real rsync on the target"),
     ("option", "has been disabled on this server|invalid rsync-command syntax|"
@@ -4224,14 +4236,15 @@ FAILURES = (
      "there: it belongs to another, or is marked immutable or append-only (lsattr, chattr -ia); "
      "mend that, then apply again"),
     ("permission", "Permission denied (13)", "{user} may not write everywhere below {path} there; "
-     "mend owner and modes, then apply again"),
+     "mend owner and modes (as root: chown {user} {path}), then apply again"),
     ("not-a-directory", "Not a directory (20)", "{path} there, or something in it, is no "
      "directory any more"),
     ("timeout", "timed out|Timeout, server|not responding|io timeout after",
      "it did not answer in time; check host and network"),
     ("no-answer", "(0 bytes received so far)", "no rsync ever answered there, so nothing was "
-     "sent; do the shell start files of {user} end or replace the shell (exit, exec)? Is the "
-     "forced command rrsync, and the login shell a real one? Does PAM open a session?"),
+     "sent; do the shell start files of {user} (.bashrc and the like) exit, or exec another "
+     "program? Is the forced command rrsync, the login shell a real one, and does PAM open a "
+     "session?"),
     ("lost", "connection unexpectedly closed|unexpected EOF|unexpectedly close|Broken pipe|"
      "error in rsync protocol|onnection to&closed|error in socket IO|mux_client|client_loop",
      "the connection was lost; apply again finishes the job"),

@@ -4,6 +4,7 @@ usage: bench.py [ROW ...]; QUICK=1 for small trees, RUNS=n repetitions. The yard
 """
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import shutil
@@ -156,13 +157,26 @@ class Bench:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 0
 
+    def row_targets(self) -> None:
+        """1, 4, 16 and 64 targets, nothing to do: what each further one costs the controller (offsync, ssh and rsync here)."""
+        self.fresh(200, 1000)
+        targets = [self.target] + [self.lab.joined_by_hand("near%d" % number) for number in range(3 if QUICK else 63)]
+        self.offsync("apply")
+        found = {}
+        for count in (1, 4, 16, 64)[:2 if QUICK else 4]:
+            logins = [target.login for target in targets[:count]]
+            found[count] = median([self.usage(functools.partial(self.offsync, "plan", *logins))[0] for _ in range(3)])
+            print("%d targets: %.2f s CPU of the controller, %.3f s for each further one" % (count, found[count], (found[count] - found[1]) / max(count - 1, 1)), flush=True)
+        for target in targets[1:]:
+            self.lab.offsync("target", "remove", target.login, check=0)
+            target.stop()
+
     def row_help(self) -> None:
-        """offsync --help against importing argparse."""
-        def run(*words: str) -> float:
-            started = time.monotonic()
-            subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True, env=self.lab.env)
-            return time.monotonic() - started
-        self.measure("start", "2", {"import argparse": lambda: run("-c", "import argparse"), "--help": lambda: run(OFFSYNC, "--help")}, runs=15)
+        """The CPU of offsync --help over that of importing argparse."""
+        def least(*words: str) -> float:
+            return min(self.usage(lambda: subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True, env=self.lab.env))[0] for _ in range(15))
+        bare, own = least("-c", "import argparse"), least(OFFSYNC, "--help")
+        print("--help: %.0f ms CPU, import argparse alone %.0f ms: %.0f ms more (bound 35)" % (own * 1000, bare * 1000, (own - bare) * 1000), flush=True)
 
 
 def main() -> None:
@@ -171,7 +185,7 @@ def main() -> None:
     try:
         print("%d cores; medians of %d runs" % (os.cpu_count() or 1, RUNS))
         print(COLUMNS % ("row", "yardstick", "offsync", "ratio", "bound"))
-        for name in sys.argv[1:] or ("help", "small", "large", "many", "million"):
+        for name in sys.argv[1:] or ("help", "small", "large", "many", "targets", "million"):
             getattr(bench, "row_" + name)()
     finally:
         bench.lab.close()

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 
-from lab import RISK, Lab, write
+from lab import Lab, risk, write
 
 
 def say(text: str) -> None:
@@ -38,11 +38,9 @@ def main() -> None:
             target = lab.target(name)
             say("On target %s: the key may write below one path. (Its throw-away sshd listens on %s port %d; its home is "
                 "scratch, hence the warning.)" % (name, target.address, target.port))
-            if "--accept-risk rrsync" in lab.offsync("link", "--path", lab.base + "/probe", "--key", key.strip(), home=target.home).err and not RISK:
+            if risk():
                 say("(This host's rrsync lets a key out of its directory; that is accepted for this scratch directory.)")
-                RISK.extend(("--accept-risk", "rrsync"))
-            lab.offsync("unlink", "--key", key.strip(), home=target.home)
-            show(lab, "link", "--path", target.path, "--key", key.strip(), *RISK, home=target.home)
+            show(lab, "link", "--path", target.path, "--key", key.strip(), *risk(), home=target.home)
             say("On the controller: prove host key and restriction, then save. (The throw-away sshd has a host key of its own.)")
             show(lab, "target", "add", target.login, "--path", target.path, "--port", str(target.port), "--host-key",
                  target.fingerprint)

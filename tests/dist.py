@@ -88,7 +88,7 @@ def make_man(version: str) -> bytes:
         lines += [".PP", "Example: " + roff("offsync " + example)]
     lines += [".SH OPTIONS", ".TP", ".B \\-v", "print every program before it starts", ".TP", ".B \\-\\-version", roff("print the version and this file's sha256"),
               ".TP", ".B \\-\\-contract", "print what it reads, writes, runs and never does", ".SH CONTRACT", ".nf"]
-    lines += [*map(roff, contract.split("To audit it")[0].rstrip().split("\n")), ".fi", ".SH SEE ALSO", ".BR rsync (1), rrsync (1), ssh (1), ssh_config (5), authorized_keys (5)"]
+    lines += [*map(roff, contract.split("To audit it")[0].rstrip().split("\n")), ".fi", ".SH SEE ALSO", "rsync(1), rrsync(1), ssh(1), ssh_config(5), sshd(8)"]
     return ("\n".join(line or ".PP" for line in lines) + "\n").encode()
 
 

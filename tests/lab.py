@@ -5,6 +5,7 @@ Works as root and as an ordinary user. Never port 22, never the real home, nothi
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -24,7 +25,18 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 OFFSYNC = os.path.join(os.path.dirname(HERE), "offsync.py")
 USER = pwd.getpwuid(os.geteuid()).pw_name
-RISK: list = []                             # what link must be given here: older rrsyncs let a key out of its directory
+
+
+@functools.cache
+def risk() -> tuple:
+    """Return what link must be given here: most rrsyncs let a key out of its directory, which is accepted for scratch directories."""
+    sys.path.insert(0, os.path.dirname(OFFSYNC))
+    import offsync
+    try:
+        offsync.probe_rrsync(offsync.find_rrsync(None)[1], False)
+    except offsync.OffsyncError as error:
+        return ("--accept-risk", "rrsync") if "--accept-risk rrsync" in str(error) else ()
+    return ()
 
 
 def require(name: str) -> str:
@@ -272,12 +284,9 @@ class Lab:
         return target
 
     def link(self, target: LabTarget, *args) -> subprocess.CompletedProcess:
-        """Run link on a target with the controller's key. Where this host's rrsync is a risk, that is accepted for the scratch directory."""
-        words = ["link", "--path", target.path, "--key-file", os.path.join(self.state, "id_ed25519.pub"), *RISK, *args]
+        """Run link on a target with the controller's key."""
+        words = ["link", "--path", target.path, "--key-file", os.path.join(self.state, "id_ed25519.pub"), *risk(), *args]
         done = self.offsync(*words, home=target.home)
-        if "--accept-risk rrsync" in done.err and not RISK:
-            RISK.extend(("--accept-risk", "rrsync"))
-            return self.link(target, *args)
         if done.returncode:
             raise AssertionError("link: exit %d: %s" % (done.returncode, done.err))
         return done

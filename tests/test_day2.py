@@ -238,6 +238,7 @@ class Status(Fleet):
         if os.path.exists(self.lab.state + "/operations.log"):
             os.unlink(self.lab.state + "/operations.log")       # rotated
         rows = self.lab.offsync("target", "list", check=0).out.splitlines()
+        self.assertIn("the connection was refused", rows[1])
         self.assertEqual([row.split("  ")[2].strip() if "  " in row else row for row in rows], ["ok", "failed", "ok"])
         self.assertIn("The last apply was not ok for: %s (failed)" % self.targets[1].login, self.lab.offsync(check=2).err)
         last = {t["login"]: t["last"] for t in json.loads(self.lab.offsync("target", "list", "--json", check=0).out)["targets"]}

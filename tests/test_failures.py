@@ -12,7 +12,7 @@ import subprocess
 import sys
 import unittest
 
-from lab import OFFSYNC, descendants, mentions, processes, read, require, snapshot, wait_for, write
+from lab import OFFSYNC, descendants, mentions, processes, read, require, risk, snapshot, wait_for, write
 from test_job import LabCase
 from test_plan import SharedLab
 
@@ -276,7 +276,7 @@ class Trouble(SharedLab):
         line = read(self.target.keys)
         self.addCleanup(write, self.target.keys, line)
         write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
-        self.failing("verification found differences;", ": f (before that: nothing changed)")
+        self.failing("verification found differences;", ": f (before that: nothing was delivered)")
         self.assertEqual((self.lab.records()[-1]["result"], self.lab.records()[-1]["files_changed"]), ("failed", []))
 
     def test_a_target_that_changes_what_it_gets(self) -> None:
@@ -306,7 +306,7 @@ class Trouble(SharedLab):
         line = read(self.target.keys)
         self.addCleanup(write, self.target.keys, line)
         write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
-        self.failing("verification found differences;", ": new.conf (before that: nothing changed)")
+        self.failing("verification found differences;", ": new.conf (before that: nothing was delivered)")
         self.assertEqual(read(self.there + "/old.conf"), "content")
         write(self.target.keys, line)
         self.lab.offsync("apply", check=0)
@@ -499,7 +499,7 @@ class BadSurroundings(LabCase):
         spaced = self.lab.base + "/state with space"
         self.lab.offsync("init", "--source", self.lab.source, env={"OFFSYNC_HOME": spaced}, check=0)
         target = self.lab.target("one")
-        self.lab.offsync("link", "--path", target.path, "--key-file", spaced + "/id_ed25519.pub", home=target.home, check=0)
+        self.lab.offsync("link", "--path", target.path, "--key-file", spaced + "/id_ed25519.pub", *risk(), home=target.home, check=0)
         self.lab.offsync("target", "add", target.login, "--path", target.path, "--port", str(target.port), "--host-key", target.fingerprint,
                          env={"OFFSYNC_HOME": spaced}, check=0)
         write(self.lab.source + "/f")

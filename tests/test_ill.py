@@ -9,7 +9,7 @@ import subprocess
 import sys
 import unittest
 
-from lab import OFFSYNC, RISK, Lab, read, require, snapshot, write
+from lab import OFFSYNC, Lab, read, require, risk, snapshot, write
 from test_exact import Standing
 from test_job import LabCase
 from test_text import offsync
@@ -89,7 +89,7 @@ class Paths(LabCase):
         os.mkdir(self.home)
 
     def link(self, path: str, *args, **more):
-        return self.lab.offsync("link", "--path", path, "--key", self.key, *RISK, *args, home=self.home, **more)
+        return self.lab.offsync("link", "--path", path, "--key", self.key, *risk(), *args, home=self.home, **more)
 
     def test_rules_that_a_user_may_waive(self) -> None:
         cases = ["/etc/nginx", "/usr/share/nginx/html", "/var/spool/cron", "/var/lib/dpkg/info", "/run/x", "/var/lib/docker/x", self.home + "/.config/app", self.home + "/a/.b/c"]
@@ -144,7 +144,7 @@ class Paths(LabCase):
             with self.subTest(umask=umask):
                 base = self.lab.base + "/made" + umask
                 os.mkdir(base, 0o755)
-                subprocess.run(["sh", "-c", 'umask %s; exec "$@"' % umask, "sh", sys.executable, OFFSYNC, "link", "--path", base + "/a/b/c", "--key", self.key, *RISK],
+                subprocess.run(["sh", "-c", 'umask %s; exec "$@"' % umask, "sh", sys.executable, OFFSYNC, "link", "--path", base + "/a/b/c", "--key", self.key, *risk()],
                                env=dict(self.lab.env, HOME=self.home), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 self.assertEqual([stat.S_IMODE(os.stat(base + path).st_mode) for path in ("/a", "/a/b", "/a/b/c")], [0o755] * 3)
 

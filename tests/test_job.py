@@ -8,7 +8,7 @@ import stat
 import subprocess
 import unittest
 
-from lab import Lab, OFFSYNC, USER, mentions, read, require, snapshot, write
+from lab import Lab, OFFSYNC, USER, mentions, read, require, risk, snapshot, write
 
 
 class LabCase(unittest.TestCase):
@@ -36,7 +36,7 @@ class Job(LabCase):
         for name, mode in (("", 0o700), ("config.yaml", 0o600), ("id_ed25519", 0o600)):
             self.assertEqual(stat.S_IMODE(os.stat(os.path.join(lab.state, name)).st_mode), mode)
         target = lab.target("one")
-        linked = lab.offsync("link", "--path", target.path, home=target.home, input=key.encode(), check=0)
+        linked = lab.offsync("link", "--path", target.path, *risk(), home=target.home, input=key.encode(), check=0)
         self.assertEqual(linked.out.count("\n"), 1)
         self.assertTrue(linked.out.startswith("offsync target add %s@" % USER), linked.out)
         self.assertEqual(read(target.keys), 'command="/usr/bin/rrsync -wo %s",no-port-forwarding,no-agent-forwarding,'

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import unittest
 
-from lab import HERE, OFFSYNC, RISK, USER, read, snapshot, write
+from lab import HERE, OFFSYNC, USER, read, risk, snapshot, write
 from test_job import LabCase
 from test_text import offsync
 
@@ -57,9 +57,9 @@ class Claims(LabCase):
             role = "target" if " link " in command or "install -d" in command else "controller"
             if command.startswith("git clone") or "useradd" in command:
                 continue
-            command = command.replace("sudo ", "").replace("/srv/app-data", target.path if role == "target" or "target add" in command else lab.source)
+            command = command.replace("sudo -iu deploy ", "").replace("sudo ", "").replace("/srv/app-data", target.path if role == "target" or "target add" in command else lab.source)
             command = command.replace("-o deploy", "-o " + USER).replace("deploy@node02", target.login + " --port %d" % target.port if "target add" in command else target.login)
-            command = command.replace("offsync link", "offsync link " + " ".join(RISK))
+            command = command.replace("offsync link", "offsync link " + " ".join(risk()))
             command = command.replace("SHA256:...", target.fingerprint).replace("ssh-ed25519 AAAA... offsync@controller", key)
             done = subprocess.run(["sh", "-c", command], cwd=clone, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                   env=dict(environments[role], PREFIX=prefix, PATH=prefix + "/bin:" + lab.env["PATH"]), start_new_session=True)
@@ -152,7 +152,7 @@ class Claims(LabCase):
     def test_cron_has_no_terminal_and_little_environment(self) -> None:
         line = next(text for language, text in BLOCKS if language == "cron").splitlines()[-1]
         schedule, user, command = re.fullmatch(r"((?:\S+ +){5})(\S+) +(.*)", line).groups()
-        unit = next(text for language, text in BLOCKS if language == "ini" and "ExecStart" in text)
+        unit = next(text for language, text in BLOCKS if language == "ini" and "offsync-verify.service" in text)
         self.assertIn("User=%s\nExecStart=%s\n" % (user, command), unit)
         self.lab.joined_by_hand("one")
         installed = self.lab.base + "/usr/local/bin/offsync"

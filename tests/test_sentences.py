@@ -73,7 +73,7 @@ class Answers(SentenceCase):
                 ("cat > /dev/null; " + rrsync, "then did not answer in time"), ("echo Welcome; " + rrsync, "prints text where rrsync must be alone"), ("true", "not rrsync"),
                 ("/usr/sbin/nologin", "give %s a real one" % USER), ("bash -r -c " + rrsync.replace(" ", "\\\\ "), "restricted one"), ("/nowhere/rrsync -wo /x", "rrsync, or its interpreter, is not at"),
                 (fake + " '#!/nowhere/python3'", "rrsync, or its interpreter, is not at"), ("echo 'openrsync: protocol 29' >&2; exit 2", "openrsync answers there"),
-                ("echo 'option --delete has been disabled on this server.' >&2; exit 1", "of the same release"), ("echo 'Password change required but no TTY available.' >&2; exit 1", "chage -M -1"),
+                ("echo 'option --delete has been disabled on this server.' >&2; exit 1", "of the same release"), ("echo 'Password change required but no TTY available.' >&2; exit 1", "chage -d -1 -M -1"),
                 ("kill -9 $PPID", "accepted the login, then ended the connection"), ("/usr/bin/rrsync -ro " + self.there, "for reading only"), ("/usr/bin/rrsync -wo /nowhere", "gone there or is no directory"))
         for command, words in rows:
             with self.subTest(command=command):
@@ -116,15 +116,15 @@ class Host(SentenceCase):
 
     def test_accounts_and_shells(self) -> None:
         rows = [(login_shell("/usr/sbin/nologin"), "", "give root a real one"), (login_shell("/bin/false"), "", "the login shell a real one"), (login_shell("/nowhere/sh"), "", "without a login shell"),
-                (login_shell("/bin/rbash"), "", "restricted one (rbash)"), (change("/etc/shadow", "s,^root:[^:]*:,root:!:,"), "", "a locked or expired account"),
-                (change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,"), "", "a locked or expired account")]
+                (login_shell("/bin/rbash"), "", "restricted one (rbash)"), (change("/etc/shadow", "s,^root:[^:]*:,root:!:,"), "", "a locked account (as root: usermod"),
+                (change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,"), "", "an expired one")]
         if os.path.exists("/usr/bin/git-shell"):
             rows.append((login_shell("/usr/bin/git-shell"), "", "git-shell"))
         if os.path.exists("/etc/pam.d/sshd"):
             account = pam("account required pam_unix.so", "session required pam_permit.so")
             rows += [(change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,") + account, "UsePAM yes", "chage -E -1 root"),
-                     (change("/etc/shadow", "s,^root:.*,root:*:0:0:99999:7:::,") + account, "UsePAM yes", "chage -M -1 root"),
-                     (pam("account required pam_deny.so"), "UsePAM yes", "does PAM refuse it"), (pam("account required pam_permit.so", "session required pam_deny.so"), "UsePAM yes", "Does PAM open a session")]
+                     (change("/etc/shadow", "s,^root:.*,root:*:0:0:99999:7:::,") + account, "UsePAM yes", "chage -d -1 -M -1 root"),
+                     (pam("account required pam_deny.so"), "UsePAM yes", "does PAM refuse it"), (pam("account required pam_permit.so", "session required pam_deny.so"), "UsePAM yes", "does PAM open a session")]
         for namespace, options, words in rows:
             with self.subTest(words=words, namespace=namespace):
                 self.restart(options, namespace)

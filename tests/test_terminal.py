@@ -128,8 +128,8 @@ class ProgressLines(LabCase):
         self.assertEqual(out[:3], ["source " + self.lab.source, "%s:%s" % (self.one.login, self.one.path), "%s:%s" % (two.login, two.path)])
         self.assertEqual(sum(line.startswith("  added") for line in out), 1200)
         self.assertIn("  2 targets, each: 600 added; 29.3 KiB to send", out)
-        self.assertEqual([line.split(";")[0].split("  ") for line in out[-4:-1]], [[self.one.login, "600 added"], [two.login, "600 added"],
-                         [three.login, "600 added, 1 missing (apply will refuse: delete is false)"]])
+        self.assertEqual([line.split(";")[0].split("  ") for line in out[-5:-2]], [[self.one.login, "600 added"], [two.login, "600 added"],
+                         [three.login, "600 added, 1 missing"]])
         short = self.lab.offsync("plan", "--summary", check=0).out.splitlines()
         self.assertEqual(short, [line for line in out if not re.match("  (added|missing)", line)])
         seen = type_on_terminal([sys.executable, OFFSYNC, "plan", "127.0.0.[12]"], {**self.lab.env, "TERM": "dumb"})[1].splitlines()
