@@ -3620,9 +3620,15 @@ def cmd_plan(args: argparse.Namespace) -> int:
     if args.json:
         emit_lines(plan_lines(config, plans))
     else:
-        print_plans(config, plans, 0 if args.summary else sys.maxsize)
-        if len(plans) > 1:
-            print_table([[plan.target.login, plan_summary(config, plan)] for plan in plans])
+        named = {plan.target.login: plan_summary(config, plan) for plan in plans}
+        if args.summary:
+            emit("source %s" % show_text(config.source))
+            named.update({plan.target.login: "not compared: " + plan.error.why
+                          for plan in plans if plan.error})
+        else:
+            print_plans(config, plans, sys.maxsize)
+        if args.summary or len(plans) > 1:
+            print_table(list(named.items()))
         if why:
             emit("%s: %s" % (colour("failed", "apply will refuse"), why))
         emit("plan " + name)

@@ -51,7 +51,7 @@ GUARDS = [
     ("a leftover is deleted by policy only", '        if shared.config.delete:\n            self.deletable', '        if True:\n            self.deletable', "test_failures.Kills"),
     ("leftovers that were not reviewed stay", "if c.path not in plan.spared}", "}", DAY2 + "Approval"),
     # Approval
-    ("every line of now was reviewed", "    if unapproved:\n", "    if False:\n", DAY2 + "Approval", FEW),
+    ("every line of now was reviewed", "    if unapproved:  ", "    if False:  ", DAY2 + "Approval", FEW),
     ("what was reviewed is in the source", "found[path].reviewed != entry})", "False})", DAY2 + "Approval"),
     ("what was to be deleted is not back", '            elif os.path.lexists(os.path.join(shared.source.root, read_json_path(fields))):', "            elif False:", PLAN + "PlanIds"),
     ("reviewed paths stay inside", "    if not path or path.startswith(b\"/\") or not {b\"..\", b\".\", b\"\"}.isdisjoint(path.split(b\"/\")):", "    if False:", DAY2 + "Approval"),

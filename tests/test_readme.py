@@ -11,6 +11,7 @@ import sys
 import tempfile
 import unittest
 
+import guards
 from lab import HERE, OFFSYNC, USER, read, risk, snapshot, write
 from test_job import LabCase
 from test_text import offsync
@@ -141,6 +142,15 @@ class Claims(LabCase):
         shown = re.sub(r"plan [0-9a-f]{64}", "plan ID", re.sub(r"(?m)^ok  .*\n", "", shown))
         expected = re.sub(r"plan [0-9a-f]{64}", "plan ID", block)
         self.assertEqual(" ".join(expected.split()), " ".join(shown.split()))
+
+    def test_promises_name_their_guards(self) -> None:
+        names = {guard[0] for guard in guards.GUARDS}
+        promises = section("Security").split("What each hash proves")[0].split("\n- ")[1:]
+        for promise in promises[:-1]:       # the last one is the log
+            found = re.search(r"\((`[^()]*`)\)\s*$", promise)
+            self.assertTrue(found, promise)
+            for name in re.findall("`([^`]+)`", found[1]):
+                self.assertIn(" ".join(name.split()), names)
 
     def test_troubleshooting_quotes_messages(self) -> None:
         program = " ".join(re.sub(r'"\s*\n\s*"', "", read(OFFSYNC)).split())

@@ -131,7 +131,7 @@ class ProgressLines(LabCase):
         self.assertEqual([line.split(";")[0].split("  ") for line in out[-5:-2]], [[self.one.login, "600 added"], [two.login, "600 added"],
                          [three.login, "600 added, 1 missing"]])
         short = self.lab.offsync("plan", "--summary", check=0).out.splitlines()
-        self.assertEqual(short, [line for line in out if not re.match("  (added|missing)", line)])
+        self.assertEqual(short, out[:1] + out[-5:])
         seen = type_on_terminal([sys.executable, OFFSYNC, "plan", "127.0.0.[12]"], {**self.lab.env, "TERM": "dumb"})[1].splitlines()
         plan = next(line for line in seen if line.startswith("plan "))
         self.assertEqual(seen[-1], "Next: offsync apply '127.0.0.[12]' --" + plan.replace(" ", " ", 1))
