@@ -835,12 +835,12 @@ def entry_offence(entry: "os.DirEntry[bytes]", needed: int) -> str:
             access, needed = os.R_OK, needed & 0o400
         else:
             return "it is a device, socket or fifo"
+        if os.geteuid() != 0 and not os.access(entry.path, access):
+            return "it cannot be read"
         if needed and entry.stat(follow_symlinks=False).st_mode & needed != needed:
             return "its mode would lock the target's user out; run: chmod u+rX"
     except FileNotFoundError:               # gone since
-        return ""
-    if os.geteuid() != 0 and not os.access(entry.path, access):
-        return "it cannot be read"
+        pass
     return ""
 
 def scan(source: Source, needed: int) -> dict[bytes, str]:

@@ -19,8 +19,8 @@ ILL, EXACT, DAY2, TRUST, PLAN, LINK, TEXT = "test_ill.", "test_exact.", "test_da
 FEW = True
 GUARDS = [
     # What is sent and called ok
-    ("content sent is the planned one", "if sent and md5 != entry.md5.hex().encode():", "if False:", EXACT + "SourceChanges", FEW),
-    ("also beside a mode-only change", 'sent = change.sends_content or code[:1] == b"<"', "sent = change.sends_content", EXACT + "SourceChanges", FEW),
+    ("content sent is the planned one", "if sent and md5 != entry.md5.hex().encode():", "if False:", EXACT + "SourceChanges.test_other_content_mode_link_and_type_while_sending", FEW),
+    ("also beside a mode-only change", 'sent = change.sends_content or code[:1] == b"<"', "sent = change.sends_content", EXACT + "SourceChanges.test_a_mode_only_entry_that_is_sent_with_content", FEW),
     ("mode sent is the planned one", 'if entry.type != "symlink" and mode != planned_mode:', "if False:", EXACT + "SourceChanges"),
     ("nothing unplanned is sent", "self.wrong.add(name.rstrip(b\"/\"))", "pass", TEXT + "Reports"),
     ("every planned entry is reported", "        if lost:\n            raise self.failure(", "        if False:\n            raise self.failure(", EXACT + "SourceChanges"),
@@ -43,7 +43,7 @@ GUARDS = [
     ("Ctrl-C ends programs", "    for process in list(RUNNING):\n        kill(process)\n", "", EXACT + "DeadEnds"),
     # Deleting
     ("deletions need the policy", "        if concerned and not getattr(config, key):", "        if False:", PLAN + "Policies", FEW),
-    ("an empty source never deletes", "        if not kept:", "        if False:", DAY2 + "Deleting", FEW),
+    ("an empty source never deletes", "        if not kept:", "        if False:", DAY2 + "Deleting.test_an_empty_source_never_deletes_even_when_reviewed", FEW),
     ("max_delete", "        if gone >= MANY_DELETIONS and", "        if False and", DAY2 + "Deleting"),
     ("few deletions are no danger", "MANY_DELETIONS = 10", "MANY_DELETIONS = 1", DAY2 + "Deleting"),
     ("something new stops the deletion", "        if surprises:", "        if False:", PLAN + "Policies"),
@@ -51,7 +51,7 @@ GUARDS = [
     ("a leftover is deleted by policy only", '        if shared.config.delete:\n            self.deletable', '        if True:\n            self.deletable', "test_failures.Kills"),
     ("leftovers that were not reviewed stay", "if c.path not in plan.spared}", "}", DAY2 + "Approval"),
     # Approval
-    ("every line of now was reviewed", "    if unapproved:  ", "    if False:  ", DAY2 + "Approval", FEW),
+    ("every line of now was reviewed", "    if unapproved:  ", "    if False:  ", DAY2 + "Approval.test_what_a_review_does_not_approve", FEW),
     ("what was reviewed is in the source", "found[path].reviewed != entry})", "False})", DAY2 + "Approval"),
     ("what was to be deleted is not back", '            elif os.path.lexists(os.path.join(shared.source.root, read_json_path(fields))):', "            elif False:", PLAN + "PlanIds"),
     ("reviewed paths stay inside", "    if not path or path.startswith(b\"/\") or not {b\"..\", b\".\", b\"\"}.isdisjoint(path.split(b\"/\")):", "    if False:", DAY2 + "Approval"),
@@ -59,15 +59,15 @@ GUARDS = [
     ("a kept plan is its ID's", "        if path != named and digest.hexdigest()", "        if False and digest.hexdigest()", PLAN + "PlanIds"),
     ("the source is named in the policy", 'policy = ("source", "delete"', 'policy = ("delete"', PLAN + "PlanIds"),
     # Connection and proofs
-    ("a command must be refused", "    if PROOF_OUTPUT in result.stdout:", "    if False:", TRUST + "Restriction", FEW),
+    ("a command must be refused", "    if PROOF_OUTPUT in result.stdout:", "    if False:", TRUST + "Restriction.test_an_unrestricted_line_above", FEW),
     ("success is no refusal", "    if result.status == 0:\n        raise failure(target, \"not-rrsync\")", "    if result.status == 0:\n        return None", TRUST + "Restriction"),
     ("a proof that is cut off is none", "    if result.status is None:               # a start", "    if False:               # a start", TRUST + "Restriction"),
     ("ssh's own failure is no refusal", "    if 0 < result.status < 255:", "    if 0 < (result.status or 1) < 256:", TRUST + "Restriction"),
     ("no plan without the proof", "    if not connection.restricted and not waited:", "    if False:", TRUST + "Restriction"),
-    ("the path is proved", "        if changes:\n            prove_path(plan.connection)", "        if False:\n            prove_path(plan.connection)", TRUST + "Restriction", FEW),
+    ("the path is proved", "        if changes:\n            prove_path(plan.connection)", "        if False:\n            prove_path(plan.connection)", TRUST + "Restriction.test_another_directory", FEW),
     ("a reopened connection proves its path", "        if path_proved:\n            prove_path(self)", "        if False:\n            prove_path(self)", TRUST + "Restriction"),
     ("sessions go over the proved connection only", '*SSH_QUIET,\n               "-o", "ProxyCommand=/nonexistent/offsync-connection-ended")', "*SSH_QUIET)", TRUST + "Restriction"),
-    ("strict host keys", '"StrictHostKeyChecking=yes"', '"StrictHostKeyChecking=no"', TRUST + "HostKeys", FEW),
+    ("strict host keys", '"StrictHostKeyChecking=yes"', '"StrictHostKeyChecking=no"', TRUST + "HostKeys.test_a_changed_host_key", FEW),
     ("no forwarding", '"ClearAllForwardings=yes"', '"ClearAllForwardings=no"', ILL + "ManInTheMiddle"),
     ("none of ssh_config's environment", '"SetEnv=LC_ALL=C", ', "", ILL + "ManInTheMiddle"),
     ("@revoked binds", '        if blobs([revoked]) & blobs(lines):', "        if False:", ILL + "ManInTheMiddle"),

@@ -94,6 +94,16 @@ def write(path, content=b"x\n", mode=None, when=None) -> None:
         os.utime(path, (when, when))
 
 
+def remove_tree(path) -> None:
+    """Remove a tree, also directories that their owner may not list or write to."""
+    os.chmod(path, 0o700)
+    for directory, names, _ in os.walk(os.fsencode(path)):
+        for name in names:                  # before they are listed
+            if not os.path.islink(os.path.join(directory, name)):
+                os.chmod(os.path.join(directory, name), 0o700)
+    shutil.rmtree(path)
+
+
 def read(path) -> str:
     """Return a text file's contents."""
     with open(path, encoding="utf-8", errors="surrogateescape") as stream:
@@ -348,10 +358,7 @@ class Lab:
         """End all sshd and remove everything."""
         for target in self.targets:
             target.stop()
-        for directory, _, _ in os.walk(os.fsencode(self.base)):
-            if not os.path.islink(directory):
-                os.chmod(directory, 0o700)
-        shutil.rmtree(self.base)
+        remove_tree(self.base)
 
 
 def wait_for(condition, what: str, seconds: float = 30.0):

@@ -11,7 +11,7 @@ import stat
 import subprocess
 import unittest
 
-from lab import Lab, read, read_plan, snapshot, write
+from lab import Lab, read, read_plan, remove_tree, snapshot, write
 from test_job import LabCase
 
 
@@ -28,9 +28,7 @@ class SharedLab(LabCase):
     def setUp(self) -> None:
         write(self.lab.state + "/config.yaml", self.config)
         for path in (self.lab.source, self.target.path):
-            for directory, _, _ in os.walk(path):
-                os.chmod(directory, 0o755)
-            shutil.rmtree(path)
+            remove_tree(path)
             os.mkdir(path)
         self.source, self.there = self.lab.source, self.target.path
 

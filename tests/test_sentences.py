@@ -110,7 +110,7 @@ def pam(*lines: str) -> str:
     return "copy=$(mktemp) && printf '%%s\\n' %s > $copy && mount --bind $copy /etc/pam.d/sshd && rm $copy\n" % " ".join("'%s'" % line for line in lines)
 
 
-@unittest.skipUnless(can_mount(), "a mount namespace needs root")
+@unittest.skipUnless(can_mount(), "no mount namespace can be had here (it needs root)")
 class Host(SentenceCase):
     """The target's accounts, shells, PAM and disks; nothing of this machine's is changed."""
 
