@@ -1805,8 +1805,9 @@ class Output:
                 os.set_blocking(stream.fileno(), False)
                 selector.register(stream, selectors.EVENT_READ)
             while selector.get_map():
-                ready = selector.select(0.1)
-                if not ready and process.poll() is not None:
+                ended = process.poll() is not None      # asked first: all that it wrote is there
+                ready = selector.select(0 if ended else 0.1)
+                if ended and not ready:
                     break
                 for key, _ in ready:
                     chunk = os.read(key.fd, 1 << 18)

@@ -41,6 +41,8 @@ GUARDS = [
     ("two slashes", 'for slashes in (b"/", b"//"):', 'for slashes in (b"/",):', EXACT + "Converges"),
     ("the time without a byte while sending", "timeout=min(SEND_TIMEOUT, config.timeout)", "timeout=0", EXACT + "DeadEnds"),
     ("Ctrl-C ends programs", "    for process in list(RUNNING):\n        kill(process)\n", "", EXACT + "DeadEnds"),
+    ("what a program writes last is read", "                ended = process.poll() is not None      # asked first: all that it wrote is there\n                ready = selector.select(0 if ended else 0.1)\n",
+     "                ready = selector.select(0.1)\n                ended = process.poll() is not None\n", TEXT + "Limits"),
     # Deleting
     ("deletions need the policy", "        if concerned and not getattr(config, key):", "        if False:", PLAN + "Policies", FEW),
     ("an empty source never deletes", "        if not kept:", "        if False:", DAY2 + "Deleting.test_an_empty_source_never_deletes_even_when_reviewed", FEW),

@@ -1,10 +1,12 @@
 """The pure parts: the YAML subset, the itemize parser, the authorized_keys editor, quoting, versions, diagnosis."""
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import re
 import shutil
+import subprocess
 import tempfile
 import threading
 import unittest
@@ -421,6 +423,25 @@ class Diagnosis(unittest.TestCase):
 
 
 class Limits(unittest.TestCase):
+    def test_what_a_program_writes_just_before_it_ends_is_read(self) -> None:
+        """It writes and ends between the question whether there is output and the one whether it has ended."""
+        process = subprocess.Popen(["sh", "-c", "read go; echo last; echo words >&2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        poll = process.poll
+
+        def poll_late():
+            with contextlib.suppress(ValueError):       # closed: it was told already
+                process.stdin.close()
+            process.wait()
+            return poll()
+
+        process.poll = poll_late            # type: ignore[method-assign]
+        lines: list = []
+        output = offsync.Output(lines.append)
+        self.assertFalse(output.read(process, 30.0, 30.0))
+        self.assertEqual((lines, output.head), ([b"last"], b"words\n"))
+        process.stdout.close()
+        process.stderr.close()
+
     def test_neither_a_line_nor_an_answer_is_read_without_end(self) -> None:
         with self.assertRaisesRegex(offsync.OffsyncError, "prints without end"):
             offsync.Output(lambda line: None).take(b"x" * (offsync.MAX_LINE + 1))
