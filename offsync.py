@@ -775,7 +775,7 @@ class Source:
             raise Stopped("interrupted")
         if self.errors:
             named = ["%s: %s" % (show(path), self.errors[path]) for path in sorted(self.errors)]
-            raise OffsyncError("source %s: it changed during the plan; plan again: %s"
+            raise OffsyncError("source %s: it changed meanwhile, or cannot be read; try again: %s"
                                % (show(self.root), some_of(named)))
 
     def is_as(self, path: bytes, planned: SourceEntry) -> bool:
@@ -939,7 +939,7 @@ LINGERING = 0.07
 # Seconds without a byte while sending: nothing is hashed in silence then, and a killed rsync there
 # leaves no EOF.
 SEND_TIMEOUT = 300
-OTHER_LIMIT = 1 << 24                       # bytes that rsync prints beside items: its progress
+OTHER_LIMIT = 1 << 24                       # bytes beside items: a target can have rsync print any
 
 class Run:
     """What all targets of one command share: config, programs, threads, the scratch directory."""
@@ -1076,7 +1076,7 @@ class Connection:
         def on_other_line(line: bytes) -> None:
             nonlocal other
             other += len(line)
-            if other > OTHER_LIMIT:         # a target can have our rsync print what it likes
+            if other > OTHER_LIMIT + 200 * self.shared.source.count:    # progress: a line a file
                 raise failure(self.target, "elsewhere", "text without end")
             on_other(line)
 
@@ -2076,8 +2076,9 @@ class Home:
 
     def name_holder(self, descriptor: int, what: str) -> None:
         """Write into the lock file who holds it."""
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, b"offsync %s (process %d)\n" % (what.encode(), os.getpid()), 0)
+        with contextlib.suppress(OSError):  # only words for others: the disk may be full
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"offsync %s (process %d)\n" % (what.encode(), os.getpid()), 0)
 
     def read_config(self) -> str:
         """Return the config's text."""
@@ -2135,7 +2136,7 @@ class Home:
         for name in sorted(os.listdir(self.last)) if os.path.isdir(self.last) else ():
             with contextlib.suppress(OffsyncError, ValueError, TypeError, KeyError, RecursionError):
                 record = json.loads(read_file(os.path.join(self.last, name), "status", ""))
-                if record["login"] == name and record["result"]:
+                if record["login"] == name and isinstance(record["result"], str):
                     found[name] = record
         return found
 
@@ -3452,12 +3453,15 @@ def cmd_init(args: argparse.Namespace) -> int:
             raise OffsyncError("key %s: ssh-keygen failed; mend that (it said: %s)"
                                % (home.key, quote_answer(made.stderr)))
     check_private(home.key)
-    if not os.path.exists(home.key + ".pub"):
-        public = run([program("ssh-keygen"), "-y", "-f", home.key])
-        if public.status != 0:
-            raise OffsyncError("key %s: ssh-keygen cannot read it; move it away and run init again "
-                "(it said: %s)" % (home.key, quote_answer(public.stderr)))
-        write_atomically(home.key + ".pub", [public.stdout], 0o644)
+    public = run([program("ssh-keygen"), "-y", "-f", home.key])
+    if public.status != 0:
+        raise OffsyncError("key %s: ssh-keygen cannot read it; move it away and run init again "
+            "(it said: %s)" % (home.key, quote_answer(public.stderr)))
+    path, shown = home.key + ".pub", b""
+    if os.path.exists(path):
+        shown = read_file(path, "key", "")
+    if shown.split()[:2] != public.stdout.split()[:2]:      # the key that is linked is the one used
+        write_atomically(path, [public.stdout], 0o644)
     emit("source %s, config %s" % (show_text(home.load().source), show_text(home.config)), True)
     key = read_file(home.key + ".pub", "key", "run: offsync init").decode("utf-8", "replace")
     key = key.strip()
@@ -3935,7 +3939,7 @@ def version_text() -> str:
 
 def number_of_jobs(text: str) -> int:
     """Return the value of --jobs."""
-    if not text.isdigit() or not 1 <= int(text) <= 1000:
+    if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= 1000:
         raise argparse.ArgumentTypeError("it must be a number from 1 to 1000")
     return int(text)
 
@@ -4157,7 +4161,7 @@ FAILURES = (
      "names"),
     ("key-file", "UNPROTECTED PRIVATE KEY|Load key&Permission denied|Load key&invalid format|"
      "Load key&error in libcrypto", "ssh cannot use our private key; make it 0600 and yours, or "
-     "make a new one: offsync init"),
+     "move it away and make a new one: offsync init"),
     ("second-factor", "Permission denied (keyboard-interactive|Permission denied (password",
      "sshd there wants more than a key (AuthenticationMethods, two factors), or takes none; allow "
      "publickey alone for {user} in its sshd_config (Match User {user})"),

@@ -186,6 +186,21 @@ class FirstSteps(LabCase):
             write(self.lab.state + "/last/gone@example.org", json.dumps({"login": "gone@example.org", "result": "failed"}))
             self.assertIn("The last apply was not ok for: %s (%s). Next: offsync plan" % (login, word), self.lab.offsync(check=2).err)
 
+    def test_init_says_whether_the_key_is_one(self) -> None:
+        key = self.lab.init()
+        public = self.lab.state + "/id_ed25519.pub"
+        write(public, "ssh-ed25519 AAAA another@controller\n")
+        self.assertEqual(self.lab.init().split()[:2], key.split()[:2])      # the one that is used, not the one that lies there
+        self.assertEqual(read(public).split()[:2], key.split()[:2])
+        write(self.lab.state + "/id_ed25519", "junk\n", 0o600)
+        self.assert_refused(self.lab.offsync("init"), 1, "ssh-keygen cannot read it", "move it away")
+
+    def test_a_status_that_is_none_is_passed_over(self) -> None:
+        self.lab.joined_by_hand("one")
+        for record in ('{"login": "%s", "result": ["x"]}', '{"login": "%s"}', "[]", "\udcff"):
+            write(self.lab.state + "/last/" + self.lab.targets[0].login, (record.replace("%s", self.lab.targets[0].login)).encode("utf-8", "surrogateescape"))
+            self.assertIn("never delivered", self.lab.offsync("target", "list", check=0).out)
+
     def test_every_help_has_an_example(self) -> None:
         commands = ["init", "link", "unlink", "target", "target add", "target list", "target remove", "install-deps", "plan", "apply", "verify", "manifest", "doctor"]
         for command in commands:

@@ -98,6 +98,14 @@ class ProgressLines(LabCase):
                 lines[-1] += part
         return [line for line in lines if line]
 
+    def test_the_progress_of_many_files_is_no_flood(self) -> None:
+        """rsync prints a line of progress for each file; the limit on what is no item is smaller in a copy."""
+        small = self.lab.base + "/small.py"
+        write(small, read(OFFSYNC).replace("OTHER_LIMIT = 1 << 24", "OTHER_LIMIT = 1 << 12"))
+        status, seen = type_on_terminal([sys.executable, small, "apply"], {**self.lab.env, "TERM": "xterm"})
+        self.assertEqual(status, 0, seen)
+        self.assertIn("600 entries delivered", seen)
+
     def test_phases_with_seconds_gone_at_the_end(self) -> None:
         seen = self.on_terminal()
         for phase in ("comparing", "sending", "verifying"):
