@@ -26,7 +26,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 532 to 1730, in the order in
+To audit it, read the trust core first: lines 556 to 1755, in the order in
 which data flows. What follows serves it: link, host keys, packages, the config,
 output, commands; a table of what failures mean comes last.
 """
@@ -272,6 +272,12 @@ def inside(path: bytes) -> bytes:
         raise ValueError("a name that leaves the directory: " + show(path[:100]))
     return path
 
+def leaves(path: bytes, link: bytes) -> bool:
+    """Return whether a symlink, as it is written, leads out of the source."""
+    led = os.path.normpath(os.path.join(b"/" if link.startswith(b"/") else b"",
+                                        os.path.dirname(path), link))
+    return led.startswith((b"/", b"../")) or led == b".."
+
 def read_json_path(fields: dict[str, Any]) -> bytes:
     """Return the path of a plan's line. Raises as read_json_name() does."""
     return inside(read_json_name(fields))
@@ -296,11 +302,15 @@ def printed_name(name: bytes) -> bytes:
     r"""Return the exact bytes of a name that rsync printed: it writes control bytes as \#ooo."""
     return re.sub(rb"\\#([0-7]{3})", lambda match: bytes([int(match[1], 8) & 255]), name)
 
+def printable(text: str) -> str:
+    """Return a text in which nothing moves a cursor."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
 def quote_answer(output: bytes) -> str:
     """Return the end of what a program said: one line, safe for a terminal, 300 characters."""
     lines = [line.strip() for line in output[-4096:].decode("utf-8", "replace").splitlines()]
     text = " | ".join([line for line in lines if line.strip("^~ \t")][-4:])     # not Python's ^^^
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = printable(text)
     return text if len(text) <= 300 else "..." + text[-297:]
 
 def format_bytes(size: float) -> str:
@@ -495,6 +505,20 @@ def plan_id(config: Config, plans: Sequence["TargetPlan"]) -> str:
     for line in plan_lines(config, plans):
         digest.update(line)
     return digest.hexdigest()
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """Return the fields of a plan's line. Raises ValueError where a reader could see others."""
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a key that stands there twice")
+        return dict(pairs)
+
+    fields: dict[str, Any] = json.loads(line, object_pairs_hook=unique)
+    if "path" in fields and {**fields, **json_name(read_json_name(fields))} != fields:
+        raise ValueError("a name that is another one in path_b64")
+    if "kind" in fields and "error" in fields:
+        raise ValueError("an entry with an error")
+    return fields
 
 def comparable(fields: dict[str, Any]) -> bytes:
     """Return what of a plan's line an approval compares, b"" for what it does not (leftovers).
@@ -706,6 +730,8 @@ def describe_entry(root: bytes, path: bytes, with_md5: bool = False) -> SourceEn
             return SourceEntry.make("d", mode, 0, b"")
         if stat.S_ISLNK(status.st_mode):
             link = os.readlink(name, dir_fd=parent)
+            if leaves(path, link):          # it is not what was scanned
+                raise OSError(22, "it is a symlink that leaves the source", path)
             return SourceEntry.make("s", 0o777, len(link), link)
         if not stat.S_ISREG(status.st_mode):        # it is not even opened
             raise OSError(22, "it is no file, directory or symlink any more", path)
@@ -817,9 +843,8 @@ def symlink_offence(root: bytes, real_root: bytes, path: bytes) -> str:
         return "it is a symlink that cannot be read: %s" % error.strerror
     if link.startswith(b"/"):
         return "it is a symlink to an absolute path"
-    lexical = os.path.normpath(os.path.join(os.path.dirname(path), link))
     inside = (real + b"/").startswith(real_root.rstrip(b"/") + b"/")
-    if lexical == b".." or lexical.startswith(b"../") or not inside:
+    if leaves(path, link) or not inside:
         return "it is a symlink that leaves the source"
     return ""
 
@@ -1361,7 +1386,7 @@ def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes],
     failed: set[str] = set()                # logins that the review did not show
     for number, line in enumerate(reviewed, 1):
         try:
-            fields = json.loads(line)
+            fields = read_line(line)
             key = comparable(fields)
             if not key:
                 leftovers.add((fields["login"], read_json_path(fields)))
@@ -1752,7 +1777,7 @@ def make_scratch() -> str:
     sun_path has 104 bytes on macOS; ssh appends 17 to a socket's name while it binds it. Nobody
     else may be able to put another directory in its place, with another connection in it.
     """
-    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+    for parent in map(os.path.realpath, (tempfile.gettempdir(), "/tmp", "/var/tmp")):
         plain = re.fullmatch(r"[A-Za-z0-9/._+-]+", parent) and len(parent) + 24 < 104 - 17
         if plain and os.access(parent, os.W_OK | os.X_OK):
             scratch = tempfile.mkdtemp(prefix="offsync-", dir=parent)
@@ -3485,10 +3510,14 @@ def cmd_target_list(args: argparse.Namespace) -> int:
         where += " port %d" % target.port if target.port else ""
         rows.append([target.login, where, "never delivered", "", ""])
         if record:
-            plan, source = str(record.get("plan"))[:12], str(record.get("source"))
-            other = "" if source == config.source else " from " + show_text(source)
-            why = ": " + str(record.get("error")) if record["result"] == "failed" else ""
-            rows[-1][2:] = [record["result"], str(record.get("timestamp")), plan + other + why]
+            other = why = ""
+            if record.get("source") != config.source:
+                other = " from %s" % record.get("source")
+            if record["result"] == "failed":
+                why = ": %s" % record.get("error")
+            words = (record["result"], record.get("timestamp"),
+                     str(record.get("plan"))[:12] + other + why)
+            rows[-1][2:] = [printable(str(word)) for word in words]
     print_table(rows)
     if not targets:
         emit("no targets yet; on a target run: offsync link; then here: offsync target add", True)
@@ -3909,7 +3938,7 @@ def next_step(home: Home) -> str:
                "add' command that it prints"
     results = {target.login: last[target.login]["result"] for target in targets
                if target.login in last}
-    failed = ["%s (%s)" % (login, "did not finish" if result == "started" else result)
+    failed = ["%s (%s)" % (login, "did not finish" if result == "started" else printable(result))
               for login, result in sorted(results.items()) if result != "ok"]
     if failed:
         return "The last apply was not ok for: %s. Next: offsync plan" % some_of(failed)

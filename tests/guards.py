@@ -78,7 +78,7 @@ GUARDS = [
     ('only a full "yes"', '    if answer != "yes":', '    if answer not in ("yes", "y"):', TRUST + "HostKeys"),
     ("the old host key goes", "        if removed.status != 0:", "        if False:", TRUST + "HostKeys"),
     # Source
-    ("symlinks stay inside", "    if lexical == b\"..\" or lexical.startswith(b\"../\") or not inside:", "    if False:", PLAN + "Scope"),
+    ("symlinks stay inside", "    if leaves(path, link) or not inside:", "    if False:", PLAN + "Scope"),
     ("the reserved name", "                    if entry.name == STAGING:", "                    if False:", PLAN + "Scope"),
     ("devices and fifos", '        return "it is a device, socket or fifo"', '        return ""', PLAN + "Scope"),
     ("the private key is no delivery", "    for private in (home.path, home.key):", "    for private in ():", ILL + "UserBeside"),
@@ -92,7 +92,9 @@ GUARDS = [
     ("an entry is reported once", "        if one.path == other.path:", "        if False:", "test_failures.Hostile"),
     ("reports are bounded", "        if room < 0 or most < 0:", "        if False:", ILL + "HostileTarget"),
     ("a line has an end", "or len(self.rest) > MAX_LINE:", "or False:", TEXT + "Limits"),
-    ("nothing shown moves a cursor", 'text = "".join(c if c.isprintable() else "?" for c in text)\n    return text if', "return text if", "test_failures.Hostile"),
+    ("nothing shown moves a cursor", 'return "".join(c if c.isprintable() else "?" for c in text)', "return text", "test_failures.Hostile"),
+    ("a symlink is judged when it is read, too", "            if leaves(path, link):  ", "            if False:  ", TEXT + "Sources"),
+    ("a plan's line shows what it approves", "            fields = read_line(line)", "            fields = json.loads(line)", DAY2 + "Approval.test_what_a_line_shows_is_what_it_approves"),
     # link
     ("rrsync is proved", "        probe_rrsync(words, munge)", "        pass", ILL + "KeyThief", FEW),
     ("--accept-risk is for one rule", '"path" in risks)', "bool(risks))", ILL + "Paths"),

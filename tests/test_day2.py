@@ -88,6 +88,22 @@ class Approval(Fleet):
                 done = self.lab.offsync("apply", "--plan", self.lab.base + "/edited")
                 self.assertEqual(done.returncode, 0 if "login" in change else 2 if "path" in change else 1, done.err)
 
+    def test_what_a_line_shows_is_what_it_approves(self) -> None:
+        """A name that is another one in base64, a key that stands there twice, an entry with an error."""
+        write(self.source + "/f", "x")
+        write(self.targets[0].path + "/gone", "x")
+        text = self.lab.offsync("plan", "--json", "--delete", check=0).out
+        self.assertIn('"path": "gone"', text)
+        for forged in (text.replace('"path": "gone"', '"path": "harmless", "path_b64": "Z29uZQ=="'), text.replace('"path": "gone"', '"path": "harmless", "path": "gone"'),
+                       text.replace('"kind": "missing"', '"error": "nothing approved", "kind": "missing"')):
+            plan = self.lab.base + "/forged.jsonl"
+            write(plan, forged)
+            self.assert_refused(self.lab.offsync("apply", "--delete", "--plan", plan), 2, "no line of a plan")
+            self.assertTrue(os.path.exists(self.targets[0].path + "/gone"))
+        write(plan, text)
+        self.lab.offsync("apply", "--delete", "--plan", plan, check=0)
+        self.assertFalse(os.path.exists(self.targets[0].path + "/gone"))
+
     def test_leftovers_are_not_compared(self) -> None:
         write(self.source + "/f", "x")
         reviewed = self.review()

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -159,6 +160,15 @@ class Sources(unittest.TestCase):
             source.wait()
         self.assertFalse(waiting.is_alive())
         self.assertEqual(source.entries[b"b"].sha256, hashlib.sha256(b"b").digest())
+
+    def test_a_symlink_that_was_not_there_when_it_was_scanned(self) -> None:
+        for path, link, inside in ((b"l", b"a", True), (b"d/l", b"../a", True), (b"l", b"../a", False), (b"l", b"/etc", False), (b"d/l", b"../../x", False), (b"l", b"..", False), (b"l", b"d/../..", False)):
+            with self.subTest(link=link):
+                self.assertEqual(offsync.leaves(path, link), not inside)
+        root = self.tree()
+        os.symlink("/etc", root + "/evil")
+        with self.assertRaisesRegex(OSError, "leaves the source"):
+            offsync.describe_entry(os.fsencode(root), b"evil")
 
     def test_without_threads_it_is_described_here(self) -> None:
         source = offsync.Source(self.tree(), with_md5=True)
