@@ -26,7 +26,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 556 to 1755, in the order in
+To audit it, read the trust core first: lines 555 to 1754, in the order in
 which data flows. What follows serves it: link, host keys, packages, the config,
 output, commands; a table of what failures mean comes last.
 """
@@ -274,8 +274,7 @@ def inside(path: bytes) -> bytes:
 
 def leaves(path: bytes, link: bytes) -> bool:
     """Return whether a symlink, as it is written, leads out of the source."""
-    led = os.path.normpath(os.path.join(b"/" if link.startswith(b"/") else b"",
-                                        os.path.dirname(path), link))
+    led = os.path.normpath(os.path.join(os.path.dirname(path), link))
     return led.startswith((b"/", b"../")) or led == b".."
 
 def read_json_path(fields: dict[str, Any]) -> bytes:
@@ -1433,7 +1432,7 @@ def refusal(shared: Run, plans: Sequence[TargetPlan], reviewed: bool) -> str:
     config, source, kept = shared.config, show_text(shared.config.source), 0
     deleting = [plan for plan in plans
                 if plan.of("missing") or config.delete and plan.of("leftover")]
-    if deleting:
+    if deleting and (config.delete or not shared.source.count):     # else it is refused below
         kept = len(shared.source.included(shared.rsync))
         if not kept:
             return "the source %s is empty (after the excludes), and an empty source never " \
