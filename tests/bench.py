@@ -1,7 +1,10 @@
-"""Speed as ratios: offsync against one "rsync -rlptc --delete -i" over the same ssh, interleaved in one run, monotonic clock.
+"""Speed as ratios: offsync against one "rsync -rlptc --delete -i" over the same ssh, interleaved
+in one run, monotonic clock.
 
-usage: bench.py [ROW ...]; QUICK=1 for small trees, RUNS=n repetitions. The yardstick neither plans nor verifies.
+usage: bench.py [ROW ...]; QUICK=1 for small trees, RUNS=n repetitions. The yardstick neither plans
+nor verifies.
 """
+
 from __future__ import annotations
 
 import functools
@@ -28,7 +31,7 @@ def fill(root: str, count: int, size: int, per_directory: int = 200) -> None:
             os.makedirs(directory, exist_ok=True)
         with open("%s/f%07d" % (directory, number), "wb") as stream:
             start = number % 65536
-            stream.write(block[start:start + size])
+            stream.write(block[start : start + size])
 
 
 def median(values: list) -> float:
@@ -43,23 +46,45 @@ class Bench:
         self.lab = Lab()
         self.target = self.lab.joined("one")
         # The bare yardstick goes through the same sshd, key and rrsync into the same directory.
-        self.rsh = "%s -F /dev/null -p %d -i %s/id_ed25519 -o BatchMode=yes -o UserKnownHostsFile=%s/known_hosts" % (
-            require("ssh"), self.target.port, self.lab.state, self.lab.state)
+        self.rsh = (
+            "%s -F /dev/null -p %d -i %s/id_ed25519 -o BatchMode=yes -o"
+            " UserKnownHostsFile=%s/known_hosts"
+            % (require("ssh"), self.target.port, self.lab.state, self.lab.state)
+        )
 
     def rsync(self) -> float:
         """Run the yardstick; return seconds."""
         started = time.monotonic()
-        subprocess.run([require("rsync"), "-rlptc", "--delete", "-i", "-e", self.rsh, self.lab.source + "/", self.target.login + ":."],
-                       stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            [
+                require("rsync"),
+                "-rlptc",
+                "--delete",
+                "-i",
+                "-e",
+                self.rsh,
+                self.lab.source + "/",
+                self.target.login + ":.",
+            ],
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
         return time.monotonic() - started
 
     def offsync(self, *args: str) -> float:
         """Run offsync; return seconds."""
         started = time.monotonic()
-        subprocess.run([sys.executable, OFFSYNC, *args], env=self.lab.env, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            [sys.executable, OFFSYNC, *args],
+            env=self.lab.env,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
         return time.monotonic() - started
 
-    def measure(self, name: str, bound: str, commands: dict, prepare=lambda: None, runs: int = RUNS) -> None:
+    def measure(
+        self, name: str, bound: str, commands: dict, prepare=lambda: None, runs: int = RUNS
+    ) -> None:
         """Interleave the commands; print medians and the ratio of each to the first."""
         times: dict = {key: [] for key in commands}
         for _ in range(runs):
@@ -68,7 +93,17 @@ class Bench:
                 times[key].append(command())
         base = median(times[next(iter(commands))])
         for key, values in list(times.items())[1:]:
-            print(COLUMNS % (name + ": " + key, "%.2f s" % base, "%.2f s" % median(values), "%.2f x" % (median(values) / base), bound), flush=True)
+            print(
+                COLUMNS
+                % (
+                    name + ": " + key,
+                    "%.2f s" % base,
+                    "%.2f s" % median(values),
+                    "%.2f x" % (median(values) / base),
+                    bound,
+                ),
+                flush=True,
+            )
 
     def fresh(self, count: int, size: int) -> None:
         """Fill the source, and deliver it once."""
@@ -79,8 +114,12 @@ class Bench:
 
     def touch(self, count: int) -> None:
         """Change the content of count files, spread over the tree, size kept."""
-        paths = sorted(os.path.join(base, name) for base, _, names in os.walk(self.lab.source) for name in names)
-        for path in paths[::max(len(paths) // count, 1)][:count]:
+        paths = sorted(
+            os.path.join(base, name)
+            for base, _, names in os.walk(self.lab.source)
+            for name in names
+        )
+        for path in paths[:: max(len(paths) // count, 1)][:count]:
             with open(path, "r+b") as stream:
                 stream.write(os.urandom(16))
 
@@ -93,63 +132,139 @@ class Bench:
             shutil.rmtree(self.target.path)
             os.mkdir(self.target.path)
 
-        self.measure("%d files, first" % count, "1.7", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, empty, max(RUNS // 2, 1))
+        self.measure(
+            "%d files, first" % count,
+            "1.7",
+            {"rsync": self.rsync, "apply": lambda: self.offsync("apply")},
+            empty,
+            max(RUNS // 2, 1),
+        )
         self.offsync("apply")
-        self.measure("%d files, equal" % count, "1.2", {"rsync": self.rsync, "plan": lambda: self.offsync("plan"), "apply": lambda: self.offsync("apply")})
-        self.measure("%d files, 100 changed" % count, "2.2", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, lambda: self.touch(100))
+        self.measure(
+            "%d files, equal" % count,
+            "1.2",
+            {
+                "rsync": self.rsync,
+                "plan": lambda: self.offsync("plan"),
+                "apply": lambda: self.offsync("apply"),
+            },
+        )
+        self.measure(
+            "%d files, 100 changed" % count,
+            "2.2",
+            {"rsync": self.rsync, "apply": lambda: self.offsync("apply")},
+            lambda: self.touch(100),
+        )
 
     def row_large(self) -> None:
         """8 GB in 200 files, 10 changed."""
         count, size = (20, 10_000_000) if QUICK else (200, 40_000_000)
         self.fresh(count, size)
         self.offsync("apply")
-        self.measure("%d large files, 10 changed" % count, "1.15", {"rsync -n": lambda: self.dry(), "plan": lambda: self.offsync("plan")}, lambda: self.touch(10), min(RUNS, 3))
-        self.measure("%d large files, 10 changed" % count, "1.9", {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}, lambda: self.touch(10), min(RUNS, 3))
+        self.measure(
+            "%d large files, 10 changed" % count,
+            "1.15",
+            {"rsync -n": lambda: self.dry(), "plan": lambda: self.offsync("plan")},
+            lambda: self.touch(10),
+            min(RUNS, 3),
+        )
+        self.measure(
+            "%d large files, 10 changed" % count,
+            "1.9",
+            {"rsync": self.rsync, "apply": lambda: self.offsync("apply")},
+            lambda: self.touch(10),
+            min(RUNS, 3),
+        )
 
     def dry(self) -> float:
         """The yardstick as a dry run, so that what plan sees stays changed."""
         started = time.monotonic()
-        subprocess.run([require("rsync"), "-nrlptc", "--delete", "-i", "-e", self.rsh, self.lab.source + "/", self.target.login + ":."],
-                       stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            [
+                require("rsync"),
+                "-nrlptc",
+                "--delete",
+                "-i",
+                "-e",
+                self.rsh,
+                self.lab.source + "/",
+                self.target.login + ":.",
+            ],
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
         return time.monotonic() - started
 
     def row_many(self) -> None:
         """16 targets, 50 ms away each, nothing to do, against one such target."""
-        delay = "%s -I -S %s %%h %%p 0.025" % (sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "delay.py"))
-        targets = [self.target] + [self.lab.joined("far%d" % number) for number in range(4 if QUICK else 15)]
+        delay = "%s -I -S %s %%h %%p 0.025" % (
+            sys.executable,
+            os.path.join(os.path.dirname(os.path.abspath(__file__)), "delay.py"),
+        )
+        targets = [self.target] + [
+            self.lab.joined("far%d" % number) for number in range(4 if QUICK else 15)
+        ]
         write(self.lab.ssh_config, "ProxyCommand %s\n" % delay)
         self.fresh(200, 1000)
         self.offsync("apply")
-        self.measure("%d targets, 50 ms" % len(targets), "2.6", {"one": lambda: self.offsync("plan", targets[0].login), "plan": lambda: self.offsync("plan")}, runs=3)
+        self.measure(
+            "%d targets, 50 ms" % len(targets),
+            "2.6",
+            {
+                "one": lambda: self.offsync("plan", targets[0].login),
+                "plan": lambda: self.offsync("plan"),
+            },
+            runs=3,
+        )
         write(self.lab.ssh_config, "")
-        for target in targets[1:]:          # the next row has one target again
+        for target in targets[1:]:  # the next row has one target again
             self.lab.offsync("target", "remove", target.login, check=0)
             target.stop()
 
     def row_million(self) -> None:
-        """1,000,000 entries: own peak memory and CPU, and rsync's CPU, nothing to do and all new."""
+        """1,000,000 entries: own peak memory and CPU, and rsync's CPU, nothing to do and all new.
+        """
         count = 20000 if QUICK else 1_000_000
         self.fresh(count, 1)
         subprocess.run(["cp", "-a", self.lab.source + "/.", self.target.path], check=True)
         before = self.usage(self.rsync)
         own = self.usage(lambda: self.offsync("plan"), own=True)
-        print("%d entries, equal: rsync alone %.1f s CPU; offsync itself %.1f s CPU (%.2f of it; bound 0.1), %d MB peak (bound 50)"
-              % (count, before[0], own[0], own[0] / before[0], own[1]), flush=True)
+        print(
+            "%d entries, equal: rsync alone %.1f s CPU; offsync itself %.1f s CPU (%.2f of it;"
+            " bound 0.1), %d MB peak (bound 50)"
+            % (count, before[0], own[0], own[0] / before[0], own[1]),
+            flush=True,
+        )
         shutil.rmtree(self.target.path)
         os.mkdir(self.target.path)
         own = self.usage(lambda: self.offsync("plan"), own=True)
-        print("%d entries, all new: offsync itself %.1f s CPU, %d MB peak (bound 400)" % (count, own[0], own[1]), flush=True)
+        print(
+            "%d entries, all new: offsync itself %.1f s CPU, %d MB peak (bound 400)"
+            % (count, own[0], own[1]),
+            flush=True,
+        )
 
     def usage(self, command, own: bool = False) -> tuple:
-        """Return (CPU seconds, peak MB) of a command's children, or of offsync.py alone (which reports it to us)."""
+        """Return (CPU seconds, peak MB) of a command's children, or of offsync.py alone (which
+        reports it to us).
+        """
         if own:
             report = self.lab.base + "/usage"
             # VmHWM, since ru_maxrss holds what this process had before exec, too: our own peak.
-            code = ("import atexit, resource, runpy, sys\n"
-                    "def say():\n u = resource.getrusage(resource.RUSAGE_SELF)\n"
-                    " peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n open(%r, 'w').write('%%f %%s' %% (u.ru_utime + u.ru_stime, peak))\n"
-                    "atexit.register(say)\nsys.argv = ['offsync', 'plan']\nrunpy.run_path(%r, run_name='__main__')\n" % (report, OFFSYNC))
-            subprocess.run([sys.executable, "-c", code], env=self.lab.env, stdout=subprocess.DEVNULL, check=True)
+            code = (
+                "import atexit, resource, runpy, sys\ndef say():\n u ="
+                " resource.getrusage(resource.RUSAGE_SELF)\n peak ="
+                " open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n open(%r,"
+                " 'w').write('%%f %%s' %% (u.ru_utime + u.ru_stime,"
+                " peak))\natexit.register(say)\nsys.argv = ['offsync', 'plan']\nrunpy.run_path(%r,"
+                " run_name='__main__')\n" % (report, OFFSYNC)
+            )
+            subprocess.run(
+                [sys.executable, "-c", code],
+                env=self.lab.env,
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
             cpu, peak = open(report).read().split()
             return float(cpu), int(peak) // 1024
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -158,25 +273,51 @@ class Bench:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 0
 
     def row_targets(self) -> None:
-        """1, 4, 16 and 64 targets, nothing to do: what each further one costs the controller (offsync, ssh and rsync here)."""
+        """1, 4, 16 and 64 targets, nothing to do: what each further one costs the controller
+        (offsync, ssh and rsync here).
+        """
         self.fresh(200, 1000)
-        targets = [self.target] + [self.lab.joined_by_hand("near%d" % number) for number in range(3 if QUICK else 63)]
+        targets = [self.target] + [
+            self.lab.joined_by_hand("near%d" % number) for number in range(3 if QUICK else 63)
+        ]
         self.offsync("apply")
         found = {}
-        for count in (1, 4, 16, 64)[:2 if QUICK else 4]:
+        for count in (1, 4, 16, 64)[: 2 if QUICK else 4]:
             logins = [target.login for target in targets[:count]]
-            found[count] = median([self.usage(functools.partial(self.offsync, "plan", *logins))[0] for _ in range(3)])
-            print("%d targets: %.2f s CPU of the controller, %.3f s for each further one" % (count, found[count], (found[count] - found[1]) / max(count - 1, 1)), flush=True)
+            found[count] = median(
+                [self.usage(functools.partial(self.offsync, "plan", *logins))[0] for _ in range(3)]
+            )
+            print(
+                "%d targets: %.2f s CPU of the controller, %.3f s for each further one"
+                % (count, found[count], (found[count] - found[1]) / max(count - 1, 1)),
+                flush=True,
+            )
         for target in targets[1:]:
             self.lab.offsync("target", "remove", target.login, check=0)
             target.stop()
 
     def row_help(self) -> None:
         """The CPU of offsync --help over that of importing argparse."""
+
         def least(*words: str) -> float:
-            return min(self.usage(lambda: subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True, env=self.lab.env))[0] for _ in range(15))
+            return min(
+                self.usage(
+                    lambda: subprocess.run(
+                        [sys.executable, *words],
+                        stdout=subprocess.DEVNULL,
+                        check=True,
+                        env=self.lab.env,
+                    )
+                )[0]
+                for _ in range(15)
+            )
+
         bare, own = least("-c", "import argparse"), least(OFFSYNC, "--help")
-        print("--help: %.0f ms CPU, import argparse alone %.0f ms: %.0f ms more (bound 35)" % (own * 1000, bare * 1000, (own - bare) * 1000), flush=True)
+        print(
+            "--help: %.0f ms CPU, import argparse alone %.0f ms: %.0f ms more (bound 35)"
+            % (own * 1000, bare * 1000, (own - bare) * 1000),
+            flush=True,
+        )
 
 
 def main() -> None:

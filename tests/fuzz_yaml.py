@@ -1,7 +1,9 @@
-"""Compare offsync's YAML subset with PyYAML: whatever it accepts means the same, whatever it writes is read back the same.
+"""Compare offsync's YAML subset with PyYAML: whatever it accepts means the same, whatever it
+writes is read back the same.
 
 usage: fuzz_yaml.py [COUNT [SEED]]   (a development tool: needs PyYAML)
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -16,14 +18,156 @@ spec = importlib.util.spec_from_file_location("offsync", OFFSYNC)
 offsync = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(offsync)
 
-SCALARS = ["true", "false", "yes", "no", "on", "off", "null", "~", "1", "0", "22", "08", "0o7", "0x1f", "1_000", "1e3", ".5", "1.5", "-1", "+1",
-           "1:30", "2001-01-01", "hash", "/srv/app", "deploy@node", "a.b-c", "/", "y", "n", "True", "FALSE", "=", "<<", ".inf", ".nan", "a:b",
-           "a: b", "a #b", "a#b", "#", "'it''s'", "''", '""', '"a\\tb"', '"\\x41\\u00e9\\U0001f600"', '"\\q"', '"a" b', "'a'b", "[]", "[ ]", "[a]", "{}",
-           "|", ">", "&a", "*a", "!x", "!!str 1", "- a", "? a", "a,b", "%a", "@a", "`a", '"unclosed', "'unclosed", '"a\tb"', "0.0", "1.", "_1",
-           "/a+b@c", "a/b", "e1", "0b1", "1a", "12e", "/a/b.c_d", "inf", "nan", '"a\\', "\\", "---", "...", '"#"', "' #'", "x" * 50]
-KEYS = ["version", "source", "delete", "exclude", "targets", "login", "a", "_x", "on", "yes", "1a", "a-b", '"q"', "x y", "", "k1"]
-TOKENS = [" ", "  ", "\t", ":", ": ", "#", " #", "-", "- ", "\n", '"', "'", "\\", "[", "]", "{", "}", ",", "&", "*", "!", "|", ">", "%", "@", "`", "\r", "\x85",
-          "\u2028", "\ufeff", "\x00", "é", "\U0001f600", "\xa0", "?", "~", "<<", "...", "---", "0", "true", "no"]
+SCALARS = [
+    "true",
+    "false",
+    "yes",
+    "no",
+    "on",
+    "off",
+    "null",
+    "~",
+    "1",
+    "0",
+    "22",
+    "08",
+    "0o7",
+    "0x1f",
+    "1_000",
+    "1e3",
+    ".5",
+    "1.5",
+    "-1",
+    "+1",
+    "1:30",
+    "2001-01-01",
+    "hash",
+    "/srv/app",
+    "deploy@node",
+    "a.b-c",
+    "/",
+    "y",
+    "n",
+    "True",
+    "FALSE",
+    "=",
+    "<<",
+    ".inf",
+    ".nan",
+    "a:b",
+    "a: b",
+    "a #b",
+    "a#b",
+    "#",
+    "'it''s'",
+    "''",
+    '""',
+    '"a\\tb"',
+    '"\\x41\\u00e9\\U0001f600"',
+    '"\\q"',
+    '"a" b',
+    "'a'b",
+    "[]",
+    "[ ]",
+    "[a]",
+    "{}",
+    "|",
+    ">",
+    "&a",
+    "*a",
+    "!x",
+    "!!str 1",
+    "- a",
+    "? a",
+    "a,b",
+    "%a",
+    "@a",
+    "`a",
+    '"unclosed',
+    "'unclosed",
+    '"a\tb"',
+    "0.0",
+    "1.",
+    "_1",
+    "/a+b@c",
+    "a/b",
+    "e1",
+    "0b1",
+    "1a",
+    "12e",
+    "/a/b.c_d",
+    "inf",
+    "nan",
+    '"a\\',
+    "\\",
+    "---",
+    "...",
+    '"#"',
+    "' #'",
+    "x" * 50,
+]
+KEYS = [
+    "version",
+    "source",
+    "delete",
+    "exclude",
+    "targets",
+    "login",
+    "a",
+    "_x",
+    "on",
+    "yes",
+    "1a",
+    "a-b",
+    '"q"',
+    "x y",
+    "",
+    "k1",
+]
+TOKENS = [
+    " ",
+    "  ",
+    "\t",
+    ":",
+    ": ",
+    "#",
+    " #",
+    "-",
+    "- ",
+    "\n",
+    '"',
+    "'",
+    "\\",
+    "[",
+    "]",
+    "{",
+    "}",
+    ",",
+    "&",
+    "*",
+    "!",
+    "|",
+    ">",
+    "%",
+    "@",
+    "`",
+    "\r",
+    "\x85",
+    "\u2028",
+    "\ufeff",
+    "\x00",
+    "é",
+    "\U0001f600",
+    "\xa0",
+    "?",
+    "~",
+    "<<",
+    "...",
+    "---",
+    "0",
+    "true",
+    "no",
+]
 
 
 def document(rng: random.Random) -> str:
@@ -33,24 +177,34 @@ def document(rng: random.Random) -> str:
         key, form = rng.choice(KEYS), rng.random()
         comment = rng.choice(["", "", " # c", "  #", "#c"])
         if form < 0.5:
-            lines.append("%s:%s%s%s" % (key, rng.choice([" ", " ", "  ", ""]), rng.choice(SCALARS), comment))
+            lines.append(
+                "%s:%s%s%s" % (key, rng.choice([" ", " ", "  ", ""]), rng.choice(SCALARS), comment)
+            )
         else:
             lines.append(key + ":" + comment)
             indent, gap = " " * rng.choice([0, 2, 2, 4]), " " * rng.choice([1, 1, 3])
             for _ in range(rng.randint(0, 3)):
                 if rng.random() < 0.4:
-                    lines.append(indent + "-" + gap + rng.choice(SCALARS) + rng.choice(["", "", " # c"]))
+                    lines.append(
+                        indent + "-" + gap + rng.choice(SCALARS) + rng.choice(["", "", " # c"])
+                    )
                     continue
                 first = True
                 for name in rng.sample(KEYS, rng.randint(1, 3)):
-                    lines.append(indent + ("-" + gap if first else " " * (len(gap) + 1 + (rng.random() < 0.03))) + name + ": " + rng.choice(SCALARS))
+                    lines.append(
+                        indent
+                        + ("-" + gap if first else " " * (len(gap) + 1 + (rng.random() < 0.03)))
+                        + name
+                        + ": "
+                        + rng.choice(SCALARS)
+                    )
                     first = False
         if rng.random() < 0.2:
             lines.append(rng.choice(["", "   ", "# c", "    # c", "\t", "---", "..."]))
     text = "\n".join(lines) + rng.choice(["", "\n", "\n\n"])
     for _ in range(rng.choice([0, 0, 0, 1, 2])):
         at = rng.randint(0, len(text))
-        text = text[:at] + rng.choice(TOKENS) + text[at + rng.choice([0, 0, 1]):]
+        text = text[:at] + rng.choice(TOKENS) + text[at + rng.choice([0, 0, 1]) :]
     return text
 
 
@@ -66,7 +220,11 @@ def exactly(value):
     """Return a value that compares equal only to one of the same types: True is not 1."""
     if isinstance(value, dict):
         return {key: exactly(item) for key, item in value.items()}
-    return [exactly(item) for item in value] if isinstance(value, list) else (type(value).__name__, value)
+    return (
+        [exactly(item) for item in value]
+        if isinstance(value, list)
+        else (type(value).__name__, value)
+    )
 
 
 def check(text: str) -> bool:
@@ -87,9 +245,22 @@ def check(text: str) -> bool:
 
 def check_writer(rng: random.Random) -> None:
     """Raise unless PyYAML reads what the writer writes, edits included."""
+
     def word() -> str:
-        return "".join(chr(rng.choice([rng.randint(32, 126), rng.randint(0xa0, 0xd7ff), rng.randint(0xe000, 0xfffd), rng.randint(0x10000, 0x10ffff),
-                                       rng.choice(b'"\\\'#: -')])) for _ in range(rng.randint(0, 12)))
+        return "".join(
+            chr(
+                rng.choice(
+                    [
+                        rng.randint(32, 126),
+                        rng.randint(0xA0, 0xD7FF),
+                        rng.randint(0xE000, 0xFFFD),
+                        rng.randint(0x10000, 0x10FFFF),
+                        rng.choice(b"\"\\'#: -"),
+                    ]
+                )
+            )
+            for _ in range(rng.randint(0, 12))
+        )
 
     def login() -> str:
         return "u%d@h%d" % (rng.randint(0, 3), rng.randint(0, 3))
@@ -101,11 +272,23 @@ def check_writer(rng: random.Random) -> None:
         if rng.random() < 0.3 and name in targets:
             del targets[name]
         else:
-            targets[name] = offsync.Target(name, "/" + word(), "/usr/bin/rrsync", rng.choice([None, 22, 2222]), rng.random() < 0.8)
-        text = offsync.replace_block(text, "targets", offsync.format_targets(list(targets.values())))
+            targets[name] = offsync.Target(
+                name,
+                "/" + word(),
+                "/usr/bin/rrsync",
+                rng.choice([None, 22, 2222]),
+                rng.random() < 0.8,
+            )
+        text = offsync.replace_block(
+            text, "targets", offsync.format_targets(list(targets.values()))
+        )
     read = yaml.safe_load(text)
     expected = {name: target.remote_path for name, target in targets.items()}
-    if read["source"] != source or {t["login"]: t["remote_path"] for t in read["targets"]} != expected or not check(text):
+    if (
+        read["source"] != source
+        or {t["login"]: t["remote_path"] for t in read["targets"]} != expected
+        or not check(text)
+    ):
         raise SystemExit("THE WRITER\n%s\n%r" % (text, read))
 
 
@@ -117,7 +300,10 @@ def main() -> None:
     accepted = sum(check(document(rng)) for _ in range(count))
     for _ in range(count // 10):
         check_writer(rng)
-    print("%d documents (seed %d), %d accepted and read alike by PyYAML; %d written and read back" % (count, seed, accepted, count // 10))
+    print(
+        "%d documents (seed %d), %d accepted and read alike by PyYAML; %d written and read back"
+        % (count, seed, accepted, count // 10)
+    )
 
 
 if __name__ == "__main__":

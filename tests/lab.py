@@ -1,12 +1,15 @@
-"""A laboratory for tests, demo and bench: throw-away sshd processes on loopback, scratch homes, real rsync and rrsync.
+"""A laboratory for tests, demo and bench: throw-away sshd processes on loopback, scratch homes,
+real rsync and rrsync.
 
 Works as root and as an ordinary user. Never port 22, never the real home, nothing left behind.
 """
+
 from __future__ import annotations
 
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import pty
@@ -21,17 +24,21 @@ import sys
 import tempfile
 import termios
 import time
+import unittest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 OFFSYNC = os.path.join(os.path.dirname(HERE), "offsync.py")
 USER = pwd.getpwuid(os.geteuid()).pw_name
+spec = importlib.util.spec_from_file_location("offsync", OFFSYNC)
+offsync = importlib.util.module_from_spec(spec)  # for the tests of its pure parts
+spec.loader.exec_module(offsync)
 
 
 @functools.cache
 def risk() -> tuple:
-    """Return what link must be given here: most rrsyncs let a key out of its directory, which is accepted for scratch directories."""
-    sys.path.insert(0, os.path.dirname(OFFSYNC))
-    import offsync
+    """Return what link must be given here: most rrsyncs let a key out of its directory, which is
+    accepted for scratch directories.
+    """
     try:
         offsync.probe_rrsync(offsync.find_rrsync(None)[1], False)
     except offsync.OffsyncError as error:
@@ -48,7 +55,7 @@ def require(name: str) -> str:
 
 
 def snapshot(root) -> dict:
-    """Return {path: (type, mode, content)} of a tree, by lstat and hash; modes of symlinks do not count."""
+    """Return {path: (type, mode, content or link)} of a tree; modes of symlinks do not count."""
     found = {}
     root = os.fsencode(root)
 
@@ -58,28 +65,38 @@ def snapshot(root) -> dict:
             status = os.lstat(os.path.join(root, path))
             mode = stat.S_IMODE(status.st_mode)
             if stat.S_ISLNK(status.st_mode):
-                found[path] = ("link", None, os.readlink(os.path.join(root, path)))
+                found[path] = ("symlink", 0, os.readlink(os.path.join(root, path)))
             elif stat.S_ISDIR(status.st_mode):
-                found[path] = ("dir", mode, None)
+                found[path] = ("directory", mode, b"")
                 walk(path)
             elif stat.S_ISREG(status.st_mode):
                 with open(os.path.join(root, path), "rb") as stream:
-                    found[path] = ("file", mode, hashlib.sha1(stream.read()).hexdigest())
+                    found[path] = ("file", mode, stream.read())
             else:
-                found[path] = ("special", mode, None)
+                found[path] = ("special", mode, b"")
 
     walk(b"")
     return found
 
 
 def read_plan(lines) -> dict:
-    """Return a plan's JSON Lines as {"policy": {}, "targets": [{"login": ..., kind: [entries]}], "plan": ID}."""
+    """Return a plan's JSON Lines as {"policy": {}, "targets": [{"login": ..., kind: [entries]}],
+    "plan": ID}.
+    """
     rows = [json.loads(line) for line in lines.splitlines()]
-    targets = {row["login"]: {**row, "added": [], "modified": [], "missing": [], "leftover": []} for row in rows[1:] if "kind" not in row}
+    targets = {
+        row["login"]: {**row, "added": [], "modified": [], "missing": [], "leftover": []}
+        for row in rows[1:]
+        if "kind" not in row
+    }
     for row in rows[1:]:
         if "kind" in row:
             targets[row.pop("login")][row.pop("kind")].append(row)
-    return {"policy": rows[0], "targets": list(targets.values()), "plan": hashlib.sha256(lines).hexdigest()}
+    return {
+        "policy": rows[0],
+        "targets": list(targets.values()),
+        "plan": hashlib.sha256(lines).hexdigest(),
+    }
 
 
 def write(path, content=b"x\n", mode=None, when=None) -> None:
@@ -98,7 +115,7 @@ def remove_tree(path) -> None:
     """Remove a tree, also directories that their owner may not list or write to."""
     os.chmod(path, 0o700)
     for directory, names, _ in os.walk(os.fsencode(path)):
-        for name in names:                  # before they are listed
+        for name in names:  # before they are listed
             if not os.path.islink(os.path.join(directory, name)):
                 os.chmod(os.path.join(directory, name), 0o700)
     shutil.rmtree(path)
@@ -122,7 +139,8 @@ class LabTarget:
 
     def __init__(self, lab: Lab, name: str, options: str = "", address: str = "127.0.0.1") -> None:
         self.lab, self.name, self.options, self.address = lab, name, options, address
-        self.namespace = ""                 # what a shell, as root, does before sshd starts, in a mount namespace of their own
+        # what a shell, as root, does before sshd starts, in a mount namespace of their own
+        self.namespace = ""
         self.base = os.path.join(lab.base, name)
         self.home = os.path.join(self.base, "home")
         self.path = os.path.join(self.base, "data")
@@ -142,30 +160,54 @@ class LabTarget:
         for path in (self.host_key, self.host_key + ".pub"):
             if os.path.exists(path):
                 os.unlink(path)
-        subprocess.run([require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", self.host_key], check=True)
+        subprocess.run(
+            [require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", self.host_key],
+            check=True,
+        )
 
     @property
     def fingerprint(self) -> str:
         """Return the SHA256 fingerprint of the host key."""
-        out = subprocess.run([require("ssh-keygen"), "-l", "-f", self.host_key + ".pub"], check=True,
-                             stdout=subprocess.PIPE, text=True).stdout
+        out = subprocess.run(
+            [require("ssh-keygen"), "-l", "-f", self.host_key + ".pub"],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
         return out.split()[1]
 
     def start(self) -> None:
         """Start sshd and return when it listens."""
         if os.geteuid() == 0:
-            os.makedirs("/run/sshd", exist_ok=True)      # sshd's empty privilege separation directory
+            os.makedirs("/run/sshd", exist_ok=True)  # sshd's empty privilege separation directory
         config = os.path.join(self.base, "sshd_config")
-        # SHLVL keeps bash from reading the account's own ~/.bashrc, which is not part of the laboratory.
-        write(config, "%s\nSetEnv SHLVL=2\nPort %d\nListenAddress %s\nHostKey %s\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\n"
-                      "PidFile none\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
-                      "LogLevel VERBOSE\nUseDNS no\n"
-              % (self.options, self.port, self.address, self.host_key, self.keys))
+        # SHLVL keeps bash from reading the account's own ~/.bashrc, which is not part of the
+        # laboratory.
+        write(
+            config,
+            "%s\nSetEnv SHLVL=2\nPort %d\nListenAddress %s\nHostKey %s\nAuthorizedKeysFile"
+            " %s\nStrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication"
+            " no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\nLogLevel VERBOSE\nUseDNS"
+            " no\n" % (self.options, self.port, self.address, self.host_key, self.keys),
+        )
         argv = [require("sshd"), "-D", "-e", "-f", config]
         if self.namespace:
-            argv = ["unshare", "--mount", "sh", "-e", "-c", self.namespace + '\nexec "$0" "$@"', *argv]
-        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+            argv = [
+                "unshare",
+                "--mount",
+                "sh",
+                "-e",
+                "-c",
+                self.namespace + '\nexec "$0" "$@"',
+                *argv,
+            ]
+        self.process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
         line = b""
         seen = b""
         while b"Server listening" not in line:
@@ -174,7 +216,9 @@ class LabTarget:
             if not line:
                 raise RuntimeError("sshd did not start: %s" % seen.decode(errors="replace"))
         log = open(self.log, "ab")
-        self.pump = subprocess.Popen(["cat"], stdin=self.process.stderr, stdout=log, start_new_session=True)
+        self.pump = subprocess.Popen(
+            ["cat"], stdin=self.process.stderr, stdout=log, start_new_session=True
+        )
         self.process.stderr.close()
         log.close()
 
@@ -198,11 +242,23 @@ class LabTarget:
 
 
 def processes() -> list:
-    """Return (PID, parent's PID, name, command line) of every process: from proc(5), or from ps where there is none."""
+    """Return (PID, parent's PID, name, command line) of every process: from proc(5), or from ps
+    where there is none.
+    """
     found = []
     if not os.path.isdir("/proc/self"):
-        out = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,comm=,args="], stdout=subprocess.PIPE, text=True, errors="replace", check=True).stdout
-        return [(int(row[0]), int(row[1]), os.path.basename(row[2]), row[3]) for row in (line.split(None, 3) for line in out.splitlines()) if len(row) == 4]
+        out = subprocess.run(
+            ["ps", "-A", "-ww", "-o", "pid=,ppid=,comm=,args="],
+            stdout=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            check=True,
+        ).stdout
+        return [
+            (int(row[0]), int(row[1]), os.path.basename(row[2]), row[3])
+            for row in (line.split(None, 3) for line in out.splitlines())
+            if len(row) == 4
+        ]
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open("/proc/%s/stat" % name, errors="replace") as stream:
@@ -210,7 +266,7 @@ def processes() -> list:
             with open("/proc/%s/cmdline" % name, "rb") as stream:
                 args = stream.read().replace(b"\0", b" ").decode(errors="replace").strip()
             found.append((int(name), int(after.split()[1]), before.split("(", 1)[1], args))
-        except OSError:                     # it has ended
+        except OSError:  # it has ended
             pass
     return found
 
@@ -243,15 +299,30 @@ class Lab:
             os.makedirs(path)
         self.ssh_config = os.path.join(self.base, "ssh_config")
         write(self.ssh_config, "")
-        # ssh reads the account's own ~/.ssh/config whatever HOME says: this one reads the laboratory's.
+        # ssh reads the account's own ~/.ssh/config whatever HOME says: this one reads the
+        # laboratory's.
         self.program("ssh", '#!/bin/sh\nexec %s -F %s "$@"\n' % (require("ssh"), self.ssh_config))
         for name in ("rsync", "rrsync", "ssh-keygen", "sshd"):
             require(name)
         self.targets: list = []
-        self.env = {key: value for key, value in os.environ.items()
-                    if key not in ("OFFSYNC_HOME", "OFFSYNC_RSYNC", "SSH_CONNECTION", "SSH_AUTH_SOCK", "NO_COLOR", "TMUX")}
-        self.env.update(HOME=self.home, PATH=self.bin + ":" + self.env.get("PATH", ""), TMPDIR=self.tmp,
-                        PYTHONDONTWRITEBYTECODE="1")
+        self.env = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in (
+                "OFFSYNC_HOME",
+                "OFFSYNC_RSYNC",
+                "SSH_CONNECTION",
+                "SSH_AUTH_SOCK",
+                "NO_COLOR",
+                "TMUX",
+            )
+        }
+        self.env.update(
+            HOME=self.home,
+            PATH=self.bin + ":" + self.env.get("PATH", ""),
+            TMPDIR=self.tmp,
+            PYTHONDONTWRITEBYTECODE="1",
+        )
 
     def program(self, name: str, text: str) -> str:
         """Put a script in front of the PATH; return its path."""
@@ -259,43 +330,89 @@ class Lab:
         write(path, text, 0o755)
         return path
 
-    def offsync(self, *args, home=None, input=None, check=None, env=None, program=OFFSYNC, timeout=300, python=None):
+    def offsync(
+        self,
+        *args,
+        home=None,
+        input=None,
+        check=None,
+        env=None,
+        program=OFFSYNC,
+        timeout=300,
+        python=None,
+    ):
         """Run offsync.py as a program, without a terminal; check is the expected exit status."""
         environment = dict(self.env, **(env or {}))
         if home:
             environment["HOME"] = home
-        done = subprocess.run([python or sys.executable, program, *args], env=environment, input=input,
-                              stdin=subprocess.DEVNULL if input is None else None, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, start_new_session=True, timeout=timeout, cwd=self.base)
+        done = subprocess.run(
+            [python or sys.executable, program, *args],
+            env=environment,
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            timeout=timeout,
+            cwd=self.base,
+        )
         done.out = done.stdout.decode("utf-8", "surrogateescape")
         done.err = done.stderr.decode("utf-8", "surrogateescape")
         if check is not None and done.returncode != check:
-            raise AssertionError("offsync %s: exit %d instead of %d\nstdout: %s\nstderr: %s"
-                                 % (" ".join(map(str, args)), done.returncode, check, done.out, done.err))
+            raise AssertionError(
+                "offsync %s: exit %d instead of %d\nstdout: %s\nstderr: %s"
+                % (" ".join(map(str, args)), done.returncode, check, done.out, done.err)
+            )
         if "Traceback" in done.err:
             raise AssertionError("a traceback: " + done.err)
         return done
 
     def start(self, *args, **more) -> subprocess.Popen:
-        """Start offsync.py in the background, as a terminal would: signals that we ourselves ignore (nohup) are not passed on."""
-        return subprocess.Popen([sys.executable, OFFSYNC, *args], env=dict(self.env, **more.pop("env", {})),
-                                preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                start_new_session=True, cwd=self.base, **more)
+        """Start offsync.py in the background, as a terminal would: signals that we ourselves
+        ignore (nohup) are not passed on.
+        """
+        return subprocess.Popen(
+            [sys.executable, OFFSYNC, *args],
+            env=dict(self.env, **more.pop("env", {})),
+            preexec_fn=lambda: [
+                signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            cwd=self.base,
+            **more,
+        )
 
     def init(self) -> str:
         """Run init; return the public key line."""
         return self.offsync("init", "--source", self.source, check=0).out.strip()
 
     def target(self, name: str, options: str = "", address: str = "127.0.0.1") -> LabTarget:
-        """Start one more target; every target has another loopback address, so that its login is its own."""
-        target = LabTarget(self, name, options, address if address != "127.0.0.1" else "127.0.0.%d" % (len(self.targets) + 1))
+        """Start one more target; every target has another loopback address, so that its login is
+        its own.
+        """
+        target = LabTarget(
+            self,
+            name,
+            options,
+            address if address != "127.0.0.1" else "127.0.0.%d" % (len(self.targets) + 1),
+        )
         self.targets.append(target)
         return target
 
     def link(self, target: LabTarget, *args) -> subprocess.CompletedProcess:
         """Run link on a target with the controller's key."""
-        words = ["link", "--path", target.path, "--key-file", os.path.join(self.state, "id_ed25519.pub"), *risk(), *args]
+        words = [
+            "link",
+            "--path",
+            target.path,
+            "--key-file",
+            os.path.join(self.state, "id_ed25519.pub"),
+            *risk(),
+            *args,
+        ]
         done = self.offsync(*words, home=target.home)
         if done.returncode:
             raise AssertionError("link: exit %d: %s" % (done.returncode, done.err))
@@ -303,8 +420,19 @@ class Lab:
 
     def add(self, target: LabTarget, *args, check=0):
         """Run target add with the target's real fingerprint."""
-        return self.offsync("target", "add", target.login, "--path", target.path, "--port", str(target.port),
-                            "--host-key", target.fingerprint, *args, check=check)
+        return self.offsync(
+            "target",
+            "add",
+            target.login,
+            "--path",
+            target.path,
+            "--port",
+            str(target.port),
+            "--host-key",
+            target.fingerprint,
+            *args,
+            check=check,
+        )
 
     def joined(self, name: str, options: str = "") -> LabTarget:
         """Return a new target, linked and added."""
@@ -316,18 +444,28 @@ class Lab:
         return target
 
     def joined_by_hand(self, name: str, options: str = "") -> LabTarget:
-        """Return a new target like joined(), its files written directly, in a tenth of the time: for tests of what comes later."""
+        """Return a new target like joined(), its files written directly, in a tenth of the time:
+        for tests of what comes later.
+        """
         if not os.path.exists(self.state):
             self.init()
         target = self.target(name, options)
-        write(target.keys, 'command="/usr/bin/rrsync -wo %s",no-port-forwarding,no-agent-forwarding,no-X11-forwarding,no-pty,restrict %s'
-              % (target.path, read(os.path.join(self.state, "id_ed25519.pub"))))
+        write(
+            target.keys,
+            'command="/usr/bin/rrsync -wo'
+            ' %s",no-port-forwarding,no-agent-forwarding,no-X11-forwarding,no-pty,restrict %s'
+            % (target.path, read(os.path.join(self.state, "id_ed25519.pub"))),
+        )
         os.makedirs(target.path)
         with open(os.path.join(self.state, "known_hosts"), "a") as stream:
-            stream.write("[%s]:%d %s" % (target.address, target.port, read(target.host_key + ".pub")))
+            stream.write(
+                "[%s]:%d %s" % (target.address, target.port, read(target.host_key + ".pub"))
+            )
         config = os.path.join(self.state, "config.yaml")
-        block = "  - login: '%s'\n    user: '%s'\n    host: '%s'\n    remote_path: '%s'\n    port: %d\n" % (
-            target.login, USER, target.address, target.path, target.port)
+        block = (
+            "  - login: '%s'\n    user: '%s'\n    host: '%s'\n    remote_path: '%s'\n    port: %d\n"
+            % (target.login, USER, target.address, target.path, target.port)
+        )
         write(config, read(config).replace("targets: []", "targets:") + block)
         return target
 
@@ -340,7 +478,9 @@ class Lab:
             start = next(i for i, line in enumerate(lines) if line.startswith("exclude:"))
             end = next(i for i in range(start + 1, len(lines)) if not lines[i].startswith(" "))
             patterns = values.pop("exclude")
-            lines[start:end] = (["exclude:"] + ["  - '%s'" % p for p in patterns]) if patterns else ["exclude: []"]
+            lines[start:end] = (
+                (["exclude:"] + ["  - '%s'" % p for p in patterns]) if patterns else ["exclude: []"]
+            )
         for key, value in values.items():
             lines = [line for line in lines if not line.startswith(key + ":")]
             lines.insert(1, "%s: %s" % (key, value))
@@ -378,8 +518,11 @@ def mentions(text: str) -> list:
     return [args for _, _, _, args in processes() if text in args]
 
 
-def type_on_terminal(argv: list, env: dict, *dialogue: tuple, stdin: str = "", columns: int = 80) -> tuple:
-    """Run a program on a terminal of its own and type each answer after its prompt; return (exit status, what was shown).
+def type_on_terminal(
+    argv: list, env: dict, *dialogue: tuple, stdin: str = "", columns: int = 80
+) -> tuple:
+    """Run a program on a terminal of its own and type each answer after its prompt; return (exit
+    status, what was shown).
 
     stdin names a file that the program gets instead of the terminal.
     """
@@ -401,7 +544,187 @@ def type_on_terminal(argv: list, env: dict, *dialogue: tuple, stdin: str = "", c
             if not chunk:
                 break
             seen += chunk
-    except OSError:                         # how Linux says that the other side is closed
+    except OSError:  # how Linux says that the other side is closed
         pass
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen.decode(errors="replace")
+
+
+def comm(pid: int) -> str:
+    """Return the name of a process."""
+    return next((name for number, _, name, _ in processes() if number == pid), "")
+
+
+def can_mount() -> bool:
+    """Tell whether a mount namespace of one's own can be had here."""
+    return (
+        os.geteuid() == 0
+        and bool(shutil.which("unshare"))
+        and subprocess.run(["unshare", "--mount", "true"], stderr=subprocess.DEVNULL).returncode
+        == 0
+    )
+
+
+def change(file: str, edit: str) -> str:
+    """Return the shell words that show an edited copy of a file in its place, in the namespace
+    alone.
+    """
+    return (
+        "copy=$(mktemp) && sed '%s' %s > $copy && chmod --reference=%s $copy && mount --bind $copy"
+        " %s && rm $copy\n" % (edit, file, file, file)
+    )
+
+
+def login_shell(path: str) -> str:
+    """Return the words that give root another login shell."""
+    return change("/etc/passwd", "s,^\\(root:.*:\\).*,\\1%s," % path)
+
+
+def pam(*lines: str) -> str:
+    """Return the words that make these sshd's PAM configuration."""
+    return (
+        "copy=$(mktemp) && printf '%%s\\n' %s > $copy && mount --bind $copy /etc/pam.d/sshd && rm"
+        " $copy\n"
+        % " ".join("'%s'" % line for line in lines)
+    )
+
+
+class LabCase(unittest.TestCase):
+    """A laboratory for each test."""
+
+    def setUp(self) -> None:
+        self.lab = Lab()
+        self.addCleanup(self.lab.close)
+
+    def assert_refused(self, done, status: int, *words: str) -> None:
+        """One sentence on stderr, the status, no more."""
+        self.assertEqual(done.returncode, status, done.err)
+        lines = [
+            line for line in done.err.splitlines() if not line.startswith("offsync: warning: ")
+        ]
+        self.assertEqual(len(lines), 1, done.err)
+        self.assertTrue(lines[0].startswith("offsync: "), done.err)
+        for word in words:
+            self.assertIn(word, lines[0])
+
+
+class SharedLab(LabCase):
+    """One laboratory for the class; source, target and policies are reset for each test."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.lab = Lab()
+        cls.addClassCleanup(cls.lab.close)
+        cls.target = cls.lab.joined_by_hand("one")
+        cls.config = read(cls.lab.state + "/config.yaml")
+
+    def setUp(self) -> None:
+        write(self.lab.state + "/config.yaml", self.config)
+        for path in (self.lab.source, self.target.path):
+            remove_tree(path)
+            os.mkdir(path)
+        self.source, self.there = self.lab.source, self.target.path
+
+    def plan(self, *args, check=0) -> dict:
+        return read_plan(self.lab.offsync("plan", "--json", *args, check=check).stdout)
+
+    def unchanged(self) -> tuple:
+        """Return all that a refusal must leave as it was."""
+        return snapshot(self.source), snapshot(self.there)
+
+
+class Fleet(LabCase):
+    """Three targets in a laboratory of the class."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.lab = Lab()
+        cls.addClassCleanup(cls.lab.close)
+        cls.targets = [cls.lab.joined_by_hand("t%d" % number) for number in range(3)]
+        cls.config = read(cls.lab.state + "/config.yaml")
+
+    def setUp(self) -> None:
+        write(self.lab.state + "/config.yaml", self.config)
+        for path in (self.lab.source, *(target.path for target in self.targets)):
+            shutil.rmtree(path)
+            os.mkdir(path)
+        self.source = self.lab.source
+
+    def review(self, *args) -> str:
+        """Return a file with the plan of now."""
+        path = self.lab.base + "/plan.jsonl"
+        write(path, self.lab.offsync("plan", "--json", *args, check=0).stdout)
+        return path
+
+    def refused(self, reviewed: str, *words: str, args=()) -> None:
+        before = [snapshot(target.path) for target in self.targets]
+        self.assert_refused(
+            self.lab.offsync("apply", *args, "--plan", reviewed), 1, "does not approve", *words
+        )
+        self.assertEqual([snapshot(target.path) for target in self.targets], before)
+
+
+class Standing(SharedLab):
+    """Stand-ins for rsync here and rrsync there: they act at one step, and call the real program.
+    """
+
+    def there_runs(self, script: str) -> None:
+        """Wrap the target's rrsync; $SSH_ORIGINAL_COMMAND is its command, "real" calls the real
+        one.
+        """
+        path = self.lab.base + "/standing-rrsync"
+        write(
+            path,
+            '#!/bin/bash\nreal() { /usr/bin/rrsync "${args[@]}"; }\nargs=("$@")\ncd %s\n%s\n'
+            % (self.there, script),
+            0o755,
+        )
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        write(self.target.keys, line.replace("/usr/bin/rrsync", path))
+
+    def here_runs(self, script: str) -> dict:
+        """Return the environment in which rsync here is wrapped; "real" calls the real one."""
+        path = self.lab.program(
+            "standing-rsync",
+            '#!/bin/bash\nargs=("$@")\nreal() { %s "${args[@]}"; }\ncd %s\n%s\n'
+            % (require("rsync"), self.source, script),
+        )
+        return {"OFFSYNC_RSYNC": path}
+
+    def mode(self, path: str) -> int:
+        return stat.S_IMODE(os.stat(path).st_mode)
+
+
+class SentenceCase(SharedLab):
+    """One target; each row changes its sshd, its forced command, or the controller's ssh_config."""
+
+    WAITS = True
+
+    def setUp(self) -> None:
+        super().setUp()
+        write(self.lab.ssh_config, "")
+        write(self.source + "/f", "x")
+        if not hasattr(type(self), "keys"):
+            type(self).keys = read(self.target.keys)
+        write(self.target.keys, self.keys)
+
+    def restart(self, options: str = "", namespace: str = "") -> None:
+        """Start the target's sshd again, with these options and what a shell does before."""
+        self.target.stop()
+        self.target.options, self.target.namespace = options, namespace
+        self.target.start()
+
+    def said(
+        self, *words: str, never: tuple = (), program: str = OFFSYNC, command: str = "plan"
+    ) -> None:
+        """plan (or apply) fails, and says these words (and never others), once."""
+        done = self.lab.offsync(*command.split(), check=1, program=program, timeout=100)
+        why = (
+            done.err.split(": failed: ") if "apply" in command else done.out.split("not compared: ")
+        )[1].split("\n")[0]
+        for word in words:
+            self.assertIn(word, why)
+        for word in (*never, "in a way that is not known"):
+            self.assertNotIn(word, why)
+        self.assertLess(len(why), 900)

@@ -2,8 +2,10 @@
 
 Beside these, one after another, run the classes with WAITS, which mostly wait for deadlines.
 
-usage: run.py [--yes] [MODULE or MODULE.CLASS ...]; --yes installs missing system programs unasked. The last line is "N passed, M failed" (", K skipped" if any were).
+usage: run.py [--yes] [MODULE or MODULE.CLASS ...]; --yes installs missing system programs unasked.
+The last line is "N passed, M failed" (", K skipped" if any were).
 """
+
 from __future__ import annotations
 
 import glob
@@ -21,28 +23,51 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def classes(names: list) -> list:
-    """Return "module.Class" of every test class of these modules (default: all), those with many tests first."""
+    """Return "module.Class" of every test class of these modules (default: all), those with many
+    tests first.
+    """
     found = {}
-    for name in names or sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(HERE, "test_*.py"))):
+    for name in names or sorted(
+        os.path.basename(path)[:-3] for path in glob.glob(os.path.join(HERE, "test_*.py"))
+    ):
         if "." in name:
             found[name] = 1
             continue
         for key, value in vars(importlib.import_module(name)).items():
-            if isinstance(value, type) and issubclass(value, unittest.TestCase) and value.__module__ == name:
-                found["%s.%s" % (name, key)] = len(unittest.defaultTestLoader.getTestCaseNames(value))
+            if (
+                isinstance(value, type)
+                and issubclass(value, unittest.TestCase)
+                and value.__module__ == name
+            ):
+                found["%s.%s" % (name, key)] = len(
+                    unittest.defaultTestLoader.getTestCaseNames(value)
+                )
     return sorted((name for name, count in found.items() if count), key=lambda name: -found[name])
 
 
 def waits(name: str) -> bool:
     """Tell whether this class mostly waits."""
     module, _, found = name.partition(".")
-    return getattr(getattr(importlib.import_module(module), found.split(".")[0], None), "WAITS", False)
+    return getattr(
+        getattr(importlib.import_module(module), found.split(".")[0], None), "WAITS", False
+    )
 
 
 def ensure_programs(words: list) -> list:
-    """Make sure of the system programs through offsync itself, which asks or, for --yes, does not; return the other words."""
+    """Make sure of the system programs through offsync itself, which asks or, for --yes, does not;
+    return the other words.
+    """
     answer = ["-y"] if "--yes" in words else []
-    status = subprocess.call([sys.executable, os.path.join(os.path.dirname(HERE), "offsync.py"), "install-deps", "--role", "both", *answer])
+    status = subprocess.call(
+        [
+            sys.executable,
+            os.path.join(os.path.dirname(HERE), "offsync.py"),
+            "install-deps",
+            "--role",
+            "both",
+            *answer,
+        ]
+    )
     if status:
         sys.exit(status)
     return [word for word in words if word != "--yes"]
@@ -53,8 +78,19 @@ def run_one(name: str) -> None:
     suite = unittest.defaultTestLoader.loadTestsFromName(name)
     stream = io.StringIO()
     result = unittest.TextTestRunner(stream=stream, verbosity=2, buffer=True).run(suite)
-    failed = len({getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors})     # subtests count once
-    print(json.dumps([result.testsRun - failed - len(result.skipped), failed, len(result.skipped), stream.getvalue()]))
+    failed = len(
+        {getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors}
+    )  # subtests count once
+    print(
+        json.dumps(
+            [
+                result.testsRun - failed - len(result.skipped),
+                failed,
+                len(result.skipped),
+                stream.getvalue(),
+            ]
+        )
+    )
 
 
 def main(names: list) -> int:
@@ -69,12 +105,24 @@ def main(names: list) -> int:
 
     def start(name: str):
         begun = time.monotonic()
-        done = subprocess.run([sys.executable, os.path.abspath(__file__), "--one", name], stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors="replace", cwd=HERE)
+        done = subprocess.run(
+            [sys.executable, os.path.abspath(__file__), "--one", name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            cwd=HERE,
+        )
         return name, done, time.monotonic() - begun
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool, ThreadPoolExecutor(max_workers=1) as beside:
-        for future in as_completed([(beside if waits(name) else pool).submit(start, name) for name in classes(names)]):
+    with (
+        ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool,
+        ThreadPoolExecutor(max_workers=1) as beside,
+    ):
+        for future in as_completed(
+            [(beside if waits(name) else pool).submit(start, name) for name in classes(names)]
+        ):
             name, done, seconds = future.result()
             lines = done.stdout.strip().split("\n")
             try:
@@ -82,7 +130,10 @@ def main(names: list) -> int:
             except ValueError:
                 counts = [0, 1, 0, done.stdout]
             passed, failed, skipped = passed + counts[0], failed + counts[1], skipped + counts[2]
-            print("%-44s %3d passed %3d failed  %5.1f s" % (name, counts[0], counts[1], seconds), flush=True)
+            print(
+                "%-44s %3d passed %3d failed  %5.1f s" % (name, counts[0], counts[1], seconds),
+                flush=True,
+            )
             if counts[1] or counts[2]:
                 print(counts[3], flush=True)
     print("%.0f s" % (time.monotonic() - started))

@@ -1,42 +1,41 @@
-"""Exactly the plan: nothing more, nothing earlier, nothing unknown called known; on rsyncs that answer otherwise, by stand-ins."""
+"""Exactly the plan: nothing more, nothing earlier, nothing unknown called known; on rsyncs that
+answer otherwise, by stand-ins.
+"""
+
 from __future__ import annotations
 
 import os
 import re
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import unittest
 
-from lab import OFFSYNC, descendants, mentions, processes, read, require, snapshot, wait_for, write
-from test_plan import SharedLab
-
-
-class Standing(SharedLab):
-    """Stand-ins for rsync here and rrsync there: they act at one step, and call the real program."""
-
-    def there_runs(self, script: str) -> None:
-        """Wrap the target's rrsync; $SSH_ORIGINAL_COMMAND is its command, "real" calls the real one."""
-        path = self.lab.base + "/standing-rrsync"
-        write(path, '#!/bin/bash\nreal() { /usr/bin/rrsync "${args[@]}"; }\nargs=("$@")\ncd %s\n%s\n' % (self.there, script), 0o755)
-        line = read(self.target.keys)
-        self.addCleanup(write, self.target.keys, line)
-        write(self.target.keys, line.replace("/usr/bin/rrsync", path))
-
-    def here_runs(self, script: str) -> dict:
-        """Return the environment in which rsync here is wrapped; "real" calls the real one."""
-        path = self.lab.program("standing-rsync", '#!/bin/bash\nargs=("$@")\nreal() { %s "${args[@]}"; }\ncd %s\n%s\n' % (require("rsync"), self.source, script))
-        return {"OFFSYNC_RSYNC": path}
-
-    def mode(self, path: str) -> int:
-        return stat.S_IMODE(os.stat(path).st_mode)
+from lab import (
+    OFFSYNC,
+    Standing,
+    change,
+    descendants,
+    mentions,
+    offsync,
+    processes,
+    read,
+    require,
+    snapshot,
+    wait_for,
+    write,
+)
 
 
 class Root(Standing):
     def test_the_root_of_the_target_is_never_touched(self) -> None:
-        for ours, theirs, more in ((0o700, 0o755, {}), (0o755, 0o2775, {}), (0o777, 0o711, {"overwrite": "false"}), (0o1777, 0o750, {"verify": '"quick"'})):
+        for ours, theirs, more in (
+            (0o700, 0o755, {}),
+            (0o755, 0o2775, {}),
+            (0o777, 0o711, {"overwrite": "false"}),
+            (0o1777, 0o750, {"verify": '"quick"'}),
+        ):
             with self.subTest(ours=oct(ours), theirs=oct(theirs), **more):
                 self.setUp()
                 self.lab.configure(**more)
@@ -62,18 +61,26 @@ class SymlinksLast(Standing):
         os.symlink("v1", self.there + "/current")
 
     def test_a_switched_link_is_never_live_before_its_files(self) -> None:
-        self.there_runs('real; s=$?; echo "$(readlink current) $(cat v2/app 2>/dev/null | wc -c)" >> %s/seen; exit $s' % self.lab.base)
+        self.there_runs(
+            'real; s=$?; echo "$(readlink current) $(cat v2/app 2>/dev/null | wc -c)" >> %s/seen;'
+            " exit $s"
+            % self.lab.base
+        )
         self.lab.offsync("apply", check=0)
         seen = read(self.lab.base + "/seen").split("\n")[:-1]
-        self.assertIn("v1 100000", seen)                        # the file had arrived, the link had not moved
-        self.assertEqual([line for line in seen if line.startswith("v2") and line != "v2 100000"], [])
+        self.assertIn("v1 100000", seen)  # the file had arrived, the link had not moved
+        self.assertEqual(
+            [line for line in seen if line.startswith("v2") and line != "v2 100000"], []
+        )
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_nor_when_the_files_did_not_arrive(self) -> None:
         for how in ("exit 1", "real; exit 12", "real; rm -f v2/app; exit 0"):
             with self.subTest(how=how):
                 self.setUp()
-                self.there_runs('case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) %s;; *) real;; esac' % how)
+                self.there_runs(
+                    'case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) %s;; *) real;; esac' % how
+                )
                 self.lab.offsync("apply", check=1)
                 self.assertEqual(os.readlink(self.there + "/current"), "v1")
                 self.doCleanups()
@@ -81,7 +88,10 @@ class SymlinksLast(Standing):
     def test_what_stands_in_the_way_of_a_link_goes_only_then(self) -> None:
         os.unlink(self.there + "/current")
         write(self.there + "/current/old/file", "x")
-        self.there_runs('case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) ls current/old > %s/then;; esac; real' % self.lab.base)
+        self.there_runs(
+            'case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) ls current/old > %s/then;; esac; real'
+            % self.lab.base
+        )
         self.lab.offsync("apply", "--delete", check=0)
         self.assertEqual(read(self.lab.base + "/then"), "file\n")
         self.assertEqual(snapshot(self.there), snapshot(self.source))
@@ -96,11 +106,22 @@ class OutsideInfluence(Standing):
         baseline = self.lab.offsync("plan", "--json", check=0).stdout
         popt = self.lab.home + "/.popt"
         self.addCleanup(lambda: os.path.exists(popt) and os.unlink(popt))
-        for line in ("rsync alias -p --perms --chmod=F600", "rsync alias -r --recursive --cvs-exclude", "rsync alias -n --stats", "rsync exec --delete " + evil):
+        for line in (
+            "rsync alias -p --perms --chmod=F600",
+            "rsync alias -r --recursive --cvs-exclude",
+            "rsync alias -n --stats",
+            "rsync exec --delete " + evil,
+        ):
             with self.subTest(line=line):
                 write(popt, line + "\n")
-                env = {"RSYNC_CHECKSUM_LIST": "none", "RSYNC_PARTIAL_DIR": "x", "RSYNC_RSH": "false"}
-                self.assertEqual(self.lab.offsync("plan", "--json", env=env, check=0).stdout, baseline)
+                env = {
+                    "RSYNC_CHECKSUM_LIST": "none",
+                    "RSYNC_PARTIAL_DIR": "x",
+                    "RSYNC_RSH": "false",
+                }
+                self.assertEqual(
+                    self.lab.offsync("plan", "--json", env=env, check=0).stdout, baseline
+                )
                 self.assertEqual(snapshot(self.there), {})
                 self.lab.offsync("apply", env=env, check=0)
                 self.assertEqual(snapshot(self.there), snapshot(self.source))
@@ -110,12 +131,21 @@ class OutsideInfluence(Standing):
                 os.mkdir(self.there)
         # The same lines do change what rsync does with HOME: the test is one.
         write(popt, "rsync alias -r --recursive --cvs-exclude\n")
-        out = subprocess.run([require("rsync"), "-n", "-r", "-i", self.source + "/", self.there], env=self.lab.env, stdout=subprocess.PIPE, text=True, check=True).stdout
+        out = subprocess.run(
+            [require("rsync"), "-n", "-r", "-i", self.source + "/", self.there],
+            env=self.lab.env,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
         self.assertNotIn("x.o", out)
 
     def test_which_checksum_each_pass_uses(self) -> None:
         record = self.lab.base + "/passes"
-        env = self.here_runs('echo "${RSYNC_CHECKSUM_LIST-fastest} ${HOME-nohome} $(env | grep -c ^RSYNC_) $*" >> %s; real' % record)
+        env = self.here_runs(
+            'echo "${RSYNC_CHECKSUM_LIST-fastest} ${HOME-nohome} $(env | grep -c ^RSYNC_) $*" >>'
+            " %s; real" % record
+        )
 
         def passes(*args: str) -> set:
             write(record, "")
@@ -124,7 +154,11 @@ class OutsideInfluence(Standing):
             for line in read(record).splitlines():
                 checksum, home, count, words = line.split(" ", 3)
                 self.assertEqual((home, int(count)), ("nohome", checksum == "md5"))
-                for kind, pattern in (("tree", "-rlptc "), ("send", "-ii -lptO"), ("list", "-lptc ")):
+                for kind, pattern in (
+                    ("tree", "-rlptc "),
+                    ("send", "-ii -lptO"),
+                    ("list", "-lptc "),
+                ):
                     if pattern in words:
                         found.add((kind, checksum))
             return found
@@ -138,11 +172,14 @@ class OutsideInfluence(Standing):
         self.lab.configure(verify='"strong"')
         write(self.source + "/f", "y")
         self.assertEqual(passes("plan"), {("tree", "md5")})
-        self.assertEqual(passes("apply"), {("tree", "md5"), ("send", "md5"), ("list", "md5")})
+        found = passes("apply")  # the list, where the tree is not as cheap
+        self.assertEqual(found - {("list", "md5")}, {("tree", "md5"), ("send", "md5")})
 
 
 class SourceChanges(Standing):
-    """Something writes to the source while a run is on its way: what is called ok is what was planned."""
+    """Something writes to the source while a run is on its way: what is called ok is what was
+    planned.
+    """
 
     def failing(self, env: dict, *names: str) -> None:
         done = self.lab.offsync("apply", env=env, check=1)
@@ -155,12 +192,25 @@ class SourceChanges(Standing):
         write(self.source + "/d/f", "good", when=1_600_000_000)
         write(self.lab.base + "/swapped/f", "evil", when=1_600_000_000)
         self.addCleanup(shutil.rmtree, self.lab.base + "/swapped", True)
-        env = self.here_runs('case "$*" in *"-ii "*) mv d ../kept; mv ../swapped d; real; s=$?; mv d ../swapped; mv ../kept d; exit $s;; esac; real')
+        env = self.here_runs(
+            'case "$*" in *"-ii "*) mv d ../kept; mv ../swapped d; real; s=$?; mv d ../swapped; mv'
+            " ../kept d; exit $s;; esac; real"
+        )
         self.failing(env, "d/f")
 
     def test_other_content_mode_link_and_type_while_sending(self) -> None:
-        for change in ("echo evil > f; touch -d @1600000000 f", "chmod 4755 f", "echo more >> f", "rm f", "chmod 600 m", "ln -sfn m l", "chmod 777 d",
-                       "rm f; mkdir f", "rm f; ln -s m f", "echo grown >> m"):
+        for change in (
+            "echo evil > f; touch -d @1600000000 f",
+            "chmod 4755 f",
+            "echo more >> f",
+            "rm f",
+            "chmod 600 m",
+            "ln -sfn m l",
+            "chmod 777 d",
+            "rm f; mkdir f",
+            "rm f; ln -s m f",
+            "echo grown >> m",
+        ):
             with self.subTest(change=change):
                 self.setUp()
                 for path, content in (("f", "good\n"), ("m", "mode"), ("d/inside", "x")):
@@ -171,9 +221,14 @@ class SourceChanges(Standing):
                 os.chmod(self.there + "/d", 0o700)
                 once = self.lab.base + "/once"
                 shutil.rmtree(once, ignore_errors=True)
-                env = self.here_runs('case "$*" in *"-ii "*) mkdir %s 2>/dev/null && { %s; };; esac; real' % (once, change))
+                env = self.here_runs(
+                    'case "$*" in *"-ii "*) mkdir %s 2>/dev/null && { %s; };; esac; real'
+                    % (once, change)
+                )
                 done = self.lab.offsync("apply", env=env, check=1)
-                self.assertRegex(done.err, "failed: the source changed (after the plan|while it was read)")
+                self.assertRegex(
+                    done.err, "failed: the source changed (after the plan|while it was read)"
+                )
                 self.assertEqual(self.lab.records()[-1]["result"], "failed")
 
     def test_a_mode_or_link_that_is_as_there_again_while_it_is_sent(self) -> None:
@@ -182,9 +237,14 @@ class SourceChanges(Standing):
         write(self.there + "/m", "mode", 0o600)
         os.symlink("new", self.source + "/l")
         os.symlink("old", self.there + "/l")
-        for name, change, back in (("m", "chmod 600 m", "chmod 640 m"), ("l", "ln -sfn old l", "ln -sfn new l")):
+        for name, change, back in (
+            ("m", "chmod 600 m", "chmod 640 m"),
+            ("l", "ln -sfn old l", "ln -sfn new l"),
+        ):
             with self.subTest(name=name):
-                env = self.here_runs('case "$*" in *"-ii "*|*"--size-only"*) %s;; esac; real' % change)
+                env = self.here_runs(
+                    'case "$*" in *"-ii "*|*"--size-only"*) %s;; esac; real' % change
+                )
                 self.failing(env, name)
                 subprocess.run(["sh", "-c", back], cwd=self.source, check=True)
 
@@ -196,10 +256,12 @@ class SourceChanges(Standing):
             with self.subTest(change=change):
                 once = self.lab.base + "/once"
                 shutil.rmtree(once, ignore_errors=True)
-                env = self.here_runs('case "$*" in *"-ii "*) real; s=$?; mkdir %s 2>/dev/null && { %s; }; exit $s;; esac; real' % (once, change))
+                env = self.here_runs(
+                    'case "$*" in *"-ii "*) real; s=$?; mkdir %s 2>/dev/null && { %s; }; exit $s;;'
+                    " esac; real" % (once, change)
+                )
                 write(self.source + "/f", "planned" + change)
                 self.failing(env)
-
 
     def test_a_mode_only_entry_that_is_sent_with_content(self) -> None:
         write(self.source + "/m", b"", 0o600)
@@ -222,14 +284,19 @@ class Unknown(Standing):
         write(self.source + "/small", "x")
         self.lab.configure(bwlimit="1000")
         process = self.lab.start("apply")
-        wait_for(lambda: any(name.startswith(".big") for name in os.listdir(self.there)), "the transfer")
+        wait_for(
+            lambda: any(name.startswith(".big") for name in os.listdir(self.there)), "the transfer"
+        )
         self.target.stop()
         self.addCleanup(self.target.start)
         out, err = process.communicate(timeout=90)
         self.assertEqual(process.returncode, 1, err)
         self.assertIn(b"what arrived is unknown", err)
         record = self.lab.records()[-1]
-        self.assertEqual((record["result"], record["files_changed"], record["files_deleted"]), ("failed", None, None))
+        self.assertEqual(
+            (record["result"], record["files_changed"], record["files_deleted"]),
+            ("failed", None, None),
+        )
 
     def test_a_target_with_nothing_to_do_is_not_interrupted(self) -> None:
         other = self.lab.joined_by_hand("busy")
@@ -238,12 +305,21 @@ class Unknown(Standing):
         shutil.copytree(self.source, self.there, dirs_exist_ok=True)
         self.lab.configure(bwlimit="500")
         process = self.lab.start("apply")
-        wait_for(lambda: any(name.startswith(".big") for name in os.listdir(other.path)), "the transfer")
-        wait_for(lambda: len(self.lab.records()) and self.lab.records()[-1]["login"] == self.target.login, "the first target's record")
+        wait_for(
+            lambda: any(name.startswith(".big") for name in os.listdir(other.path)), "the transfer"
+        )
+        wait_for(
+            lambda: len(self.lab.records())
+            and self.lab.records()[-1]["login"] == self.target.login,
+            "the first target's record",
+        )
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
         self.assertIn(b"%s: ok: equal" % self.target.login.encode(), out)
-        self.assertEqual({r["login"]: r["result"] for r in self.lab.records()[-2:]}, {self.target.login: "ok", other.login: "interrupted"})
+        self.assertEqual(
+            {r["login"]: r["result"] for r in self.lab.records()[-2:]},
+            {self.target.login: "ok", other.login: "interrupted"},
+        )
 
 
 class Converges(Standing):
@@ -266,8 +342,8 @@ class Converges(Standing):
         write(self.there + "/one", "same", 0o644, 1_600_000_000)
         os.link(self.there + "/one", self.there + "/two")
         done = self.lab.offsync("apply", check=1)
-        self.assertIn("another name (a hard link)? Delete one of its names", done.err)
-        os.unlink(self.there + "/two")          # the cure
+        self.assertIn("another name (a hard link)", done.err)
+        os.unlink(self.there + "/two")  # the cure
         self.lab.offsync("apply", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
@@ -284,7 +360,10 @@ class Converges(Standing):
         write(self.source + "/f", "new content")
         write(self.there + "/f", "old")
         write(self.there + "/.~tmp~/f", "new")
-        self.there_runs('case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) cp -p f ../old; real; s=$?; mkdir -p .~tmp~; mv f .~tmp~/f; mv ../old f; exit $s;; esac; real')
+        self.there_runs(
+            'case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) cp -p f ../old; real; s=$?; mkdir -p'
+            " .~tmp~; mv f .~tmp~/f; mv ../old f; exit $s;; esac; real"
+        )
         self.lab.offsync("apply", check=0)
         self.assertEqual(read(self.there + "/f"), "new content")
         self.lab.offsync("verify", check=0)
@@ -293,7 +372,12 @@ class Converges(Standing):
     def test_append_only_files_and_mount_points(self) -> None:
         write(self.source + "/f", "new")
         write(self.there + "/f", "old")
-        if subprocess.run(["chattr", "+a", self.there + "/f"], stderr=subprocess.DEVNULL).returncode == 0:
+        if (
+            subprocess.run(
+                ["chattr", "+a", self.there + "/f"], stderr=subprocess.DEVNULL
+            ).returncode
+            == 0
+        ):
             try:
                 self.assertIn("lsattr, chattr -ia", self.lab.offsync("apply", check=1).err)
             finally:
@@ -311,7 +395,10 @@ class Converges(Standing):
     def test_a_complaint_with_two_slashes(self) -> None:
         """As rsync up to 3.1.3 names the directory that it could not enter."""
         write(self.source + "/f", "x")
-        env = self.here_runs('case "$*" in *:/*/x) { real 2>&1 1>&3 | sed "s,%s/,%s//," >&2; } 3>&1; exit 12;; esac; real' % (self.there, self.there))
+        env = self.here_runs(
+            'case "$*" in *:/*/x) { real 2>&1 1>&3 | sed "s,%s/,%s//," >&2; } 3>&1; exit 12;; esac;'
+            " real" % (self.there, self.there)
+        )
         self.lab.offsync("apply", env=env, check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
@@ -320,7 +407,9 @@ class DeadEnds(Standing):
     WAITS = True
 
     def test_a_generator_that_is_killed_and_a_target_that_stops(self) -> None:
-        """Neither leaves an end of file: the time without a byte is what ends it, minutes (here: seconds)."""
+        """Neither leaves an end of file: the time without a byte is what ends it, minutes (here:
+        seconds).
+        """
         for signum in (signal.SIGKILL, signal.SIGSTOP):
             with self.subTest(signal=signum.name):
                 self.setUp()
@@ -332,12 +421,29 @@ class DeadEnds(Standing):
         write(self.source + "/big", os.urandom(3 << 20))
         write(self.there + "/big", os.urandom(3 << 20))
         self.lab.configure(bwlimit="1000")
-        process = subprocess.Popen([sys.executable, quick, "apply"], env=self.lab.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        wait_for(lambda: any(name.startswith(".big") for name in os.listdir(self.there)), "the transfer")
+        process = subprocess.Popen(
+            [sys.executable, quick, "apply"],
+            env=self.lab.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        wait_for(
+            lambda: any(name.startswith(".big") for name in os.listdir(self.there)), "the transfer"
+        )
         inside = set(descendants(self.target.process.pid))
-        rsyncs = [(pid, parent) for pid, parent, name, _ in processes() if name == "rsync" and pid in inside]
+        rsyncs = [
+            (pid, parent)
+            for pid, parent, name, _ in processes()
+            if name == "rsync" and pid in inside
+        ]
         parents = {parent for _, parent in rsyncs}
-        generator = next(pid for pid, _ in rsyncs if pid in parents and any(parent == pid for _, parent in rsyncs))
+        generator = next(
+            pid
+            for pid, _ in rsyncs
+            if pid in parents and any(parent == pid for _, parent in rsyncs)
+        )
         stopped = [generator] if signum == signal.SIGKILL else [pid for pid, _ in rsyncs]
         for pid in stopped:
             os.kill(pid, signum)
@@ -357,14 +463,19 @@ class DeadEnds(Standing):
     def test_ctrl_c_with_a_hung_target_and_a_second_one(self) -> None:
         for signals in (1, 2):
             with self.subTest(signals=signals):
-                self.there_runs('touch ../begun; while kill -0 $PPID; do sleep 0.1; done')
+                self.there_runs("touch ../begun; while kill -0 $PPID; do sleep 0.1; done")
                 process = self.lab.start("apply")
-                wait_for(lambda: os.path.exists(os.path.dirname(self.there) + "/begun"), "the session")
+                wait_for(
+                    lambda: os.path.exists(os.path.dirname(self.there) + "/begun"), "the session"
+                )
                 for _ in range(signals):
                     process.send_signal(signal.SIGINT)
                 _, err = process.communicate(timeout=10)
                 self.assertEqual(process.returncode, 130, err)
-                wait_for(lambda: not mentions(self.lab.tmp) and not os.listdir(self.lab.tmp), "all to be gone")
+                wait_for(
+                    lambda: not mentions(self.lab.tmp) and not os.listdir(self.lab.tmp),
+                    "all to be gone",
+                )
                 os.unlink(os.path.dirname(self.there) + "/begun")
 
 
@@ -372,8 +483,16 @@ class Manifest(Standing):
     def test_its_own_output_is_not_in_it(self) -> None:
         write(self.source + "/f", "x")
         with open(self.source + "/sums", "wb") as stream:
-            subprocess.run([sys.executable, OFFSYNC, "manifest", self.source], env=self.lab.env, stdout=stream, stderr=subprocess.DEVNULL, check=True)
-        self.assertEqual([line.split("  ")[1] for line in read(self.source + "/sums").splitlines()], ["f"])
+            subprocess.run(
+                [sys.executable, OFFSYNC, "manifest", self.source],
+                env=self.lab.env,
+                stdout=stream,
+                stderr=subprocess.DEVNULL,
+                check=True,
+            )
+        self.assertEqual(
+            [line.split("  ")[1] for line in read(self.source + "/sums").splitlines()], ["f"]
+        )
         self.lab.offsync("manifest", self.source, "--check", self.source + "/sums", check=0)
         with open(self.source + "/sums", "rb") as stream:
             crlf = stream.read().replace(b"  f\n", b" *f\r\n")
@@ -381,7 +500,34 @@ class Manifest(Standing):
         os.unlink(self.source + "/sums")
         self.lab.offsync("manifest", self.source, "--check", self.lab.base + "/crlf", check=0)
         write(self.lab.base + "/z", crlf.replace(b"\r\n", b"\0"))
-        self.assert_refused(self.lab.offsync("manifest", self.source, "--check", self.lab.base + "/z"), 2, "/z:1: a NUL byte", "without -z")
+        self.assert_refused(
+            self.lab.offsync("manifest", self.source, "--check", self.lab.base + "/z"),
+            2,
+            "/z:1: a NUL byte",
+            "without -z",
+        )
+
+
+class SourceWriter(Standing):
+    def test_a_parent_that_becomes_a_symlink_before_it_is_hashed(self) -> None:
+        """What lies outside the source is not read, whatever stands in for a directory of it."""
+        secret = self.lab.base + "/secret/f"
+        write(secret, "secret", when=1_600_000_000)
+        write(self.source + "/d/f", "public", when=1_600_000_000)
+        env = self.here_runs(
+            'case "$*" in *--delete*--out-format*) real; s=$?; mv d ../d; ln -s ../secret d; exit'
+            " $s;; esac; real"
+        )
+        done = self.lab.offsync("apply", env=env, check=1)
+        self.assertNotIn("ok:", done.out)
+        self.assertEqual(
+            [path for path, entry in snapshot(self.there).items() if entry[0] == "file"], []
+        )
+        with self.assertRaises(OSError):
+            offsync.describe_entry(os.fsencode(self.source), b"d/f")
+        os.unlink(self.source + "/d")
+        os.rename(self.lab.base + "/d", self.source + "/d")
+        self.lab.offsync("apply", check=0)
 
 
 if __name__ == "__main__":

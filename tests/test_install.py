@@ -1,4 +1,7 @@
-"""install.sh, install-deps (with fakes of the package managers that cannot be had here), --version, and the first steps."""
+"""install.sh, install-deps (with fakes of the package managers that cannot be had here),
+--version, and the first steps.
+"""
+
 from __future__ import annotations
 
 import hashlib
@@ -7,24 +10,64 @@ import os
 import shutil
 import stat
 import subprocess
+import tempfile
 import unittest
 
-from lab import OFFSYNC, read, require, write
-from test_job import LabCase
+from lab import LabCase, OFFSYNC, read, require, write
 
 TOP = os.path.dirname(OFFSYNC)
-EXPECTED = {       # manager: {role: the commands as an ordinary user, in order}
-    "apt-get": {"controller": ["sudo apt-get update", "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends openssh-client rsync"],
-                "target": ["sudo apt-get update", "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends openssh-server rsync python3"],
-                "both": ["sudo apt-get update",
-                         "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends openssh-client rsync openssh-server python3"]},
-    "dnf": {"controller": ["sudo dnf -y install openssh-clients rsync"],
-            "target": ["sudo dnf -y install openssh-server rsync python3", "sudo dnf -y install rsync-rrsync"]},
-    "yum": {"both": ["sudo yum -y install openssh-clients rsync openssh-server python3", "sudo yum -y install rsync-rrsync"]},
-    "pacman": {"controller": ["sudo pacman -S --needed --noconfirm openssh rsync"], "target": ["sudo pacman -S --needed --noconfirm openssh rsync python"]},
-    "zypper": {"target": ["sudo zypper --non-interactive install --no-recommends openssh-server rsync python3",
-                          "sudo zypper --non-interactive install --no-recommends openssh rsync python3"]},
-    "apk": {"both": ["sudo apk add --no-cache openssh-client openssh-keygen rsync openssh-server rrsync"]},
+EXPECTED = {  # manager: {role: the commands as an ordinary user, in order}
+    "apt-get": {
+        "controller": [
+            "sudo apt-get update",
+            (
+                "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends"
+                " openssh-client rsync"
+            ),
+        ],
+        "target": [
+            "sudo apt-get update",
+            (
+                "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends"
+                " openssh-server rsync python3"
+            ),
+        ],
+        "both": [
+            "sudo apt-get update",
+            (
+                "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends"
+                " openssh-client rsync openssh-server python3"
+            ),
+        ],
+    },
+    "dnf": {
+        "controller": ["sudo dnf -y install openssh-clients rsync"],
+        "target": [
+            "sudo dnf -y install openssh-server rsync python3",
+            "sudo dnf -y install rsync-rrsync",
+        ],
+    },
+    "yum": {
+        "both": [
+            "sudo yum -y install openssh-clients rsync openssh-server python3",
+            "sudo yum -y install rsync-rrsync",
+        ]
+    },
+    "pacman": {
+        "controller": ["sudo pacman -S --needed --noconfirm openssh rsync"],
+        "target": ["sudo pacman -S --needed --noconfirm openssh rsync python"],
+    },
+    "zypper": {
+        "target": [
+            "sudo zypper --non-interactive install --no-recommends openssh-server rsync python3",
+            "sudo zypper --non-interactive install --no-recommends openssh rsync python3",
+        ]
+    },
+    "apk": {
+        "both": [
+            "sudo apk add --no-cache openssh-client openssh-keygen rsync openssh-server rrsync"
+        ]
+    },
     "brew": {"controller": ["brew install rsync"]},
 }
 
@@ -38,11 +81,17 @@ class InstallDeps(LabCase):
             os.symlink(os.path.realpath(shutil.which(name)), self.bin + "/" + name)
 
     def fake(self, manager: str, succeed: bool = True) -> str:
-        """Make a package manager that notes its call and, like the real one, makes rsync appear (or not)."""
+        """Make a package manager that notes its call and, like the real one, makes rsync appear
+        (or not).
+        """
         calls = self.lab.base + "/calls"
         body = '#!/bin/sh\necho "${0##*/} $*" >> %s\n' % calls
         if succeed:
-            body += '[ "$1" = update ] || for p in rsync ssh ssh-keygen; do echo "#!/bin/sh\necho rsync  version 3.4.1  protocol version 32" > %s/$p; /bin/chmod 755 %s/$p; done\n' % (self.bin, self.bin)
+            body += (
+                '[ "$1" = update ] || for p in rsync ssh ssh-keygen; do echo "#!/bin/sh\necho rsync'
+                '  version 3.4.1  protocol version 32" > %s/$p; /bin/chmod 755 %s/$p; done\n'
+                % (self.bin, self.bin)
+            )
         else:
             body += "exit 1\n"
         write(self.bin + "/" + manager, body, 0o755)
@@ -58,11 +107,23 @@ class InstallDeps(LabCase):
                 with self.subTest(manager=manager, role=role):
                     calls = self.fake(manager, succeed=False)
                     done = self.run_deps("--role", role, "-y", check=1)
-                    shown = [line.strip().replace("or, if that fails: ", "") for line in done.err.splitlines() if line.startswith("  ")]
+                    shown = [
+                        line.strip().replace("or, if that fails: ", "")
+                        for line in done.err.splitlines()
+                        if line.startswith("  ")
+                    ]
                     if os.geteuid() == 0:
                         commands = [command.replace("sudo ", "") for command in commands]
                     self.assertEqual(shown, commands)
-                    self.assertEqual(read(calls).splitlines(), [c.replace("sudo ", "").replace("env DEBIAN_FRONTEND=noninteractive ", "") for c in commands])
+                    self.assertEqual(
+                        read(calls).splitlines(),
+                        [
+                            c.replace("sudo ", "").replace(
+                                "env DEBIAN_FRONTEND=noninteractive ", ""
+                            )
+                            for c in commands
+                        ],
+                    )
                     self.assertIn("still missing", done.err)
                     os.unlink(calls)
                     os.unlink(self.bin + "/" + manager)
@@ -70,18 +131,24 @@ class InstallDeps(LabCase):
     def test_it_asks_first_and_is_content_with_what_is_there(self) -> None:
         calls = self.fake("apt-get")
         done = self.run_deps("--role", "controller", check=1)
-        self.assertIn("repeat with -y", done.err)
+        self.assertIn("offsync install-deps --role controller -y", done.err)
         self.assertFalse(os.path.exists(calls))
         self.run_deps("--role", "controller", "-y", check=0)
         self.assertEqual(len(read(calls).splitlines()), 2)
-        self.assertIn("everything for the role controller is here", self.run_deps("--role", "controller", check=0).err)
+        self.assertIn(
+            "everything for the role controller is here",
+            self.run_deps("--role", "controller", check=0).err,
+        )
         self.assertEqual(len(read(calls).splitlines()), 2)
 
     @unittest.skipIf(os.geteuid() == 0, "root needs no sudo")
     def test_an_ordinary_user_without_sudo(self) -> None:
         self.fake("apt-get")
         os.unlink(self.bin + "/sudo")
-        self.assertRegex(self.run_deps("-y", check=1).err, r"have root run: (offsync|python3 \S+/offsync\.py) install-deps --role both -y")
+        self.assertRegex(
+            self.run_deps("-y", check=1).err,
+            r"have root run: (offsync|python3 \S+/offsync\.py) install-deps --role both -y",
+        )
 
     def test_no_package_manager(self) -> None:
         self.assert_refused(self.run_deps("-y"), 1, "no known package manager")
@@ -89,30 +156,49 @@ class InstallDeps(LabCase):
     def test_openrsync_and_old_rsync_are_not_enough(self) -> None:
         for name in ("ssh", "ssh-keygen"):
             os.symlink(require(name), self.bin + "/" + name)
-        for answer, said in (("openrsync: protocol version 29\nrsync version 2.6.9 compatible", "openrsync"), ("rsync  version 3.1.1  protocol version 31", "3.1.1, too old")):
+        for answer, said in (
+            ("openrsync: protocol version 29\nrsync version 2.6.9 compatible", "openrsync"),
+            ("rsync  version 3.1.1  protocol version 31", "3.1.1, too old"),
+        ):
             write(self.bin + "/rsync", "#!/bin/sh\ncat <<'E'\n%s\nE\n" % answer, 0o755)
             if not self.lab.targets:
                 self.lab.joined_by_hand("one")
-            self.assert_refused(self.lab.offsync("plan", env={"PATH": self.bin}), 1, said, "OFFSYNC_RSYNC")
-        self.lab.offsync("plan", env={"PATH": self.lab.bin + ":" + self.bin, "OFFSYNC_RSYNC": require("rsync")}, check=0)
+            self.assert_refused(
+                self.lab.offsync("plan", env={"PATH": self.bin}), 1, said, "OFFSYNC_RSYNC"
+            )
+        self.lab.offsync(
+            "plan",
+            env={"PATH": self.lab.bin + ":" + self.bin, "OFFSYNC_RSYNC": require("rsync")},
+            check=0,
+        )
 
 
 class InstallScript(unittest.TestCase):
     def setUp(self) -> None:
-        import tempfile
         self.base = tempfile.mkdtemp(prefix="offsync install ")
         self.addCleanup(shutil.rmtree, self.base)
         for name in ("install.sh", "offsync.py"):
             shutil.copy(os.path.join(TOP, name), self.base)
 
-    def install(self, shell: str, *args: str, check: int = 0, **env: str) -> subprocess.CompletedProcess:
-        done = subprocess.run([*shell.split(), os.path.join(self.base, "install.sh"), *args], env={**os.environ, **env}, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True)
+    def install(
+        self, shell: str, *args: str, check: int = 0, **env: str
+    ) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [*shell.split(), os.path.join(self.base, "install.sh"), *args],
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         self.assertEqual(done.returncode, check, done.stderr)
         return done
 
     def shells(self) -> list:
-        return [shell for shell in ("sh", "dash", "bash", "busybox ash") if shutil.which(shell.split()[0])]
+        return [
+            shell
+            for shell in ("sh", "dash", "bash", "busybox ash")
+            if shutil.which(shell.split()[0])
+        ]
 
     def test_install_repeat_upgrade_uninstall(self) -> None:
         for shell in self.shells():
@@ -124,29 +210,51 @@ class InstallScript(unittest.TestCase):
                 self.assertEqual(done.stdout, "%s\nsha256 %s\n" % (installed, digest))
                 self.assertIn("not in your PATH", done.stderr)
                 self.assertEqual(stat.S_IMODE(os.stat(installed).st_mode), 0o755)
-                said = subprocess.run([installed, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
+                said = subprocess.run(
+                    [installed, "--version"], stdout=subprocess.PIPE, text=True, check=True
+                ).stdout
                 self.assertIn(digest, said)
                 self.install(shell, PREFIX=prefix)
                 self.assertEqual(os.listdir(prefix + "/bin"), ["offsync"])
                 self.install(shell, "--uninstall", PREFIX=prefix)
                 self.assertEqual(os.listdir(prefix + "/bin"), [])
-                self.assertIn("nothing to remove", self.install(shell, "--uninstall", PREFIX=prefix).stdout)
+                self.assertIn(
+                    "nothing to remove", self.install(shell, "--uninstall", PREFIX=prefix).stdout
+                )
 
     def test_destdir_home_and_path(self) -> None:
         done = self.install("sh", PREFIX="/usr", DESTDIR=self.base + "/stage")
         self.assertTrue(os.path.exists(self.base + "/stage/usr/bin/offsync"))
         self.assertEqual(done.stderr, "")
         prefix = self.base + "/p"
-        self.assertEqual(self.install("sh", PREFIX=prefix, PATH=prefix + "/bin:" + os.environ["PATH"]).stderr, "")
+        self.assertEqual(
+            self.install("sh", PREFIX=prefix, PATH=prefix + "/bin:" + os.environ["PATH"]).stderr, ""
+        )
 
     def test_the_man_page_of_a_release(self) -> None:
-        subprocess.run(["python3", TOP + "/tests/dist.py", self.base + "/release"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["python3", TOP + "/tests/dist.py", self.base + "/release"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         page = read(self.base + "/release/offsync.1")
-        for words in (".SS offsync target add", ".B \\-\\-host\\-key FP", "Example: offsync apply 'web*' \\-\\-plan FILE", ".B TARGET", "never   deletes without"):
+        for words in (
+            ".SS offsync target add",
+            ".B \\-\\-host\\-key FP",
+            "Example: offsync apply 'web*' \\-\\-except web3 \\-\\-plan FILE",
+            ".B TARGET",
+            "never   deletes without",
+        ):
             self.assertIn(words, page)
         self.assertNotIn("\n\n", page)
         if shutil.which("groff"):
-            done = subprocess.run(["groff", "-man", "-Tascii", "-ww", self.base + "/release/offsync.1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(
+                ["groff", "-man", "-Tascii", "-ww", self.base + "/release/offsync.1"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
             self.assertEqual(done.stderr, "")
         shutil.copy(self.base + "/release/offsync.1", self.base)
         prefix = self.base + "/p"
@@ -160,14 +268,26 @@ class InstallScript(unittest.TestCase):
         write(self.base + "/offsync.py.sha256", "%s  offsync.py\n" % ("0" * 64))
         self.assertIn("does not match", self.install("sh", check=1, PREFIX=prefix).stderr)
         self.assertFalse(os.path.exists(prefix))
-        write(self.base + "/offsync.py.sha256", "%s  offsync.py\n" % hashlib.sha256(open(OFFSYNC, "rb").read()).hexdigest())
+        write(
+            self.base + "/offsync.py.sha256",
+            "%s  offsync.py\n" % hashlib.sha256(open(OFFSYNC, "rb").read()).hexdigest(),
+        )
         self.install("sh", PREFIX=prefix)
         self.assertIn("usage", self.install("sh", "--nonsense", check=1).stderr)
         self.assertIn("not absolute", self.install("sh", check=1, PREFIX="relative").stderr)
         self.assertIn("usage", self.install("sh", "--help").stdout)
         old = self.base + "/old"
-        write(old + "/python3", "#!/bin/sh\ncase $1 in --version) echo Python 3.6.8;; *) exit 1;; esac\n", 0o755)
-        self.assertIn("Python 3.6.8 is too old", self.install("sh", check=1, PREFIX=self.base + "/q", PATH=old + ":" + os.environ["PATH"]).stderr)
+        write(
+            old + "/python3",
+            "#!/bin/sh\ncase $1 in --version) echo Python 3.6.8;; *) exit 1;; esac\n",
+            0o755,
+        )
+        self.assertIn(
+            "Python 3.6.8 is too old",
+            self.install(
+                "sh", check=1, PREFIX=self.base + "/q", PATH=old + ":" + os.environ["PATH"]
+            ).stderr,
+        )
 
 
 class FirstSteps(LabCase):
@@ -181,28 +301,61 @@ class FirstSteps(LabCase):
         self.assertIn("offsync init", self.lab.offsync(check=2).err)
         os.rename(self.lab.state + "/away", self.lab.state + "/id_ed25519")
         login = self.lab.targets[0].login
-        for result, word in (("started", "did not finish"), ("failed", "failed"), ("refused", "refused")):
+        for result, word in (
+            ("started", "did not finish"),
+            ("failed", "failed"),
+            ("refused", "refused"),
+        ):
             write(self.lab.state + "/last/" + login, json.dumps({"login": login, "result": result}))
-            write(self.lab.state + "/last/gone@example.org", json.dumps({"login": "gone@example.org", "result": "failed"}))
-            self.assertIn("The last apply was not ok for: %s (%s). Next: offsync plan" % (login, word), self.lab.offsync(check=2).err)
+            write(
+                self.lab.state + "/last/gone@example.org",
+                json.dumps({"login": "gone@example.org", "result": "failed"}),
+            )
+            self.assertIn(
+                "The last apply was not ok for: %s (%s). Next: offsync plan" % (login, word),
+                self.lab.offsync(check=2).err,
+            )
 
     def test_init_says_whether_the_key_is_one(self) -> None:
         key = self.lab.init()
         public = self.lab.state + "/id_ed25519.pub"
         write(public, "ssh-ed25519 AAAA another@controller\n")
-        self.assertEqual(self.lab.init().split()[:2], key.split()[:2])      # the one that is used, not the one that lies there
+        self.assertEqual(
+            self.lab.init().split()[:2], key.split()[:2]
+        )  # the one that is used, not the one that lies there
         self.assertEqual(read(public).split()[:2], key.split()[:2])
         write(self.lab.state + "/id_ed25519", "junk\n", 0o600)
-        self.assert_refused(self.lab.offsync("init"), 1, "ssh-keygen cannot read it", "move it away")
+        self.assert_refused(
+            self.lab.offsync("init"), 1, "ssh-keygen cannot read it", "move it away"
+        )
 
     def test_a_status_that_is_none_is_passed_over(self) -> None:
         self.lab.joined_by_hand("one")
         for record in ('{"login": "%s", "result": ["x"]}', '{"login": "%s"}', "[]", "\udcff"):
-            write(self.lab.state + "/last/" + self.lab.targets[0].login, (record.replace("%s", self.lab.targets[0].login)).encode("utf-8", "surrogateescape"))
+            write(
+                self.lab.state + "/last/" + self.lab.targets[0].login,
+                (record.replace("%s", self.lab.targets[0].login)).encode(
+                    "utf-8", "surrogateescape"
+                ),
+            )
             self.assertIn("never delivered", self.lab.offsync("target", "list", check=0).out)
 
     def test_every_help_has_an_example(self) -> None:
-        commands = ["init", "link", "unlink", "target", "target add", "target list", "target remove", "install-deps", "plan", "apply", "verify", "manifest", "doctor"]
+        commands = [
+            "init",
+            "link",
+            "unlink",
+            "target",
+            "target add",
+            "target list",
+            "target remove",
+            "install-deps",
+            "plan",
+            "apply",
+            "verify",
+            "manifest",
+            "doctor",
+        ]
         for command in commands:
             out = self.lab.offsync(*command.split(), "--help", check=0).out
             self.assertIn("example:\n  offsync " + command, out)
@@ -213,14 +366,22 @@ class FirstSteps(LabCase):
     def test_version_names_these_bytes(self) -> None:
         digest = hashlib.sha256(open(OFFSYNC, "rb").read()).hexdigest()
         self.assertIn(digest, self.lab.offsync("--version", check=0).out)
-        piped = subprocess.run(["python3", "-", "--version"], stdin=open(OFFSYNC, "rb"), stdout=subprocess.PIPE, text=True, check=True)
+        piped = subprocess.run(
+            ["python3", "-", "--version"],
+            stdin=open(OFFSYNC, "rb"),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
         self.assertIn("sha256 unknown", piped.stdout)
 
     def test_verbose_shows_every_program(self) -> None:
         self.lab.joined_by_hand("one")
         err = self.lab.offsync("-v", "plan", check=0).err
         self.assertRegex(err, r"(?m)^\+ \S+ssh .*ControlMaster=yes")
-        self.assertRegex(err, r"(?m)^\+ \S+rsync -8 --info=flist1 -n -rlptc --delete .*--timeout=10800")
+        self.assertRegex(
+            err, r"(?m)^\+ \S+rsync -8 --info=flist1 -n -rlptc --delete .*--timeout=10800"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The whole job on a real sshd and rrsync: init, link, target add, plan, apply, verify; and what is said when parts are missing."""
+"""The whole job on a real sshd and rrsync: init, link, target add, plan, apply, verify; and what
+is said when parts are missing.
+"""
+
 from __future__ import annotations
 
 import json
@@ -8,24 +11,7 @@ import stat
 import subprocess
 import unittest
 
-from lab import Lab, OFFSYNC, USER, mentions, read, require, risk, snapshot, write
-
-
-class LabCase(unittest.TestCase):
-    """A laboratory for each test."""
-
-    def setUp(self) -> None:
-        self.lab = Lab()
-        self.addCleanup(self.lab.close)
-
-    def assert_refused(self, done, status: int, *words: str) -> None:
-        """One sentence on stderr, the status, no more."""
-        self.assertEqual(done.returncode, status, done.err)
-        lines = [line for line in done.err.splitlines() if not line.startswith("offsync: warning: ")]
-        self.assertEqual(len(lines), 1, done.err)
-        self.assertTrue(lines[0].startswith("offsync: "), done.err)
-        for word in words:
-            self.assertIn(word, lines[0])
+from lab import LabCase, OFFSYNC, USER, mentions, read, require, risk, snapshot, write
 
 
 class Job(LabCase):
@@ -36,11 +22,16 @@ class Job(LabCase):
         for name, mode in (("", 0o700), ("config.yaml", 0o600), ("id_ed25519", 0o600)):
             self.assertEqual(stat.S_IMODE(os.stat(os.path.join(lab.state, name)).st_mode), mode)
         target = lab.target("one")
-        linked = lab.offsync("link", "--path", target.path, *risk(), home=target.home, input=key.encode(), check=0)
+        linked = lab.offsync(
+            "link", "--path", target.path, *risk(), home=target.home, input=key.encode(), check=0
+        )
         self.assertEqual(linked.out.count("\n"), 1)
         self.assertTrue(linked.out.startswith("offsync target add %s@" % USER), linked.out)
-        self.assertEqual(read(target.keys), 'command="/usr/bin/rrsync -wo %s",no-port-forwarding,no-agent-forwarding,'
-                         "no-X11-forwarding,no-pty,restrict %s\n" % (target.path, key))
+        self.assertEqual(
+            read(target.keys),
+            'command="/usr/bin/rrsync -wo %s",no-port-forwarding,no-agent-forwarding,'
+            "no-X11-forwarding,no-pty,restrict %s\n" % (target.path, key),
+        )
         lab.add(target)
         write(lab.source + "/sent mail", "1")
         write(lab.source + "/new\nline", "2")
@@ -55,13 +46,26 @@ class Job(LabCase):
             self.assertIn(shown, planned.out)
         self.assertNotIn("excluded", planned.out)
         lab.offsync("apply", check=0)
-        expected = {path: entry for path, entry in snapshot(lab.source).items() if not path.startswith(b".git")}
+        expected = {
+            path: entry
+            for path, entry in snapshot(lab.source).items()
+            if not path.startswith(b".git")
+        }
         self.assertEqual(snapshot(target.path), expected)
         self.assertEqual(lab.offsync("verify", check=0).out, "")
         record = lab.records()[0]
-        self.assertEqual((record["operation"], record["result"], record["host"], record["login"]), ("apply", "ok", target.address, target.login))
-        self.assertEqual(record["files_changed"], ["a", "a/b", "a/b/deep", "empty", "link", '"new\\nline"', "sent mail", '"\\377\\376"'])
-        self.assertEqual((record["files_deleted"], record["source"], record["error"], record["plan"]), ([], lab.source, None, planned.out.split()[-1]))
+        self.assertEqual(
+            (record["operation"], record["result"], record["host"], record["login"]),
+            ("apply", "ok", target.address, target.login),
+        )
+        self.assertEqual(
+            record["files_changed"],
+            ["a", "a/b", "a/b/deep", "empty", "link", '"new\\nline"', "sent mail", '"\\377\\376"'],
+        )
+        self.assertEqual(
+            (record["files_deleted"], record["source"], record["error"], record["plan"]),
+            ([], lab.source, None, planned.out.split()[-1]),
+        )
         self.assertTrue(record["operator"].startswith(USER))
         self.assertRegex(record["timestamp"], r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z")
         os.chmod(lab.source + "/a/b/deep", 0o640)
@@ -79,14 +83,26 @@ class Job(LabCase):
         other = self.lab.base + "/other"
         os.mkdir(other)
         self.lab.offsync("init", "--source", "other", check=0)
-        self.assertEqual(read(self.lab.state + "/config.yaml"), config.replace(self.lab.source, other))
-        self.assert_refused(self.lab.offsync("init", "--source", other + "/none"), 2, "not a directory")
+        self.assertEqual(
+            read(self.lab.state + "/config.yaml"), config.replace(self.lab.source, other)
+        )
+        self.assert_refused(
+            self.lab.offsync("init", "--source", other + "/none"), 2, "not a directory"
+        )
 
     def test_init_under_any_umask_and_without_the_public_half(self) -> None:
-        subprocess.run(["sh", "-c", 'umask 0; exec python3 "$0" init', OFFSYNC], env=self.lab.env, check=True, stdout=subprocess.PIPE,
-                       stderr=subprocess.PIPE, start_new_session=True)
+        subprocess.run(
+            ["sh", "-c", 'umask 0; exec python3 "$0" init', OFFSYNC],
+            env=self.lab.env,
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
         for name, mode in (("", 0o700), ("config.yaml", 0o600), ("id_ed25519", 0o600)):
-            self.assertEqual(stat.S_IMODE(os.stat(os.path.join(self.lab.state, name)).st_mode), mode)
+            self.assertEqual(
+                stat.S_IMODE(os.stat(os.path.join(self.lab.state, name)).st_mode), mode
+            )
         public = read(self.lab.state + "/id_ed25519.pub").split()[:2]
         os.unlink(self.lab.state + "/id_ed25519.pub")
         self.assertEqual(self.lab.offsync("init", check=0).out.split()[:2], public)
@@ -97,14 +113,21 @@ class Job(LabCase):
         done = self.lab.offsync("apply", targets[1].login, check=0)
         self.assertEqual([os.path.exists(t.path + "/f") for t in targets], [False, True, False])
         done = self.lab.offsync("apply", "--jobs", "2", check=0)
-        self.assertEqual([line.split(": ")[0] for line in done.out.splitlines()], [*sorted(t.login for t in targets), "3 targets"])
+        self.assertEqual(
+            sorted(line.split(": ")[0] for line in done.out.splitlines()),
+            ["3 targets", *sorted(t.login for t in targets)],
+        )
         self.assertTrue(done.out.endswith("3 targets: 3 ok\n"))
         self.assertEqual([snapshot(t.path) for t in targets], [snapshot(self.lab.source)] * 3)
         document = json.loads(self.lab.offsync("target", "list", "--json", check=0).out)
-        self.assertEqual([t["login"] for t in document["targets"]], sorted(t.login for t in targets))
+        self.assertEqual(
+            [t["login"] for t in document["targets"]], sorted(t.login for t in targets)
+        )
         self.lab.offsync("target", "remove", targets[0].login, check=0)
         self.assertNotIn(targets[0].login, self.lab.offsync("target", "list", check=0).out)
-        self.assert_refused(self.lab.offsync("target", "remove", targets[0].login), 2, targets[1].login)
+        self.assert_refused(
+            self.lab.offsync("target", "remove", targets[0].login), 2, targets[1].login
+        )
 
     def test_twenty_thousand_files_arrive_identical(self) -> None:
         target = self.lab.joined("one")
@@ -130,15 +153,38 @@ class Connections(LabCase):
         self.assertEqual(self.authentications(target), before + 1)
 
     def test_no_pass_too_many(self) -> None:
-        """What rsync is started for, as -v shows it; a pass that is tried again (rrsync's lock, lost words) counts once."""
+        """What rsync is started for, as -v shows it; a pass that is tried again (rrsync's lock,
+        lost words) counts once.
+        """
         target = self.lab.joined_by_hand("one")
         for name in ("d/f", "d/g"):
             write("%s/%s" % (self.lab.source, name), name)
-        plan, quick, absent, path, send, compare = "-n -rlptc", "-n -rlpt", "-n -lpt", "-n -r", "-ii -lptO", "-n -lptc"
-        for content, expected in (("d/f", [plan, absent, path, send, plan]), ("d/f", [plan]), ("new", [plan, path, send, compare, quick])):
+        plan, quick, absent, path, send, compare = (
+            "-n -rlptc",
+            "-n -rlpt",
+            "-n -lpt",
+            "-n -r",
+            "-ii -lptO",
+            "-n -lptc",
+        )
+        for content, expected in (
+            ("d/f", [plan, absent, path, send, plan]),
+            ("d/f", [plan]),
+            ("new", [plan, path, send, compare, quick]),
+        ):
             write(self.lab.source + "/d/f", content)
-            started = re.findall(r"(?m)^\+ \S+/rsync -8 --info=flist1 ((?:-n|-ii) -\w+) ", self.lab.offsync("-v", "apply", check=0).err)
-            self.assertEqual([kind for number, kind in enumerate(started) if started[number - 1:number] != [kind]], expected)
+            started = re.findall(
+                r"(?m)^\+ \S+/rsync -8 --info=flist1 ((?:-n|-ii) -\w+) ",
+                self.lab.offsync("-v", "apply", check=0).err,
+            )
+            self.assertEqual(
+                [
+                    kind
+                    for number, kind in enumerate(started)
+                    if started[number - 1 : number] != [kind]
+                ],
+                expected,
+            )
         self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
 
     def test_a_server_that_allows_one_session_at_a_time(self) -> None:
@@ -161,8 +207,7 @@ class Missing(LabCase):
     def test_no_config(self) -> None:
         for command in ("plan", "apply", "verify"):
             self.assert_refused(self.lab.offsync(command), 2, "run first: offsync init")
-        done = self.lab.offsync("doctor", check=1)
-        self.assertIn("run first: offsync init", done.out)
+        self.assert_refused(self.lab.offsync("doctor"), 1, "holds no controller's state")
 
     def test_no_targets(self) -> None:
         self.lab.init()
@@ -177,26 +222,41 @@ class Missing(LabCase):
 
     def test_no_such_host_and_nobody_listening(self) -> None:
         target = self.lab.joined("one")
-        self.assert_refused(self.lab.offsync("target", "add", "u@no-such-host.invalid", "--path", "/x"), 1, "does not resolve")
+        self.assert_refused(
+            self.lab.offsync("target", "add", "u@no-such-host.invalid", "--path", "/x"),
+            1,
+            "does not resolve",
+        )
         target.stop()
-        self.assertRegex(self.lab.offsync("plan", check=1).out, "not compared: .*connection was refused; is sshd running")
+        self.assertRegex(
+            self.lab.offsync("plan", check=1).out,
+            "not compared: .*connection was refused; is sshd running",
+        )
         self.assert_refused(self.lab.offsync("plan"), 1, "1 of 1 target could not be compared")
 
     def test_a_wrong_key(self) -> None:
         target = self.lab.joined("one")
         os.unlink(target.keys)
-        self.assertRegex(self.lab.offsync("plan", check=1).out, "refused our key; run there: offsync link --path")
+        self.assertRegex(
+            self.lab.offsync("plan", check=1).out,
+            "refused our key; run there, as %s: offsync link --path" % USER,
+        )
 
     def test_no_rrsync(self) -> None:
         target = self.lab.joined("one")
         line = read(target.keys)
         write(target.keys, line.replace("/usr/bin/rrsync", "/nowhere/rrsync"))
-        self.assertRegex(self.lab.offsync("plan", check=1).out, "rrsync, or its interpreter, is not at .* offsync install-deps --role target")
+        self.assertRegex(
+            self.lab.offsync("plan", check=1).out,
+            "rrsync, or its interpreter, is not at .* offsync install-deps --role target",
+        )
 
     def test_an_unreadable_source(self) -> None:
         self.lab.joined("one")
         os.rmdir(self.lab.source)
-        self.assert_refused(self.lab.offsync("plan"), 1, "not a readable directory", "offsync init --source")
+        self.assert_refused(
+            self.lab.offsync("plan"), 1, "not a readable directory", "offsync init --source"
+        )
 
     def test_no_ssh_and_no_rsync(self) -> None:
         self.lab.joined("one")
@@ -208,15 +268,28 @@ class Missing(LabCase):
                     os.unlink(empty + "/" + name)
                 if name != missing:
                     os.symlink(require(name), empty + "/" + name)
-            self.assert_refused(self.lab.offsync("plan", env={"PATH": empty}), 1, missing, "install-deps")
-            self.assert_refused(self.lab.offsync("init", env={"PATH": empty}), 1, missing, "install-deps")
+            self.assert_refused(
+                self.lab.offsync("plan", env={"PATH": empty}), 1, missing, "install-deps"
+            )
+            self.assert_refused(
+                self.lab.offsync("init", env={"PATH": empty}), 1, missing, "install-deps"
+            )
 
     def test_wrong_usage(self) -> None:
         self.lab.init()
-        for args in (["nonsense"], ["plan", "--nonsense"], ["target"], ["apply", "--plan", "xyz"], ["plan", "--jobs", "0"],
-                     ["target", "add", "nohost", "--path", "/x"], ["target", "add", "u@h", "--path", "relative"],
-                     ["target", "add", "u@h"], ["target", "add", "u@h", "--path", "/x", "--port", "0"],
-                     ["target", "add", "u@h", "--path", "/x", "--host-key", "MD5:00"], ["plan", "nobody@nowhere"]):
+        for args in (
+            ["nonsense"],
+            ["plan", "--nonsense"],
+            ["target"],
+            ["apply", "--plan", "xyz"],
+            ["plan", "--jobs", "0"],
+            ["target", "add", "nohost", "--path", "/x"],
+            ["target", "add", "u@h", "--path", "relative"],
+            ["target", "add", "u@h"],
+            ["target", "add", "u@h", "--path", "/x", "--port", "0"],
+            ["target", "add", "u@h", "--path", "/x", "--host-key", "MD5:00"],
+            ["plan", "nobody@nowhere"],
+        ):
             with self.subTest(args=args):
                 self.assert_refused(self.lab.offsync(*args), 2)
         self.assertEqual(self.lab.offsync().returncode, 2)

@@ -1,18 +1,31 @@
-"""The target side: what link accepts and refuses, what it writes, unlink, and where rrsync is found."""
+"""The target side: what link accepts and refuses, what it writes, unlink, and where rrsync is
+found.
+"""
+
 from __future__ import annotations
 
 import gzip
 import os
 import pwd
+import shutil
 import stat
 import subprocess
 import sys
 import unittest
 from unittest import mock
 
-from lab import OFFSYNC, Lab, read, require, risk, snapshot, type_on_terminal, write
-from test_job import LabCase
-from test_text import offsync
+from lab import (
+    Lab,
+    LabCase,
+    OFFSYNC,
+    offsync,
+    read,
+    require,
+    risk,
+    snapshot,
+    type_on_terminal,
+    write,
+)
 
 
 class Linking(LabCase):
@@ -26,7 +39,9 @@ class Linking(LabCase):
 
     def link(self, *args, path=None, **more):
         more.setdefault("home", self.target_home)
-        return self.lab.offsync("link", "--path", path or self.path, "--key", self.key, *risk(), *args, **more)
+        return self.lab.offsync(
+            "link", "--path", path or self.path, "--key", self.key, *risk(), *args, **more
+        )
 
     def test_idempotent_and_replaced_by_another_path_or_comment(self) -> None:
         first = self.link(check=0)
@@ -35,11 +50,16 @@ class Linking(LabCase):
         self.assertEqual(os.stat(self.keys).st_ino, before.st_ino)
         other = self.lab.base + "/other"
         self.key = self.key.rsplit(" ", 1)[0] + " somebody else"
-        self.assertIn("-wo " + self.path, self.link(path=other, check=0).err)      # says what it replaces
+        self.assertIn(
+            "-wo " + self.path, self.link(path=other, check=0).err
+        )  # says what it replaces
         self.assertEqual(read(self.keys).count("\n"), 1)
-        self.assertIn("-wo %s\"" % other, read(self.keys))
+        self.assertIn('-wo %s"' % other, read(self.keys))
         self.assertIn("somebody else", read(self.keys))
-        self.assertRegex(first.out, r"\Aoffsync target add \S+@\S+ --path %s( --host-key SHA256:\S{43})?\n\Z" % self.path)
+        self.assertRegex(
+            first.out,
+            r"\Aoffsync target add \S+@\S+ --path %s( --host-key SHA256:\S{43})?\n\Z" % self.path,
+        )
 
     def test_modes_and_symlink_of_authorized_keys_stay(self) -> None:
         self.link(check=0)
@@ -52,8 +72,13 @@ class Linking(LabCase):
         self.link(check=0)
         self.assertTrue(os.path.islink(self.keys))
         self.assertEqual(stat.S_IMODE(os.stat(real).st_mode), 0o640)
-        self.assertTrue(read(real).startswith("# mine \udcff\n") or open(real, "rb").read().startswith(b"# mine \xff\r\n"))
-        self.assertEqual(sorted(os.listdir(os.path.dirname(real)))[:3], sorted(os.listdir(self.lab.base))[:3])
+        self.assertTrue(
+            read(real).startswith("# mine \udcff\n")
+            or open(real, "rb").read().startswith(b"# mine \xff\r\n")
+        )
+        self.assertEqual(
+            sorted(os.listdir(os.path.dirname(real)))[:3], sorted(os.listdir(self.lab.base))[:3]
+        )
 
     @unittest.skipUnless(os.geteuid() == 0, "only root can give files away")
     def test_the_owner_of_authorized_keys_stays(self) -> None:
@@ -72,7 +97,7 @@ class Linking(LabCase):
 
     def test_the_default_path_is_below_home(self) -> None:
         self.lab.offsync("link", "--key", self.key, *risk(), home=self.target_home, check=0)
-        self.assertIn("-wo %s/.offsync/sync\"" % self.target_home, read(self.keys))
+        self.assertIn('-wo %s/.offsync/sync"' % self.target_home, read(self.keys))
         self.assertTrue(os.path.isdir(self.target_home + "/.offsync/sync"))
 
     @unittest.skipIf(os.geteuid() == 0, "root may create it anywhere")
@@ -87,23 +112,68 @@ class Linking(LabCase):
         write(copy, read(OFFSYNC))
         controller = self.lab.base + "/state"
         os.makedirs(controller + "/in")
-        for path in ("", "/", "//", "/etc", "/etc/cron.d/x", "/etc/cron.weekly", "/etc/rc2.d", "/etc/udev/rules.d", "/usr/local/lib/python3/dist-packages", self.target_home + "/.local/share/systemd/user", "/usr", pwd.getpwuid(os.geteuid()).pw_dir + "/.ssh/x", "/var/spool", "/usr/lib/python3", self.target_home + "/.local/bin", self.target_home + "/.config", "/usr/bin", "/proc/self", "/dev/shm", self.target_home, self.target_home + "/.ssh",
-                     self.target_home + "/.ssh/sub", self.lab.base, self.lab.base + "/alias", self.lab.base + "/alias/.ssh",
-                     self.target_home + "/x/../.ssh", self.lab.base + "/tool", self.lab.base + "/tool/__pycache__", controller, controller + "/plans/x", "relative", "/a\nb", "/a\x1b"):
+        for path in (
+            "",
+            "/",
+            "//",
+            "/etc",
+            "/etc/cron.d/x",
+            "/etc/cron.weekly",
+            "/etc/rc2.d",
+            "/etc/udev/rules.d",
+            "/usr/local/lib/python3/dist-packages",
+            self.target_home + "/.local/share/systemd/user",
+            "/usr",
+            pwd.getpwuid(os.geteuid()).pw_dir + "/.ssh/x",
+            "/var/spool",
+            "/usr/lib/python3",
+            self.target_home + "/.local/bin",
+            self.target_home + "/.config",
+            "/usr/bin",
+            "/proc/self",
+            "/dev/shm",
+            self.target_home,
+            self.target_home + "/.ssh",
+            self.target_home + "/.ssh/sub",
+            self.lab.base,
+            self.lab.base + "/alias",
+            self.lab.base + "/alias/.ssh",
+            self.target_home + "/x/../.ssh",
+            self.lab.base + "/tool",
+            self.lab.base + "/tool/__pycache__",
+            controller,
+            controller + "/plans/x",
+            "relative",
+            "/a\nb",
+            "/a\x1b",
+        ):
             with self.subTest(path=path):
-                self.assert_refused(self.lab.offsync("link", "--path", path, "--key", self.key, home=self.target_home, program=copy,
-                                                     env={"OFFSYNC_HOME": controller}), 2)
+                self.assert_refused(
+                    self.lab.offsync(
+                        "link",
+                        "--path",
+                        path,
+                        "--key",
+                        self.key,
+                        home=self.target_home,
+                        program=copy,
+                        env={"OFFSYNC_HOME": controller},
+                    ),
+                    2,
+                )
                 self.assertFalse(os.path.exists(self.keys))
         self.assertFalse(os.path.exists(self.target_home + "/x"))
         write(self.lab.base + "/file", "")
         self.assert_refused(self.link(path=self.lab.base + "/file"), 2, "no directory")
-        self.link(path=self.target_home + "/inside", check=0)       # the legitimate twin: below home
+        self.link(path=self.target_home + "/inside", check=0)  # the legitimate twin: below home
 
     def test_a_foreign_line_with_the_key_is_refused_by_number(self) -> None:
         text = "# one\n\n%s\n" % self.key
         write(self.keys, text, 0o600)
         self.assert_refused(self.link(), 1, self.keys + ":3", "remove that line")
-        self.assert_refused(self.lab.offsync("unlink", "--key", self.key, home=self.target_home), 1, ":3")
+        self.assert_refused(
+            self.lab.offsync("unlink", "--key", self.key, home=self.target_home), 1, ":3"
+        )
         self.assertEqual(read(self.keys), text)
         self.assertFalse(os.path.exists(self.path))
 
@@ -125,17 +195,52 @@ class Linking(LabCase):
 
     def test_keys_that_are_refused(self) -> None:
         weak = self.lab.base + "/weak"
-        subprocess.run([require("ssh-keygen"), "-q", "-t", "rsa", "-b", "1024", "-N", "", "-f", weak], check=True)
+        subprocess.run(
+            [require("ssh-keygen"), "-q", "-t", "rsa", "-b", "1024", "-N", "", "-f", weak],
+            check=True,
+        )
         strong = self.lab.base + "/strong"
-        subprocess.run([require("ssh-keygen"), "-q", "-t", "rsa", "-b", "3072", "-N", "", "-f", strong], check=True)
+        subprocess.run(
+            [require("ssh-keygen"), "-q", "-t", "rsa", "-b", "3072", "-N", "", "-f", strong],
+            check=True,
+        )
         blob = self.key.split()[1]
-        for key in ("", "nonsense", self.key + "\n" + self.key, "ssh-dss AAAAB3NzaC1kc3MAAACBAJ x", "ssh-ed25519 " + blob[:-8], "ssh-rsa " + blob,
-                    'command="id" ' + self.key, read(self.lab.state + "/id_ed25519"), self.key + "\x1b[31m", read(weak + ".pub").strip()):
+        for key in (
+            "",
+            "nonsense",
+            self.key + "\n" + self.key,
+            "ssh-dss AAAAB3NzaC1kc3MAAACBAJ x",
+            "ssh-ed25519 " + blob[:-8],
+            "ssh-rsa " + blob,
+            'command="id" ' + self.key,
+            read(self.lab.state + "/id_ed25519"),
+            self.key + "\x1b[31m",
+            read(weak + ".pub").strip(),
+        ):
             with self.subTest(key=key[:40]):
-                self.assert_refused(self.lab.offsync("link", "--path", self.path, "--key", key, home=self.target_home), 2, "key")
+                self.assert_refused(
+                    self.lab.offsync(
+                        "link", "--path", self.path, "--key", key, home=self.target_home
+                    ),
+                    2,
+                    "key",
+                )
                 self.assertFalse(os.path.exists(self.keys))
-        self.assert_refused(self.lab.offsync("link", "--key-file", self.lab.base + "/none", home=self.target_home), 2, "does not exist")
-        self.lab.offsync("link", "--path", self.path, "--key-file", strong + ".pub", *risk(), home=self.target_home, check=0)
+        self.assert_refused(
+            self.lab.offsync("link", "--key-file", self.lab.base + "/none", home=self.target_home),
+            2,
+            "does not exist",
+        )
+        self.lab.offsync(
+            "link",
+            "--path",
+            self.path,
+            "--key-file",
+            strong + ".pub",
+            *risk(),
+            home=self.target_home,
+            check=0,
+        )
 
     def test_from_pattern(self) -> None:
         self.link("--from", "10.0.0.*,!bad.example", check=0)
@@ -144,39 +249,72 @@ class Linking(LabCase):
             self.assert_refused(self.link("--from", pattern), 2, "from")
 
     def test_without_key_and_terminal_there_is_no_hang(self) -> None:
-        self.assert_refused(self.lab.offsync("link", "--path", self.path, home=self.target_home), 1, "--key-file")
+        self.assert_refused(
+            self.lab.offsync("link", "--path", self.path, home=self.target_home), 1, "--key-file"
+        )
 
     def test_the_key_is_asked_for_on_the_terminal(self) -> None:
-        """As curl ... | python3 - does: the program comes on stdin, the question goes to /dev/tty."""
+        """As curl ... | python3 - does: the program comes on stdin, the question goes to /dev/tty.
+        """
         env = dict(self.lab.env, HOME=self.target_home)
-        status, seen = type_on_terminal([sys.executable, "-", "link", "--path", self.path, *risk()], env, (b"Paste", self.key + "\n"), stdin=OFFSYNC)
+        status, seen = type_on_terminal(
+            [sys.executable, "-", "link", "--path", self.path, *risk()],
+            env,
+            (b"Paste", self.key + "\n"),
+            stdin=OFFSYNC,
+        )
         self.assertEqual(status, 0, seen)
         self.assertIn(self.key.split()[1], read(self.keys))
 
     def test_piped_into_python_the_current_directory_is_no_program(self) -> None:
         os.makedirs(self.path)
         env = dict(self.lab.env, HOME=self.target_home, SSH_CONNECTION="a b c d")
-        done = subprocess.run([sys.executable, "-", "link", "--path", self.path, "--key", self.key, *risk()], input=read(OFFSYNC), cwd=self.path, env=env, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        done = subprocess.run(
+            [sys.executable, "-", "link", "--path", self.path, "--key", self.key, *risk()],
+            input=read(OFFSYNC),
+            cwd=self.path,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertRegex(done.stdout, r"\Aoffsync target add \S+ --path %s( --port \d+)?( --host-key \S+)?\n\Z" % self.path)
+        self.assertRegex(
+            done.stdout,
+            r"\Aoffsync target add \S+ --path %s( --port \d+)?( --host-key \S+)?\n\Z" % self.path,
+        )
 
     def test_where_only_stdin_leads_to_the_terminal(self) -> None:
         """As under su -c: the session has no terminal of its own."""
         env = dict(self.lab.env, HOME=self.target_home)
-        status, seen = type_on_terminal([require("setsid"), "-w", sys.executable, OFFSYNC, "link", "--path", self.path, *risk()], env, (b"Paste", self.key + "\n"))
+        status, seen = type_on_terminal(
+            [
+                require("setsid"),
+                "-w",
+                sys.executable,
+                OFFSYNC,
+                "link",
+                "--path",
+                self.path,
+                *risk(),
+            ],
+            env,
+            (b"Paste", self.key + "\n"),
+        )
         self.assertEqual(status, 0, seen)
         self.assertIn(self.key.split()[1], read(self.keys))
 
     def test_a_changed_line_is_never_already_linked(self) -> None:
         self.assertIn("linked in", self.link("--from", "10.0.0.1").err)
         self.assertIn("already linked in", self.link("--from", "10.0.0.1").err)
-        said = self.link().err              # without --from the key must not come from more places than before
+        said = self.link().err  # without --from the key must not come from more places than before
         self.assertIn('kept from="10.0.0.1"', said)
         self.assertTrue(read(self.keys).startswith('from="10.0.0.1",command='))
         said = self.link("--from", "10.0.0.2").err
         self.assertNotIn("already", said)
-        self.assertNotIn("can no longer be delivered to", said)     # only the place where it comes from is another
+        self.assertNotIn(
+            "can no longer be delivered to", said
+        )  # only the place where it comes from is another
         self.assertEqual(read(self.keys).count("from="), 1)
         self.path += "2"
         self.link()
@@ -196,20 +334,26 @@ class Linking(LabCase):
     def test_a_user_without_an_account(self) -> None:
         """As in a container that runs with any number for a user."""
         args = offsync.build_parser().parse_args(["link", "--path", self.path, "--key", self.key])
-        with mock.patch.object(pwd, "getpwuid", side_effect=KeyError), self.assertRaisesRegex(offsync.OffsyncError, "has no account here"):
+        with (
+            mock.patch.object(pwd, "getpwuid", side_effect=KeyError),
+            self.assertRaisesRegex(offsync.OffsyncError, "has no account here"),
+        ):
             offsync.cmd_link(args)
         self.assertFalse(os.path.exists(self.path))
 
 
 class Rrsync(Linking):
-    """Where rrsync is, and what can be done with it; the tests of linking itself are not repeated."""
+    """Where rrsync is, and what can be done with it; the tests of linking itself are not repeated.
+    """
 
     def test_not_executable_runs_through_its_interpreter(self) -> None:
         target = self.lab.target("t")
         script = self.lab.base + "/doc/rrsync"
         write(script, read(require("rrsync")), 0o644)
         self.lab.link(target, "--rrsync", script)
-        self.assertIn('command="/usr/bin/python3 %s -wo %s"' % (script, target.path), read(target.keys))
+        self.assertIn(
+            'command="/usr/bin/python3 %s -wo %s"' % (script, target.path), read(target.keys)
+        )
         self.lab.add(target, "--rrsync", script)
         write(self.lab.source + "/f")
         self.lab.offsync("apply", check=0)
@@ -226,13 +370,17 @@ class Rrsync(Linking):
         self.assert_refused(self.link("--rrsync", self.lab.base + "/odd"), 1, "not executable")
         write(self.lab.base + "/perl", "#!/usr/bin/perl\n", 0o755)
         self.path += " blank"
-        self.assert_refused(self.link("--rrsync", self.lab.base + "/perl"), 2, "Perl rrsync cannot take it")
+        self.assert_refused(
+            self.link("--rrsync", self.lab.base + "/perl"), 2, "Perl rrsync cannot take it"
+        )
         self.assertFalse(os.path.exists(self.keys))
 
     def test_a_path_that_contains_rrsync(self) -> None:
         script = self.lab.base + "/tools/bin/rrsync"
         write(script, read(require("rrsync")), 0o755)
-        self.assert_refused(self.link("--rrsync", script, path=self.lab.base + "/tools"), 2, "it contains " + script)
+        self.assert_refused(
+            self.link("--rrsync", script, path=self.lab.base + "/tools"), 2, "it contains " + script
+        )
 
 
 for name in list(vars(Linking)):
@@ -250,7 +398,14 @@ class Quoting(unittest.TestCase):
         write(lab.source + "/f", "content")
         target = lab.target("t")
         base = target.path
-        for name in ("with space it's", 'q"\\"', "$HOME `id`; *", "back\\slash-tail\\", "-n", "\u00e9 per%cent a'\"b"):
+        for name in (
+            "with space it's",
+            'q"\\"',
+            "$HOME `id`; *",
+            "back\\slash-tail\\",
+            "-n",
+            "\u00e9 per%cent a'\"b",
+        ):
             with self.subTest(name=name):
                 target.path = "%s/%s" % (base, name)
                 lab.link(target)
@@ -259,13 +414,18 @@ class Quoting(unittest.TestCase):
                 self.assertEqual(snapshot(target.path), snapshot(lab.source))
 
     def test_a_shell_that_quotes_otherwise_gets_only_plain_paths(self) -> None:
-        from test_text import offsync
         for shell in ("/bin/bash", "/bin/sh", "/usr/bin/zsh"):
-            self.assertEqual(offsync.validate_forced_command(["/usr/bin/rrsync"], "/a b", shell), "/usr/bin/rrsync -wo '/a b'")
+            self.assertEqual(
+                offsync.validate_forced_command(["/usr/bin/rrsync"], "/a b", shell),
+                "/usr/bin/rrsync -wo '/a b'",
+            )
         for shell in ("/usr/bin/fish", "/bin/tcsh", "/bin/csh"):
             with self.assertRaises(offsync.UsageError):
                 offsync.validate_forced_command(["/usr/bin/rrsync"], "/a b", shell)
-            self.assertEqual(offsync.validate_forced_command(["/usr/bin/rrsync"], "/a_b", shell), "/usr/bin/rrsync -wo /a_b")
+            self.assertEqual(
+                offsync.validate_forced_command(["/usr/bin/rrsync"], "/a_b", shell),
+                "/usr/bin/rrsync -wo /a_b",
+            )
 
 
 class Provisioning(LabCase):
@@ -274,9 +434,270 @@ class Provisioning(LabCase):
         self.lab.init()
         home = self.lab.base + "/image"
         os.mkdir(home)
-        done = self.lab.offsync("link", "--path", self.lab.base + "/data", "--key-file", self.lab.state + "/id_ed25519.pub", *risk(), home=home, check=0)
+        done = self.lab.offsync(
+            "link",
+            "--path",
+            self.lab.base + "/data",
+            "--key-file",
+            self.lab.state + "/id_ed25519.pub",
+            *risk(),
+            home=home,
+            check=0,
+        )
         self.assertIn(self.lab.base + "/data", read(home + "/.ssh/authorized_keys"))
-        self.assertTrue(done.out.startswith("offsync target add %s@" % pwd.getpwuid(os.geteuid()).pw_name))
+        self.assertTrue(
+            done.out.startswith("offsync target add %s@" % pwd.getpwuid(os.geteuid()).pw_name)
+        )
+
+
+class KeyThief(LabCase):
+    """link proves rrsync before it installs the key."""
+
+    LEAKY = (
+        '#!/bin/sh\n[ "$1" = -wo ] || exit 1\nshift\ncd "$1" || exit 1\n[ -L x ] && echo out > x/f'
+        " && exit 0\ncase $SSH_ORIGINAL_COMMAND in rsync\\ --server*) exec $SSH_ORIGINAL_COMMAND;;"
+        " esac\nexit 1\n"
+    )
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.key = self.lab.init()
+        self.home = self.lab.base + "/target"
+        os.mkdir(self.home)
+        self.keys = self.home + "/.ssh/authorized_keys"
+        self.rrsync = self.lab.base + "/tool/rrsync"
+
+    def link(self, *args, **more):
+        return self.lab.offsync(
+            "link",
+            "--path",
+            self.lab.base + "/data",
+            "--key",
+            self.key,
+            *args,
+            home=self.home,
+            **more,
+        )
+
+    def assert_nothing_left(self) -> None:
+        self.assertFalse(os.path.exists(self.keys))
+        self.assertFalse(os.path.exists(self.lab.base + "/data"))
+        self.assertEqual(os.listdir(self.lab.tmp), [])
+
+    def test_one_that_lets_the_key_out(self) -> None:
+        write(self.rrsync, self.LEAKY, 0o755)
+        done = self.link("--rrsync", self.rrsync)
+        self.assert_refused(
+            done,
+            1,
+            "lets the key out",
+            "login shell",
+            "update rsync",
+            "--no-symlinks",
+            "--accept-risk rrsync",
+        )
+        self.assertLess(done.err.index("update rsync"), done.err.index("--no-symlinks"))
+        self.assert_nothing_left()
+        write(
+            self.rrsync, self.LEAKY.replace("shift\n", 'shift; [ "$1" = -munge ] && shift\n'), 0o755
+        )
+        done = self.link(
+            "--rrsync", self.rrsync, "--no-symlinks"
+        )  # it takes the option, and does nothing with it
+        self.assert_refused(done, 1, "lets the key out", "--accept-risk rrsync")
+        self.assertNotIn("--no-symlinks", done.err)
+        self.assert_nothing_left()
+        done = self.link("--rrsync", self.rrsync, "--accept-risk", "rrsync", check=0)
+        self.assertIn("a thief of the key may get out", done.err)
+        self.assertTrue(os.path.exists(self.keys))
+
+    def test_ones_that_do_not_work(self) -> None:
+        for text, said in (
+            ("#!/nowhere/perl\n", "interpreter"),
+            ('#!/bin/sh\necho "Usage: no -wo here" >&2; exit 1\n', "no -wo here"),
+            (
+                "#!/bin/sh\necho 'option --server has been disabled on this server.' >&2\nexit 1\n",
+                "same release",
+            ),
+        ):
+            write(self.rrsync, text, 0o755)
+            self.assert_refused(self.link("--rrsync", self.rrsync), 1, "does not work here", said)
+            self.assert_nothing_left()
+
+    def test_no_symlinks(self) -> None:
+        target = self.lab.target("one")
+        linked = self.lab.offsync(
+            "link",
+            "--path",
+            target.path,
+            "--key",
+            self.key,
+            "--no-symlinks",
+            home=target.home,
+            check=0,
+        )
+        self.assertIn('rrsync -wo -munge %s"' % target.path, read(target.keys))
+        self.assertIn(" --no-symlinks", linked.out)
+        self.lab.add(target, "--no-symlinks")
+        self.assertIn("symlinks: false", read(self.lab.state + "/config.yaml"))
+        write(self.lab.source + "/f", "x")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
+        os.symlink("f", self.lab.source + "/l")
+        self.assertIn("takes no symlinks", self.lab.offsync("apply", check=1).err)
+        self.assertEqual(sorted(os.listdir(target.path)), ["f"])
+        self.lab.configure(exclude=["l"])
+        self.lab.offsync("plan", check=0)
+        again = self.lab.offsync(
+            "link",
+            "--path",
+            target.path,
+            "--key",
+            self.key,
+            "--no-symlinks",
+            home=target.home,
+            check=0,
+        )
+        self.assertIn("already linked", again.err)
+        self.lab.offsync("unlink", "--key", self.key, home=target.home, check=0)
+        self.assertEqual(read(target.keys), "")
+
+
+class Paths(LabCase):
+    """What link refuses, with the option that waives it, and the legitimate twins."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.key = self.lab.init()
+        self.home = self.lab.base + "/target"
+        os.mkdir(self.home)
+
+    def link(self, path: str, *args, **more):
+        return self.lab.offsync(
+            "link", "--path", path, "--key", self.key, *risk(), *args, home=self.home, **more
+        )
+
+    def test_rules_that_a_user_may_waive(self) -> None:
+        cases = [
+            "/etc/nginx",
+            "/usr/share/nginx/html",
+            "/var/spool/cron",
+            "/var/lib/dpkg/info",
+            "/run/x",
+            "/var/lib/docker/x",
+            self.home + "/.config/app",
+            self.home + "/a/.b/c",
+        ]
+        for path in cases:
+            with self.subTest(path=path):
+                self.assert_refused(
+                    self.link(path), 2, "--accept-risk path", "such as /srv/app-data"
+                )
+                real = offsync.validate_link_path(path, (), True)
+                self.assertEqual(real, os.path.realpath(path))
+        self.assert_refused(
+            self.link(self.home + "/a/.b/c", "--accept-risk", "rrsync"), 2, "--accept-risk path"
+        )
+        self.link(self.home + "/a/.b/c", "--accept-risk", "path", check=0)
+        self.link(self.home + "/fine/deep", check=0)
+        with self.assertRaises(offsync.UsageError):
+            offsync.validate_link_path("/", (), True)
+        with self.assertRaises(offsync.UsageError):
+            offsync.validate_link_path(os.path.expanduser("~/.ssh/x"), (), True)
+
+    def test_a_directory_of_path(self) -> None:
+        self.assert_refused(self.link(self.lab.bin), 2, "directory of $PATH", "--accept-risk path")
+
+    def test_parents_that_others_may_write_to(self) -> None:
+        for mode, refused in (
+            (0o777, True),
+            (0o1777, False),
+            (0o755, False),
+            (0o775, True),
+        ):
+            with self.subTest(mode=oct(mode)):
+                shutil.rmtree(self.lab.base + "/parent", ignore_errors=True)
+                os.makedirs(self.lab.base + "/parent/data")
+                os.chmod(self.lab.base + "/parent", mode)
+                done = self.link(self.lab.base + "/parent/data")
+                if refused:
+                    self.assert_refused(
+                        done,
+                        2,
+                        "others could put another directory in its place",
+                        "chmod",
+                        "--accept-risk path",
+                    )
+                else:
+                    self.assertEqual(done.returncode, 0, done.err)
+        os.chmod(
+            self.lab.base + "/parent", 0o1777
+        )  # sticky, but the next one is not there yet: anybody may make it
+        shutil.rmtree(self.lab.base + "/parent/data")
+        self.assert_refused(self.link(self.lab.base + "/parent/data"), 2, "everybody may write")
+        os.mkdir(self.lab.base + "/open", 0o755)
+        os.chmod(self.lab.base + "/open", 0o777)
+        self.assertIn(
+            "writable for others", self.link(self.lab.base + "/open", check=0).err
+        )  # itself: a warning
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root can give directories away")
+    def test_what_belongs_to_another_account(self) -> None:
+        os.makedirs(self.lab.base + "/parent/data")
+        os.chown(self.lab.base + "/parent", 65534, 65534)
+        self.assert_refused(
+            self.link(self.lab.base + "/parent/data"), 2, "belongs to nobody", "--accept-risk path"
+        )
+        os.chown(self.lab.base + "/parent", 0, 65534)
+        os.chmod(self.lab.base + "/parent", 0o775)  # a group in which somebody is
+        self.assert_refused(self.link(self.lab.base + "/parent/data"), 2, "its group may write")
+        os.chown(self.home, 65534, 65534)
+        self.assert_refused(
+            self.link(self.lab.base + "/fine"), 1, "HOME", "belongs to nobody", "sudo -iu root"
+        )
+        self.assertEqual(os.listdir(self.home), [])
+
+    def test_what_is_created_under_any_umask(self) -> None:
+        for umask in ("0", "077", "002"):
+            with self.subTest(umask=umask):
+                base = self.lab.base + "/made" + umask
+                os.mkdir(base, 0o755)
+                subprocess.run(
+                    [
+                        "sh",
+                        "-c",
+                        'umask %s; exec "$@"' % umask,
+                        "sh",
+                        sys.executable,
+                        OFFSYNC,
+                        "link",
+                        "--path",
+                        base + "/a/b/c",
+                        "--key",
+                        self.key,
+                        *risk(),
+                    ],
+                    env=dict(self.lab.env, HOME=self.home),
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+                self.assertEqual(
+                    [
+                        stat.S_IMODE(os.stat(base + path).st_mode)
+                        for path in ("/a", "/a/b", "/a/b/c")
+                    ],
+                    [0o755] * 3,
+                )
+
+    def test_no_directory_is_made_through_a_symlink(self) -> None:
+        os.mkdir(self.lab.base + "/elsewhere")
+        os.symlink(self.lab.base + "/elsewhere", self.lab.base + "/planted")
+        with self.assertRaisesRegex(offsync.OffsyncError, "cannot be created"):
+            offsync.make_directory(self.lab.base + "/planted/x", 0o755)
+        self.assertEqual(os.listdir(self.lab.base + "/elsewhere"), [])
+        offsync.make_directory(self.lab.base + "/real/x", 0o700)
+        self.assertEqual(stat.S_IMODE(os.stat(self.lab.base + "/real/x").st_mode), 0o700)
 
 
 if __name__ == "__main__":

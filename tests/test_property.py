@@ -1,7 +1,9 @@
 """Random trees: the plan equals the oracle, apply makes the trees equal, a second plan is empty.
 
-SEEDS sets how many rounds (of PAIRS tree pairs each) and SEED where they begin; "make soak" runs many.
+SEEDS sets how many rounds (of PAIRS tree pairs each) and SEED where they begin; "make soak" runs
+many.
 """
+
 from __future__ import annotations
 
 import base64
@@ -10,7 +12,7 @@ import random
 import unittest
 
 import trees
-from lab import Lab, read_plan
+from lab import Lab, read_plan, snapshot
 
 PAIRS = 12
 SEED = int(os.environ.get("SEED", "1"))
@@ -22,7 +24,11 @@ def plan_as_oracle(document: dict) -> dict:
     found = {}
     for kind in ("added", "modified", "missing", "leftover"):
         for entry in document["targets"][0][kind]:
-            path = base64.b64decode(entry["path_b64"]) if "path_b64" in entry else os.fsencode(entry["path"])
+            path = (
+                base64.b64decode(entry["path_b64"])
+                if "path_b64" in entry
+                else os.fsencode(entry["path"])
+            )
             found[path] = (kind, tuple(entry.get("changes", ())))
     return found
 
@@ -63,13 +69,18 @@ class RandomTrees(unittest.TestCase):
                 first = self.lab.offsync("plan", "--json", check=0).stdout
                 self.assertEqual(plan_as_oracle(read_plan(first)), expected)
                 self.assertEqual(self.lab.offsync("plan", "--json", check=0).stdout, first)
-                before = trees.walk(source)
+                before = snapshot(source)
                 self.lab.offsync("apply", "--plan", read_plan(first)["plan"], check=0)
-                self.assertEqual(trees.walk(source), before)
-                self.assertEqual(trees.walk(target), before)
+                self.assertEqual(snapshot(source), before)
+                self.assertEqual(snapshot(target), before)
                 record = self.lab.records()[-1]
-                self.assertEqual([len(record["files_changed"]), len(record["files_deleted"])], [
-                    sum(kind != "missing" for kind, _ in expected.values()), sum(kind == "missing" for kind, _ in expected.values())])
+                self.assertEqual(
+                    [len(record["files_changed"]), len(record["files_deleted"])],
+                    [
+                        sum(kind != "missing" for kind, _ in expected.values()),
+                        sum(kind == "missing" for kind, _ in expected.values()),
+                    ],
+                )
                 again = read_plan(self.lab.offsync("plan", "--json", "--exit-code", check=0).stdout)
                 self.assertEqual(plan_as_oracle(again), {})
 

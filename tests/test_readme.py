@@ -1,4 +1,7 @@
-"""What the README and the release promise: its commands run, its config and tables are true, two builds are identical."""
+"""What the README and the release promise: its commands run, its config and tables are true, two
+builds are identical.
+"""
+
 from __future__ import annotations
 
 import hashlib
@@ -12,13 +15,14 @@ import tempfile
 import unittest
 
 import guards
-from lab import HERE, OFFSYNC, USER, read, risk, snapshot, write
-from test_job import LabCase
-from test_text import offsync
+from lab import HERE, LabCase, OFFSYNC, USER, offsync, read, risk, snapshot, write
 
 TOP = os.path.dirname(OFFSYNC)
 README = read(os.path.join(TOP, "README.md"))
-BLOCKS = [(language, text) for _, language, text in re.findall(r"(?ms)^( *)```(\w+)\n(.*?)^ *```$", README)]
+BLOCKS = [
+    (language, text)
+    for _, language, text in re.findall(r"(?ms)^( *)```(\w+)\n(.*?)^ *```$", README)
+]
 
 
 def section(title: str) -> str:
@@ -28,21 +32,33 @@ def section(title: str) -> str:
 
 def options_of(parser) -> set:
     """Return the long options of a parser, and -y, but those that all have."""
-    return {name for action in parser._actions for name in action.option_strings if action.help != "==SUPPRESS==" and (name.startswith("--") or name == "-y")} - {"--help", "--verbose", "--yes"}
+    return {
+        name
+        for action in parser._actions
+        for name in action.option_strings
+        if action.help != "==SUPPRESS==" and (name.startswith("--") or name == "-y")
+    } - {"--help", "--verbose"}
 
 
 def subparser(*words: str):
     """Return the parser of a command."""
     parser = offsync.build_parser()
     for word in words:
-        parser = next(action for action in parser._actions if action.dest == "==SUPPRESS==" and action.choices).choices[word]
+        parser = next(
+            action for action in parser._actions if action.dest == "==SUPPRESS==" and action.choices
+        ).choices[word]
     return parser
 
 
 class Claims(LabCase):
     def test_the_quick_start_as_it_stands(self) -> None:
-        """Every line of it is typed, the names of the example replaced by those of the laboratory."""
-        lines = [line.strip() for _, text in re.findall(r"(?ms)^ *```(sh)\n(.*?)^ *```$", section("Quick start")) for line in text.splitlines()]
+        """Every line of it is typed, the names of the example replaced by those of the laboratory.
+        """
+        lines = [
+            line.strip()
+            for _, text in re.findall(r"(?ms)^ *```(sh)\n(.*?)^ *```$", section("Quick start"))
+            for line in text.splitlines()
+        ]
         self.assertEqual(len(lines), 11, lines)
         lab, prefix, key = self.lab, self.lab.base + "/prefix", ""
         write(lab.source + "/file", "delivered")
@@ -58,12 +74,38 @@ class Claims(LabCase):
             role = "target" if " link " in command or "install -d" in command else "controller"
             if command.startswith("git clone") or "useradd" in command:
                 continue
-            command = command.replace("sudo -iu deploy ", "").replace("sudo ", "").replace("/srv/app-data", target.path if role == "target" or "target add" in command else lab.source)
-            command = command.replace("-o deploy", "-o " + USER).replace("deploy@node02", target.login + " --port %d" % target.port if "target add" in command else target.login)
+            command = (
+                command.replace("sudo -iu deploy ", "")
+                .replace("sudo ", "")
+                .replace(
+                    "/srv/app-data",
+                    target.path if role == "target" or "target add" in command else lab.source,
+                )
+            )
+            command = command.replace("-o deploy", "-o " + USER).replace(
+                "deploy@node02",
+                (
+                    target.login + " --port %d" % target.port
+                    if "target add" in command
+                    else target.login
+                ),
+            )
             command = command.replace("offsync link", "offsync link " + " ".join(risk()))
-            command = command.replace("SHA256:...", target.fingerprint).replace("ssh-ed25519 AAAA... offsync@controller", key)
-            done = subprocess.run(["sh", "-c", command], cwd=clone, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                  env=dict(environments[role], PREFIX=prefix, PATH=prefix + "/bin:" + lab.env["PATH"]), start_new_session=True)
+            command = command.replace("SHA256:...", target.fingerprint).replace(
+                "ssh-ed25519 AAAA... offsync@controller", key
+            )
+            done = subprocess.run(
+                ["sh", "-c", command],
+                cwd=clone,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=dict(
+                    environments[role], PREFIX=prefix, PATH=prefix + "/bin:" + lab.env["PATH"]
+                ),
+                start_new_session=True,
+            )
             self.assertEqual(done.returncode, 0, command + done.stderr)
             seen.append(command.split()[0:2])
             if " init " in command:
@@ -76,9 +118,13 @@ class Claims(LabCase):
 
     def test_every_command_in_code_is_one(self) -> None:
         inline = re.findall(r"`(offsync [a-z][^`|]*)`", README)
-        code = re.sub(r"(?m)^Description=.*", "", " ".join(text.replace("\\\n", " ") for _, text in BLOCKS))
+        code = re.sub(
+            r"(?m)^Description=.*", "", " ".join(text.replace("\\\n", " ") for _, text in BLOCKS)
+        )
         code = re.sub(r"'?ssh-ed25519 AAAA\.\.\. offsync@controller'?|'?\{\{.*?\}\}'?", "KEY", code)
-        commands = re.findall(r"(?m)(?:^ *|['\" ]|/bin/|sudo )(offsync [a-z-]+(?![:\w])[^\n'\"#>|&;(]*)", code)
+        commands = re.findall(
+            r"(?m)(?:^ *|['\" ]|/bin/|sudo )(offsync [a-z-]+(?![:\w])[^\n'\"#>|&;(]*)", code
+        )
         self.assertGreater(min(len(inline), len(commands) // 2), 5, (inline, commands))
         for command in inline + commands:
             words = command.split()[1:]
@@ -86,7 +132,7 @@ class Claims(LabCase):
                 try:
                     self.assertIsNotNone(offsync.build_parser().parse_args(words).function)
                 except offsync.UsageError as error:
-                    self.assertIn("are required", str(error))       # a command is mentioned, not shown
+                    self.assertIn("are required", str(error))  # a command is mentioned, not shown
                     self.assertNotIn(command, commands)
 
     def test_the_table_of_commands_is_that_of_the_parser(self) -> None:
@@ -104,9 +150,18 @@ class Claims(LabCase):
             self.assertEqual(options, options_of(subparser(*name.split())), name)
 
     def test_the_config_block_is_what_the_writer_makes(self) -> None:
-        text = next(text for language, text in BLOCKS if language == "yaml" and text.startswith("version:"))
+        text = next(
+            text for language, text in BLOCKS if language == "yaml" and text.startswith("version:")
+        )
         config = offsync.validate_config(text, "README")
-        self.assertEqual(offsync.replace_block(offsync.format_new_config(config.source), "targets", offsync.format_targets(config.targets)), text)
+        self.assertEqual(
+            offsync.replace_block(
+                offsync.format_new_config(config.source),
+                "targets",
+                offsync.format_targets(config.targets),
+            ),
+            text,
+        )
         for key in ("port", "symlinks", *offsync.Config._fields):
             if key not in ("targets", "source"):
                 self.assertIn("`%s" % key, section("Configuration"))
@@ -115,7 +170,10 @@ class Claims(LabCase):
         self.lab.joined_by_hand("one")
         write(self.lab.source + "/file", "x")
         os.symlink("file", self.lab.source + "/link")
-        lines = [json.loads(line) for line in self.lab.offsync("plan", "--json", check=0).out.splitlines()]
+        lines = [
+            json.loads(line)
+            for line in self.lab.offsync("plan", "--json", check=0).out.splitlines()
+        ]
         for key in {key for line in lines for key in line}:
             self.assertIn("`%s`" % key, section("The plan"))
         self.lab.offsync("apply", check=0)
@@ -123,7 +181,8 @@ class Claims(LabCase):
             self.assertIn("`%s`" % key, section("Log"))
 
     def test_the_first_screen_is_what_is_printed(self) -> None:
-        """The block of real output: the same tree on two targets, the laboratory's names replaced."""
+        """The block of real output: the same tree on two targets, the laboratory's names replaced.
+        """
         lab = self.lab
         one, two = lab.joined("one"), lab.joined("two")
         write(lab.source + "/app.conf", "colour = green\n")
@@ -137,7 +196,13 @@ class Claims(LabCase):
         for command in re.findall(r"(?m)^\$ offsync (.*)$", block):
             done = lab.offsync(*command.replace("deploy@web1", one.login).split())
             shown += "$ offsync %s\n%s%s\n" % (command, done.out, done.err)
-        for old, new in ((lab.source, "/srv/app-data"), (one.path, "/srv/app-data"), (two.path, "/srv/app-data"), (one.login, "deploy@web1"), (two.login, "deploy@web2")):
+        for old, new in (
+            (lab.source, "/srv/app-data"),
+            (one.path, "/srv/app-data"),
+            (two.path, "/srv/app-data"),
+            (one.login, "deploy@web1"),
+            (two.login, "deploy@web2"),
+        ):
             shown = shown.replace(old, new)
         shown = re.sub(r"plan [0-9a-f]{64}", "plan ID", re.sub(r"(?m)^ok  .*\n", "", shown))
         expected = re.sub(r"plan [0-9a-f]{64}", "plan ID", block)
@@ -146,7 +211,7 @@ class Claims(LabCase):
     def test_promises_name_their_guards(self) -> None:
         names = {guard[0] for guard in guards.GUARDS}
         promises = section("Security").split("What each hash proves")[0].split("\n- ")[1:]
-        for promise in promises[:-1]:       # the last one is the log
+        for promise in promises[:-1]:  # the last one is the log
             found = re.search(r"\((`[^()]*`)\)\s*$", promise)
             self.assertTrue(found, promise)
             for name in re.findall("`([^`]+)`", found[1]):
@@ -162,15 +227,38 @@ class Claims(LabCase):
     def test_cron_has_no_terminal_and_little_environment(self) -> None:
         line = next(text for language, text in BLOCKS if language == "cron").splitlines()[-1]
         schedule, user, command = re.fullmatch(r"((?:\S+ +){5})(\S+) +(.*)", line).groups()
-        unit = next(text for language, text in BLOCKS if language == "ini" and "offsync-verify.service" in text)
+        unit = next(
+            text
+            for language, text in BLOCKS
+            if language == "ini" and "offsync-verify.service" in text
+        )
         self.assertIn("User=%s\nExecStart=%s\n" % (user, command), unit)
         self.lab.joined_by_hand("one")
         installed = self.lab.base + "/usr/local/bin/offsync"
         write(installed, '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, OFFSYNC), 0o755)
         for expected in (0, 3):
-            done = subprocess.run(["env", "-i", "HOME=" + self.lab.home, "LOGNAME=" + USER, "SHELL=/bin/sh", "PATH=/usr/bin:/bin", "sh", "-c", self.lab.base + command],
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd="/")
-            self.assertEqual((done.returncode, bool(done.stdout)), (expected, bool(expected)), done.stderr)
+            done = subprocess.run(
+                [
+                    "env",
+                    "-i",
+                    "HOME=" + self.lab.home,
+                    "LOGNAME=" + USER,
+                    "SHELL=/bin/sh",
+                    "PATH=/usr/bin:/bin",
+                    "sh",
+                    "-c",
+                    self.lab.base + command,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                cwd="/",
+            )
+            self.assertEqual(
+                (done.returncode, bool(done.stdout)), (expected, bool(expected)), done.stderr
+            )
             write(self.lab.source + "/new", "x")
 
     def test_what_it_says_of_files_is_there(self) -> None:
@@ -188,7 +276,18 @@ class Dist(unittest.TestCase):
     def build(self, top: str, name: str, umask: int) -> dict:
         """Build the release of a tree; return {file name: its bytes}."""
         out = os.path.join(self.base, name)
-        subprocess.run(["sh", "-c", 'umask %03o; exec "$0" "$@"' % umask, sys.executable, top + "/tests/dist.py", out], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                "sh",
+                "-c",
+                'umask %03o; exec "$0" "$@"' % umask,
+                sys.executable,
+                top + "/tests/dist.py",
+                out,
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         found = {}
         for file in os.listdir(out):
             with open(os.path.join(out, file), "rb") as stream:
@@ -198,33 +297,75 @@ class Dist(unittest.TestCase):
     def test_two_builds_are_identical_also_from_the_tarball(self) -> None:
         first = self.build(TOP, "one", 0o022)
         version = offsync.VERSION
-        self.assertEqual(sorted(first), ["install.sh", "offsync-%s-py3-none-any.whl" % version, "offsync-%s.tar.gz" % version, "offsync.1", "offsync.py", "offsync.py.sha256"])
-        subprocess.run(["tar", "-xzf", "%s/one/offsync-%s.tar.gz" % (self.base, version), "-C", self.base], check=True)
+        self.assertEqual(
+            sorted(first),
+            [
+                "install.sh",
+                "offsync-%s-py3-none-any.whl" % version,
+                "offsync-%s.tar.gz" % version,
+                "offsync.1",
+                "offsync.py",
+                "offsync.py.sha256",
+            ],
+        )
+        subprocess.run(
+            ["tar", "-xzf", "%s/one/offsync-%s.tar.gz" % (self.base, version), "-C", self.base],
+            check=True,
+        )
         unpacked = "%s/offsync-%s" % (self.base, version)
         self.assertEqual(self.build(unpacked, "two", 0o077), first)
-        subprocess.run(["sha256sum", "--status", "-c", "offsync.py.sha256"], cwd=self.base + "/one", check=True)
-        installed = subprocess.run(["sh", unpacked + "/install.sh"], env={**os.environ, "PREFIX": self.base + "/p"}, check=True, stdout=subprocess.PIPE, text=True).stdout
+        subprocess.run(
+            ["sha256sum", "--status", "-c", "offsync.py.sha256"], cwd=self.base + "/one", check=True
+        )
+        installed = subprocess.run(
+            ["sh", unpacked + "/install.sh"],
+            env={**os.environ, "PREFIX": self.base + "/p"},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
         self.assertIn(hashlib.sha256(first["offsync.py"]).hexdigest(), installed)
         self.assertEqual(first["offsync.py"].decode(), read(OFFSYNC))
 
     def test_the_wheel_gives_the_command_without_a_network(self) -> None:
         self.build(TOP, "dist", 0o022)
-        if subprocess.run([sys.executable, "-c", "import venv, ensurepip"], stderr=subprocess.DEVNULL).returncode:
+        if subprocess.run(
+            [sys.executable, "-c", "import venv, ensurepip"], stderr=subprocess.DEVNULL
+        ).returncode:
             self.skipTest("this Python has no venv with pip")
         subprocess.run([sys.executable, "-m", "venv", self.base + "/venv"], check=True)
         bin_ = self.base + "/venv/bin/"
-        line = next(line for language, text in BLOCKS for line in text.splitlines() if line.startswith("pip install"))
-        subprocess.run([bin_ + "python", "-m", *line.split()], check=True, cwd=self.base, stdout=subprocess.DEVNULL)
-        out = subprocess.run([bin_ + "offsync", "--version"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        line = next(
+            line
+            for language, text in BLOCKS
+            for line in text.splitlines()
+            if line.startswith("pip install")
+        )
+        subprocess.run(
+            [bin_ + "python", "-m", *line.split()],
+            check=True,
+            cwd=self.base,
+            stdout=subprocess.DEVNULL,
+        )
+        out = subprocess.run(
+            [bin_ + "offsync", "--version"], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
         with open(OFFSYNC, "rb") as stream:
             self.assertIn(hashlib.sha256(stream.read()).hexdigest(), out)
-        self.assertEqual(subprocess.run([bin_ + "offsync", "paln"], stderr=subprocess.DEVNULL).returncode, 2)
+        self.assertEqual(
+            subprocess.run([bin_ + "offsync", "paln"], stderr=subprocess.DEVNULL).returncode, 2
+        )
 
     def test_all_tests_are_released(self) -> None:
         self.build(TOP, "dist", 0o022)
-        listed = subprocess.run(["tar", "-tzf", "%s/dist/offsync-%s.tar.gz" % (self.base, offsync.VERSION)], check=True, stdout=subprocess.PIPE, text=True).stdout
+        listed = subprocess.run(
+            ["tar", "-tzf", "%s/dist/offsync-%s.tar.gz" % (self.base, offsync.VERSION)],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
         for name in os.listdir(HERE):
-            if not name.startswith(("__", ".")):       # caches of tools
+            if not name.startswith(("__", ".")):  # caches of tools
                 self.assertIn("/tests/%s\n" % name, listed)
 
 

@@ -1,9 +1,13 @@
-"""The right sentence for the right side: failures provoked from the real programs, each with the side that is named and the remedy.
+"""The right sentence for the right side: failures provoked from the real programs, each with the
+side that is named and the remedy.
 
-About 60 rows: what sshd is configured to, what answers instead of rsync, accounts, shells and disks of the target (in a mount namespace of
-its own, as root), dropbear, and the way there. Recorded answers of programs that cannot be had here are in test_text.Diagnosis.
+About 60 rows: what sshd is configured to, what answers instead of rsync, accounts, shells and disks
+of the target (in a mount namespace of
+its own, as root), dropbear, and the way there. Recorded answers of programs that cannot be had here
+are in test_text.Diagnosis.
 Most of the time here is waited, so each class is a process of its own.
 """
+
 from __future__ import annotations
 
 import os
@@ -11,47 +15,49 @@ import shutil
 import subprocess
 import unittest
 
-from lab import OFFSYNC, USER, free_port, read, require, wait_for, write
-from test_plan import SharedLab
-
-
-class SentenceCase(SharedLab):
-    """One target; each row changes its sshd, its forced command, or the controller's ssh_config."""
-
-    WAITS = True
-
-    def setUp(self) -> None:
-        super().setUp()
-        write(self.lab.ssh_config, "")
-        write(self.source + "/f", "x")
-        if not hasattr(type(self), "keys"):
-            type(self).keys = read(self.target.keys)
-        write(self.target.keys, self.keys)
-
-    def restart(self, options: str = "", namespace: str = "") -> None:
-        """Start the target's sshd again, with these options and what a shell does before."""
-        self.target.stop()
-        self.target.options, self.target.namespace = options, namespace
-        self.target.start()
-
-    def said(self, *words: str, never: tuple = (), program: str = OFFSYNC, command: str = "plan") -> None:
-        """plan (or apply) fails, and says these words (and never others), once."""
-        done = self.lab.offsync(*command.split(), check=1, program=program, timeout=100)
-        why = (done.err.split(": failed: ") if "apply" in command else done.out.split("not compared: "))[1].split("\n")[0]
-        for word in words:
-            self.assertIn(word, why)
-        for word in (*never, "in a way that is not known"):
-            self.assertNotIn(word, why)
-        self.assertLess(len(why), 900)
+from lab import (
+    OFFSYNC,
+    SentenceCase,
+    USER,
+    can_mount,
+    change,
+    free_port,
+    login_shell,
+    pam,
+    read,
+    require,
+    wait_for,
+    write,
+)
 
 
 class Sshd(SentenceCase):
     def test_what_sshd_is_configured_to(self) -> None:
-        rows = (("Ciphers aes128-ctr", "Ciphers aes256-ctr\n", "no algorithm in common"), ("KexAlgorithms curve25519-sha256", "KexAlgorithms ecdh-sha2-nistp256\n", "no algorithm in common"),
-                ("MACs hmac-sha2-256\nCiphers aes128-ctr", "MACs hmac-sha2-512\nCiphers aes128-ctr\n", "no algorithm in common"),
-                ("AuthenticationMethods publickey,password\nPasswordAuthentication yes", "", "wants more than a key"), ("PubkeyAuthentication no\nPasswordAuthentication yes", "", "takes none"),
-                ("MaxSessions 0", "", "raise MaxSessions"), ("DenyUsers " + USER, "", "refused our key"), ("AllowUsers nobody", "", "refused our key"),
-                ("ForceCommand internal-sftp", "", "sftp only"), ("ForceCommand /bin/false", "", "no rsync ever answered"), ("ForceCommand /usr/sbin/nologin", "", "give %s a real one" % USER))
+        rows = (
+            ("Ciphers aes128-ctr", "Ciphers aes256-ctr\n", "no algorithm in common"),
+            (
+                "KexAlgorithms curve25519-sha256",
+                "KexAlgorithms ecdh-sha2-nistp256\n",
+                "no algorithm in common",
+            ),
+            (
+                "MACs hmac-sha2-256\nCiphers aes128-ctr",
+                "MACs hmac-sha2-512\nCiphers aes128-ctr\n",
+                "no algorithm in common",
+            ),
+            (
+                "AuthenticationMethods publickey,password\nPasswordAuthentication yes",
+                "",
+                "wants more than a key",
+            ),
+            ("PubkeyAuthentication no\nPasswordAuthentication yes", "", "takes none"),
+            ("MaxSessions 0", "", "raise MaxSessions"),
+            ("DenyUsers " + USER, "", "refused our key"),
+            ("AllowUsers nobody", "", "refused our key"),
+            ("ForceCommand internal-sftp", "", "sftp only"),
+            ("ForceCommand /bin/false", "", "no rsync ever answered"),
+            ("ForceCommand /usr/sbin/nologin", "", "give %s a real one" % USER),
+        )
         self.addCleanup(self.restart, "")
         for options, config, words in rows:
             with self.subTest(options=options):
@@ -65,23 +71,48 @@ class Sshd(SentenceCase):
 
 class Answers(SentenceCase):
     def test_what_answers_instead_of_rsync(self) -> None:
-        quick = self.lab.base + "/offsync.py"       # the time for an answer is shortened in a copy
+        quick = self.lab.base + "/offsync.py"  # the time for an answer is shortened in a copy
         write(quick, read(OFFSYNC).replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 3.0"))
         fake = self.lab.base + "/fake"
         rrsync = "/usr/bin/rrsync -wo " + self.there
-        rows = (("exit 1; " + rrsync, "no rsync ever answered"), ("exec dash", "then did not answer in time"), ("read -p name answer; " + rrsync, "then did not answer in time"),
-                ("cat > /dev/null; " + rrsync, "then did not answer in time"), ("echo Welcome; " + rrsync, "prints text where rrsync must be alone"), ("true", "not rrsync"),
-                ("/usr/sbin/nologin", "give %s a real one" % USER), ("bash -r -c " + rrsync.replace(" ", "\\\\ "), "restricted one"), ("/nowhere/rrsync -wo /x", "rrsync, or its interpreter, is not at"),
-                (fake + " '#!/nowhere/python3'", "rrsync, or its interpreter, is not at"), ("echo 'openrsync: protocol 29' >&2; exit 2", "openrsync answers there"),
-                ("echo 'option --delete has been disabled on this server.' >&2; exit 1", "of the same release"), ("echo 'Password change required but no TTY available.' >&2; exit 1", "chage -d -1 -M -1"),
-                ("kill -9 $PPID", "accepted the login, then ended the connection"), ("/usr/bin/rrsync -ro " + self.there, "for reading only"), ("/usr/bin/rrsync -wo /nowhere", "gone there or is no directory"))
+        rows = (
+            ("exit 1; " + rrsync, "no rsync ever answered"),
+            ("exec dash", "then did not answer in time"),
+            ("read -p name answer; " + rrsync, "then did not answer in time"),
+            ("cat > /dev/null; " + rrsync, "then did not answer in time"),
+            ("echo Welcome; " + rrsync, "prints text where rrsync must be alone"),
+            ("true", "not rrsync"),
+            ("/usr/sbin/nologin", "give %s a real one" % USER),
+            ("bash -r -c " + rrsync.replace(" ", "\\\\ "), "restricted one"),
+            ("/nowhere/rrsync -wo /x", "rrsync, or its interpreter, is not at"),
+            (fake + " '#!/nowhere/python3'", "rrsync, or its interpreter, is not at"),
+            ("echo 'openrsync: protocol 29' >&2; exit 2", "openrsync answers instead"),
+            (
+                "echo 'option --delete has been disabled on this server.' >&2; exit 1",
+                "of the same release",
+            ),
+            (
+                "echo 'Password change required but no TTY available.' >&2; exit 1",
+                "chage -E -1 -d -1 -M -1",
+            ),
+            ("kill -9 $PPID", "accepted the login, then ended the connection"),
+            ("/usr/bin/rrsync -ro " + self.there, "for reading only"),
+            ("/usr/bin/rrsync -wo /nowhere", "gone there or is no directory"),
+        )
         for command, words in rows:
             with self.subTest(command=command):
                 if command.startswith(fake):
                     write(self.lab.base + "/rrsync-odd", "#!/nowhere/python3\n", 0o755)
                     command = self.lab.base + "/rrsync-odd"
-                write(self.target.keys, 'command="%s",restrict %s' % (command, self.keys.split("restrict ")[1]))
-                self.said(words, never=("apply again finishes the job", "connection was lost"), program=quick)
+                write(
+                    self.target.keys,
+                    'command="%s",restrict %s' % (command, self.keys.split("restrict ")[1]),
+                )
+                self.said(
+                    words,
+                    never=("apply again finishes the job", "connection was lost"),
+                    program=quick,
+                )
 
     def test_an_rrsync_without_its_rsync(self) -> None:
         script = self.lab.base + "/rrsync"
@@ -90,51 +121,65 @@ class Answers(SentenceCase):
         self.said("rsync is missing there", "install-deps --role target")
 
 
-def can_mount() -> bool:
-    """Tell whether a mount namespace of one's own can be had here."""
-    return os.geteuid() == 0 and bool(shutil.which("unshare")) and subprocess.run(["unshare", "--mount", "true"], stderr=subprocess.DEVNULL).returncode == 0
-
-
-def change(file: str, edit: str) -> str:
-    """Return the shell words that show an edited copy of a file in its place, in the namespace alone."""
-    return "copy=$(mktemp) && sed '%s' %s > $copy && chmod --reference=%s $copy && mount --bind $copy %s && rm $copy\n" % (edit, file, file, file)
-
-
-def login_shell(path: str) -> str:
-    """Return the words that give root another login shell."""
-    return change("/etc/passwd", "s,^\\(root:.*:\\).*,\\1%s," % path)
-
-
-def pam(*lines: str) -> str:
-    """Return the words that make these sshd's PAM configuration."""
-    return "copy=$(mktemp) && printf '%%s\\n' %s > $copy && mount --bind $copy /etc/pam.d/sshd && rm $copy\n" % " ".join("'%s'" % line for line in lines)
-
-
 @unittest.skipUnless(can_mount(), "no mount namespace can be had here (it needs root)")
 class Host(SentenceCase):
     """The target's accounts, shells, PAM and disks; nothing of this machine's is changed."""
 
     def test_accounts_and_shells(self) -> None:
-        rows = [(login_shell("/usr/sbin/nologin"), "", "give root a real one"), (login_shell("/bin/false"), "", "the login shell a real one"), (login_shell("/nowhere/sh"), "", "without a login shell"),
-                (login_shell("/bin/rbash"), "", "restricted one (rbash)"), (change("/etc/shadow", "s,^root:[^:]*:,root:!:,"), "", "a locked account (as root: usermod"),
-                (change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,"), "", "an expired one")]
+        rows = [
+            (login_shell("/usr/sbin/nologin"), "", "give root a real one"),
+            (login_shell("/bin/false"), "", "the login shell a real one"),
+            (login_shell("/nowhere/sh"), "", "without a login shell"),
+            (login_shell("/bin/rbash"), "", "a restricted one such as rbash"),
+            (
+                change("/etc/shadow", "s,^root:[^:]*:,root:!:,"),
+                "",
+                "a locked account (as root: usermod",
+            ),
+            (change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,"), "", "an expired one"),
+        ]
         if os.path.exists("/usr/bin/git-shell"):
             rows.append((login_shell("/usr/bin/git-shell"), "", "git-shell"))
         if os.path.exists("/etc/pam.d/sshd"):
             account = pam("account required pam_unix.so", "session required pam_permit.so")
-            rows += [(change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,") + account, "UsePAM yes", "chage -E -1 root"),
-                     (change("/etc/shadow", "s,^root:.*,root:*:0:0:99999:7:::,") + account, "UsePAM yes", "chage -d -1 -M -1 root"),
-                     (pam("account required pam_deny.so"), "UsePAM yes", "does PAM refuse it"), (pam("account required pam_permit.so", "session required pam_deny.so"), "UsePAM yes", "does PAM open a session")]
+            rows += [
+                (
+                    change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,") + account,
+                    "UsePAM yes",
+                    "chage -E -1 -d -1 -M -1 root",
+                ),
+                (
+                    change("/etc/shadow", "s,^root:.*,root:*:0:0:99999:7:::,") + account,
+                    "UsePAM yes",
+                    "chage -E -1 -d -1 -M -1 root",
+                ),
+                (pam("account required pam_deny.so"), "UsePAM yes", "does PAM refuse it"),
+                (
+                    pam("account required pam_permit.so", "session required pam_deny.so"),
+                    "UsePAM yes",
+                    "does PAM open a session",
+                ),
+            ]
         for namespace, options, words in rows:
             with self.subTest(words=words, namespace=namespace):
                 self.restart(options, namespace)
-                self.said(words, never=("apply again finishes", "connection was lost", "~/.ssh/config"))
+                self.said(
+                    words, never=("apply again finishes", "connection was lost", "~/.ssh/config")
+                )
 
     def test_disks(self) -> None:
         """Each fails an apply; what the disk is mounted at is the target's path."""
         small = "mount -t tmpfs -o size=16k tmpfs %s\n" % self.there
-        for namespace, command, words in ((small, "apply", "the disk is full there"), (small + "mount -o remount,ro %s\n" % self.there, "apply", "read-only there"),
-                                          (small.replace("16k", "1m") + "mkdir %s/m && mount -t tmpfs tmpfs %s/m\n" % (self.there, self.there), "apply --delete", "a mount point there is in the way")):
+        for namespace, command, words in (
+            (small, "apply", "the disk is full there"),
+            (small + "mount -o remount,ro %s\n" % self.there, "apply", "read-only there"),
+            (
+                small.replace("16k", "1m")
+                + "mkdir %s/m && mount -t tmpfs tmpfs %s/m\n" % (self.there, self.there),
+                "apply --delete",
+                "or a mount point, is in the way",
+            ),
+        ):
             with self.subTest(words=words):
                 write(self.source + "/f", "x" * 100000)
                 self.restart("", namespace)
@@ -142,33 +187,91 @@ class Host(SentenceCase):
 
     def test_other_login_shells_work(self) -> None:
         """The twin: what is no failure with the shells that are here."""
-        for path in filter(os.path.exists, ("/bin/dash", "/bin/zsh", "/bin/mksh", "/bin/ksh", "/bin/tcsh", "/usr/bin/fish", "/bin/busybox")):
+        for path in filter(
+            os.path.exists,
+            (
+                "/bin/dash",
+                "/bin/zsh",
+                "/bin/mksh",
+                "/bin/ksh",
+                "/bin/tcsh",
+                "/usr/bin/fish",
+                "/bin/busybox",
+            ),
+        ):
             with self.subTest(path=path):
                 self.restart("", login_shell(path))
                 self.lab.offsync("plan", check=0)
 
 
-@unittest.skipUnless(can_mount() and shutil.which("dropbear"), "needs root for a mount namespace, and dropbear")
+@unittest.skipUnless(
+    can_mount() and shutil.which("dropbear"), "needs root for a mount namespace, and dropbear"
+)
 class Dropbear(SentenceCase):
     def test_dropbear_instead_of_sshd(self) -> None:
         self.target.stop()
         key = self.target.base + "/dropbear_key"
-        subprocess.run(["dropbearkey", "-t", "ed25519", "-f", key], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        shown = subprocess.run(["dropbearkey", "-y", "-f", key], check=True, stdout=subprocess.PIPE, text=True).stdout
+        subprocess.run(
+            ["dropbearkey", "-t", "ed25519", "-f", key],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        shown = subprocess.run(
+            ["dropbearkey", "-y", "-f", key], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
         line = next(line for line in shown.splitlines() if line.startswith("ssh-ed25519 "))
-        write(self.lab.state + "/known_hosts", "[%s]:%d %s\n" % (self.target.address, self.target.port, line))
+        write(
+            self.lab.state + "/known_hosts",
+            "[%s]:%d %s\n" % (self.target.address, self.target.port, line),
+        )
         os.chmod(self.target.home + "/.ssh", 0o700)
         for shell, options, keys, config, words in (
-                ("/bin/sh", [], self.keys, "", ""), ("/bin/sh", [], "\n", "", "refused our key"), ("/bin/rbash", [], self.keys, "", "restricted one"),
-                ("/bin/sh", [], self.keys, "Ciphers aes256-gcm@openssh.com\n", "no algorithm in common"), ("/bin/sh", ["-c", "/usr/sbin/nologin"], self.keys, "", "give root a real one"),
-                ("/bin/sh", ["-t"], self.keys, "", "wants more than a key")):
+            ("/bin/sh", [], self.keys, "", ""),
+            ("/bin/sh", [], "\n", "", "refused our key"),
+            ("/bin/rbash", [], self.keys, "", "restricted one"),
+            (
+                "/bin/sh",
+                [],
+                self.keys,
+                "Ciphers aes256-gcm@openssh.com\n",
+                "no algorithm in common",
+            ),
+            ("/bin/sh", ["-c", "/usr/sbin/nologin"], self.keys, "", "give root a real one"),
+            ("/bin/sh", ["-t"], self.keys, "", "wants more than a key"),
+        ):
             with self.subTest(words=words or "it works"):
                 write(self.target.keys, keys, 0o600)
                 write(self.lab.ssh_config, config)
-                prepare = change("/etc/passwd", "s,^root:.*,root:x:0:0:root:%s:%s," % (self.target.home, shell))
-                argv = ["unshare", "--mount", "sh", "-e", "-c", prepare + 'exec "$0" "$@"', require("dropbear"), "-F", "-E", "-r", key, "-p", "%s:%d" % (self.target.address, self.target.port), "-P", "", *options]
+                prepare = change(
+                    "/etc/passwd", "s,^root:.*,root:x:0:0:root:%s:%s," % (self.target.home, shell)
+                )
+                argv = [
+                    "unshare",
+                    "--mount",
+                    "sh",
+                    "-e",
+                    "-c",
+                    prepare + 'exec "$0" "$@"',
+                    require("dropbear"),
+                    "-F",
+                    "-E",
+                    "-r",
+                    key,
+                    "-p",
+                    "%s:%d" % (self.target.address, self.target.port),
+                    "-P",
+                    "",
+                    *options,
+                ]
                 with open(self.target.log, "wb") as log:
-                    self.target.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                    self.target.process = subprocess.Popen(
+                        argv,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
                 self.target.pump = subprocess.Popen(["true"])
                 wait_for(lambda: "Not backgrounding" in self.target.read_log(), "dropbear")
                 try:
@@ -182,19 +285,48 @@ class Dropbear(SentenceCase):
 
 class Way(SentenceCase):
     def test_the_way_to_the_target(self) -> None:
-        """A jump host or ProxyCommand that fails is told as that, in its own words; never a remedy for the target."""
+        """A jump host or ProxyCommand that fails is told as that, in its own words; never a remedy
+        for the target.
+        """
         jump = self.lab.target("jump", "AllowTcpForwarding no")
         self.addCleanup(jump.stop)
         known = self.lab.base + "/jump_known"
-        identity = "  IdentityFile %s\n  UserKnownHostsFile %s\n" % (self.lab.state + "/id_ed25519", known)
-        host = "Host %s\n  ProxyJump bastion\nHost bastion\n  HostName %s\n  Port %%d\n  User %s\n%s" % (self.target.address, jump.address, USER, identity)
+        identity = "  IdentityFile %s\n  UserKnownHostsFile %s\n" % (
+            self.lab.state + "/id_ed25519",
+            known,
+        )
+        host = (
+            "Host %s\n  ProxyJump bastion\nHost bastion\n  HostName %s\n  Port %%d\n  User %s\n%s"
+            % (self.target.address, jump.address, USER, identity)
+        )
         line = "[%s]:%d %s" % (jump.address, jump.port, read(jump.host_key + ".pub"))
         never = ("MaxStartups", "offsync link", "offsync target add")
         for name, config, keys, hosts, words in (
-                ("closed port", host % free_port(), "", line, "Connection refused"), ("unknown key", host % jump.port, "", "", "Host key verification failed"),
-                ("refused login", host % jump.port, "", line, "Permission denied"), ("forbids forwarding", host % jump.port, read(self.lab.state + "/id_ed25519.pub"), line, "prohibited"),
-                ("no such name", host.replace("HostName " + jump.address, "HostName no-such-jump.invalid") % 22, "", line, "Could not resolve"),
-                ("a command that fails", "ProxyCommand sh -c 'echo gateway says no >&2; exit 1'\n", "", "", "gateway says no")):
+            ("closed port", host % free_port(), "", line, "Connection refused"),
+            ("unknown key", host % jump.port, "", "", "Host key verification failed"),
+            ("refused login", host % jump.port, "", line, "Permission denied"),
+            (
+                "forbids forwarding",
+                host % jump.port,
+                read(self.lab.state + "/id_ed25519.pub"),
+                line,
+                "prohibited",
+            ),
+            (
+                "no such name",
+                host.replace("HostName " + jump.address, "HostName no-such-jump.invalid") % 22,
+                "",
+                line,
+                "Could not resolve",
+            ),
+            (
+                "a command that fails",
+                "ProxyCommand sh -c 'echo gateway says no >&2; exit 1'\n",
+                "",
+                "",
+                "gateway says no",
+            ),
+        ):
             with self.subTest(name=name):
                 write(jump.keys, keys)
                 write(known, hosts)
@@ -205,8 +337,14 @@ class Way(SentenceCase):
         write(self.target.keys, 'from="10.9.9.9",' + self.keys)
         self.said("refused our key", "--from")
         write(self.target.keys, self.keys)
-        write(self.lab.ssh_config, "ConnectionAttempts 90\nHostName 127.0.0.1\nPort %d\n" % free_port())
-        write(self.lab.state + "/config.yaml", self.config.replace("    port: %d\n" % self.target.port, ""))
+        write(
+            self.lab.ssh_config,
+            "ConnectionAttempts 90\nHostName 127.0.0.1\nPort %d\n" % free_port(),
+        )
+        write(
+            self.lab.state + "/config.yaml",
+            self.config.replace("    port: %d\n" % self.target.port, ""),
+        )
         self.said("connection was refused")
         write(self.lab.ssh_config, "HostName no-such-host.invalid\n")
         self.said("does not resolve")

@@ -1,4 +1,7 @@
-"""What a person sees and types: progress on a terminal, completion in real shells, the nearest word for a wrong one."""
+"""What a person sees and types: progress on a terminal, completion in real shells, the nearest
+word for a wrong one.
+"""
+
 from __future__ import annotations
 
 import os
@@ -7,18 +10,22 @@ import shutil
 import sys
 import unittest
 
-from lab import OFFSYNC, read, type_on_terminal, write
-from test_job import LabCase
+from lab import LabCase, OFFSYNC, read, type_on_terminal, write
 
 SHELLS = {"bash": ["--norc", "--noprofile", "-i"], "zsh": ["-f", "-i"]}
 
 
 class Completion(LabCase):
     def type_in(self, shell: str, *lines: str) -> str:
-        """Type lines into an interactive shell with the completion loaded; return what was shown."""
+        """Type lines into an interactive shell with the completion loaded; return what was shown.
+        """
         self.lab.program("offsync", '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, OFFSYNC))
         env = dict(self.lab.env, PS1="$ ", TERM="xterm")
-        loaded = "" if shell == "bash" else "autoload -Uz compinit bashcompinit; compinit -D -u; bashcompinit; "
+        loaded = (
+            ""
+            if shell == "bash"
+            else "autoload -Uz compinit bashcompinit; compinit -D -u; bashcompinit; "
+        )
         # The prompt in two pieces: what is typed comes back, and must not look like it.
         dialogue = [(b"$ ", "%seval \"$(offsync completion bash)\"; PS1='rea''dy> '\n" % loaded)]
         for line in (*lines, "exit\n"):
@@ -28,30 +35,47 @@ class Completion(LabCase):
     def test_commands_options_and_targets_in_real_shells(self) -> None:
         for shell in SHELLS:
             if not shutil.which(shell):
-                continue                    # bash is everywhere; zsh where it is installed
+                continue  # bash is everywhere; zsh where it is installed
             with self.subTest(shell=shell):
                 config = self.lab.state + "/config.yaml"
                 if not self.lab.targets:
                     one = self.lab.joined_by_hand("one")
                     more = ["far@127.0.0.1", "far@127.0.0.11", "six@[2001:db8::1]"]
-                    write(config, read(config) + "".join(
-                        "  - login: '%s'\n    user: '%s'\n    host: '%s'\n    remote_path: '/x'\n" % (login, login[:3], login[4:].strip("[]"))
-                        for login in more))
+                    write(
+                        config,
+                        read(config)
+                        + "".join(
+                            "  - login: '%s'\n    user: '%s'\n    host: '%s'\n    remote_path:"
+                            " '/x'\n" % (login, login[:3], login[4:].strip("[]"))
+                            for login in more
+                        ),
+                    )
                     before = read(config)
                 write(config, before)
-                # Logins go on beyond their @ and :, where readline begins a new word; far@ is ambiguous but for its beginning.
-                shown = self.type_in(shell, "offsync tar\tremo\tsi\t\n", "offsync target remove fa\t\t1\n", "offsync plan --ex\t %s\t\n" % one.login[:-1],
-                                     "offsync install-d\t--role target -y\n")
+                # Logins go on beyond their @ and :, where readline begins a new word; far@ is
+                # ambiguous but for its beginning.
+                shown = self.type_in(
+                    shell,
+                    "offsync tar\tremo\tsi\t\n",
+                    "offsync target remove fa\t\t1\n",
+                    "offsync plan --exi\t %s\t\n" % one.login[:-1],
+                    "offsync install-d\t--role target -y\n",
+                )
                 self.assertIn("removed six@[2001:db8::1] here", shown)
                 self.assertIn("removed far@127.0.0.11 here", shown)
                 self.assertNotIn("six@", read(config))
-                self.assertIn("far@127.0.0.1\"", read(config).replace("'", '"'), shown)
+                self.assertIn('far@127.0.0.1"', read(config).replace("'", '"'), shown)
                 self.assertIn("equal, nothing to do", shown)
                 self.assertIn("everything for the role target is here", shown)
 
     def test_every_command_and_option_is_a_word(self) -> None:
         code = self.lab.offsync("completion", "bash", check=0).out
-        for words in ('"plan"*) words="--source --json --jobs --delete --summary --exit-code @"', '"target add"*)', 'words="add list remove"', "--accept-risk"):
+        for words in (
+            '"plan"*) words="--except --source --json --jobs --delete --summary --exit-code @"',
+            '"target add"*)',
+            'words="add list remove"',
+            "--accept-risk",
+        ):
             self.assertIn(words, code)
         self.assert_refused(self.lab.offsync("completion", "fish"), 2, "fish")
 
@@ -59,9 +83,15 @@ class Completion(LabCase):
 class WrongWords(LabCase):
     def test_what_is_known_is_named(self) -> None:
         one = self.lab.joined_by_hand("one")
-        for words, wanted in ((["paln"], "plan"), (["target", "delete"], "remove"), (["install-deps", "--role", "targets"], "controller"),
-                              (["plan", one.login + "9"], "known targets: " + one.login), (["target", "remove", one.login + "1"], one.login),
-                              (["plan", "--jsn"], "--jsn"), (["target", "list", "x"], "x")):
+        for words, wanted in (
+            (["paln"], "plan"),
+            (["target", "delete"], "remove"),
+            (["install-deps", "--role", "targets"], "controller"),
+            (["plan", one.login + "9"], "known targets: " + one.login),
+            (["target", "remove", one.login + "1"], one.login),
+            (["plan", "--jsn"], "--jsn"),
+            (["target", "list", "x"], "x"),
+        ):
             with self.subTest(words=words):
                 self.assert_refused(self.lab.offsync(*words), 2, wanted)
 
@@ -76,21 +106,30 @@ class ProgressLines(LabCase):
             write(self.lab.source + "/d%d/file" % number, b"x" * 100)
         # As slow as with large files: the comparing rsync starts late.
         real = shutil.which("rsync")
-        self.slow = self.lab.program("slow-rsync", '#!/bin/sh\ncase "$*" in *-rlptc*) sleep 2.5;; esac\nexec %s "$@"\n' % real)
+        self.slow = self.lab.program(
+            "slow-rsync",
+            '#!/bin/sh\ncase "$*" in *-rlptc*) sleep 2.5;; esac\nexec %s "$@"\n' % real,
+        )
 
     def on_terminal(self, **env: str) -> str:
-        status, seen = type_on_terminal([sys.executable, OFFSYNC, "apply"], {**self.lab.env, "TERM": "xterm", "OFFSYNC_RSYNC": self.slow, **env}, columns=40)
+        status, seen = type_on_terminal(
+            [sys.executable, OFFSYNC, "apply"],
+            {**self.lab.env, "TERM": "xterm", "OFFSYNC_RSYNC": self.slow, **env},
+            columns=40,
+        )
         self.assertEqual(status, 0, seen)
         return seen
 
     def screen(self, seen: str) -> list:
-        """Return what a terminal of 40 columns shows at the end: cursor up, carriage return and clearing carried out."""
+        """Return what a terminal of 40 columns shows at the end: cursor up, carriage return and
+        clearing carried out.
+        """
         lines = [""]
         for part in re.findall(r"\x1b\[\d*[A-Za-z]|\r\n|\r|\n|[^\x1b\r\n]+", seen):
             up = re.fullmatch(r"\x1b\[(\d+)A", part)
             if up:
                 self.assertLessEqual(int(up[1]), len(lines) - 1)
-                del lines[len(lines) - int(up[1]):]
+                del lines[len(lines) - int(up[1]) :]
                 lines[-1] = ""
             elif part.endswith("\n"):
                 lines.append("")
@@ -99,10 +138,14 @@ class ProgressLines(LabCase):
         return [line for line in lines if line]
 
     def test_the_progress_of_many_files_is_no_flood(self) -> None:
-        """rsync prints a line of progress for each file; the limit on what is no item is smaller in a copy."""
+        """rsync prints a line of progress for each file; the limit on what is no item is smaller
+        in a copy.
+        """
         small = self.lab.base + "/small.py"
         write(small, read(OFFSYNC).replace("OTHER_LIMIT = 1 << 24", "OTHER_LIMIT = 1 << 12"))
-        status, seen = type_on_terminal([sys.executable, small, "apply"], {**self.lab.env, "TERM": "xterm"})
+        status, seen = type_on_terminal(
+            [sys.executable, small, "apply"], {**self.lab.env, "TERM": "xterm"}
+        )
         self.assertEqual(status, 0, seen)
         self.assertIn("600 entries delivered", seen)
 
@@ -123,9 +166,20 @@ class ProgressLines(LabCase):
         self.lab.joined_by_hand("two")
         self.lab.offsync("apply", check=0)
         env = {**self.lab.env, "TERM": "xterm", "OFFSYNC_RSYNC": self.slow}
-        status, seen = type_on_terminal([sys.executable, OFFSYNC, "verify", "--jobs", "1"], env, columns=40)
-        self.assertEqual((status, [re.sub(r"\x1b\[\d*m", "", line) for line in self.screen(re.sub(r"\x1b\[\d*m", "", seen))]),
-                         (0, ["ok: equal to %s: 2 targets" % self.lab.source]), seen)
+        status, seen = type_on_terminal(
+            [sys.executable, OFFSYNC, "verify", "--jobs", "1"], env, columns=40
+        )
+        self.assertEqual(
+            (
+                status,
+                [
+                    re.sub(r"\x1b\[\d*m", "", line)
+                    for line in self.screen(re.sub(r"\x1b\[\d*m", "", seen))
+                ],
+            ),
+            (0, ["ok: equal to %s: 2 targets" % self.lab.source]),
+            seen,
+        )
         self.assertIn("%s: comparing" % self.one.login, seen)
         self.assertIn("(all): 1 of 2 done", seen)
 
@@ -133,24 +187,51 @@ class ProgressLines(LabCase):
         two, three = self.lab.joined_by_hand("two"), self.lab.joined_by_hand("three")
         write(three.path + "/other", "x")
         out = self.lab.offsync("plan", check=0).out.splitlines()
-        self.assertEqual(out[:3], ["source " + self.lab.source, "%s:%s" % (self.one.login, self.one.path), "%s:%s" % (two.login, two.path)])
+        self.assertEqual(
+            out[:3],
+            [
+                "source " + self.lab.source,
+                "%s:%s" % (self.one.login, self.one.path),
+                "%s:%s" % (two.login, two.path),
+            ],
+        )
         self.assertEqual(sum(line.startswith("  added") for line in out), 1200)
         self.assertIn("  2 targets, each: 600 added; 29.3 KiB to send", out)
-        self.assertEqual([line.split(";")[0].split("  ") for line in out[-5:-2]], [[self.one.login, "600 added"], [two.login, "600 added"],
-                         [three.login, "600 added, 1 missing"]])
+        self.assertEqual(
+            [line.split(";")[0].split("  ") for line in out[-5:-2]],
+            [
+                [self.one.login, "600 added"],
+                [two.login, "600 added"],
+                [three.login, "600 added, 1 missing"],
+            ],
+        )
         short = self.lab.offsync("plan", "--summary", check=0).out.splitlines()
         self.assertEqual(short, out[:1] + out[-5:])
-        seen = type_on_terminal([sys.executable, OFFSYNC, "plan", "127.0.0.[12]"], {**self.lab.env, "TERM": "dumb"})[1].splitlines()
+        seen = type_on_terminal(
+            [sys.executable, OFFSYNC, "plan", "127.0.0.[12]"], {**self.lab.env, "TERM": "dumb"}
+        )[1].splitlines()
         plan = next(line for line in seen if line.startswith("plan "))
-        self.assertEqual(seen[-1], "Next: offsync apply '127.0.0.[12]' --" + plan.replace(" ", " ", 1))
-        seen = type_on_terminal([sys.executable, OFFSYNC, "plan"], {**self.lab.env, "TERM": "dumb"})[1].splitlines()
-        self.assertTrue(seen[-1].startswith("plan "), seen[-1])     # apply would refuse
+        self.assertEqual(seen[-1], "    offsync apply '127.0.0.[12]' --" + plan)
+        seen = type_on_terminal(
+            [sys.executable, OFFSYNC, "plan"], {**self.lab.env, "TERM": "dumb"}
+        )[1].splitlines()
+        self.assertTrue(seen[-1].startswith("plan "), seen[-1])  # apply would refuse
 
     def test_a_manifest_cannot_write_to_the_terminal(self) -> None:
         write(self.lab.source + "/d0/\x1b[31mred", b"x")
         write(self.lab.source + "/d0/\x9b31m\u202ered", b"x")
-        status, seen = type_on_terminal([sys.executable, OFFSYNC, "manifest"], {**self.lab.env, "TERM": "dumb"})
-        self.assertEqual((status, set("\x1b\x9b\u202e") & set(seen), "d0/?[31mred" in seen, "d0/?31m?red" in seen), (0, set(), True, True))
+        status, seen = type_on_terminal(
+            [sys.executable, OFFSYNC, "manifest"], {**self.lab.env, "TERM": "dumb"}
+        )
+        self.assertEqual(
+            (
+                status,
+                set("\x1b\x9b\u202e") & set(seen),
+                "d0/?[31mred" in seen,
+                "d0/?31m?red" in seen,
+            ),
+            (0, set(), True, True),
+        )
         self.assertIn("d0/\x1b[31mred", self.lab.offsync("manifest", check=0).out)
 
     def test_none_on_a_dumb_terminal_and_no_colour_where_none_is_wanted(self) -> None:

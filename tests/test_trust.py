@@ -1,14 +1,28 @@
 """Host keys and restriction proofs: every attack with its legitimate twin, against a real sshd."""
+
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import unittest
 
-from lab import OFFSYNC, USER, Lab, read, require, snapshot, type_on_terminal, write
-from test_job import LabCase
+from lab import (
+    Lab,
+    LabCase,
+    OFFSYNC,
+    USER,
+    can_mount,
+    change,
+    free_port,
+    read,
+    require,
+    snapshot,
+    type_on_terminal,
+    write,
+)
 
 
 class HostKeys(LabCase):
@@ -19,15 +33,38 @@ class HostKeys(LabCase):
         self.lab.link(self.target)
 
     def add(self, *args, check=None):
-        return self.lab.offsync("target", "add", self.target.login, "--path", self.target.path, "--port", str(self.target.port), *args, check=check)
+        return self.lab.offsync(
+            "target",
+            "add",
+            self.target.login,
+            "--path",
+            self.target.path,
+            "--port",
+            str(self.target.port),
+            *args,
+            check=check,
+        )
 
     def configured(self) -> bool:
         return self.target.login in read(self.lab.state + "/config.yaml")
 
     def on_terminal(self, answer: str) -> tuple:
         """Run target add on a terminal of its own; return (exit status, what was shown)."""
-        return type_on_terminal([sys.executable, OFFSYNC, "target", "add", self.target.login, "--path", self.target.path, "--port",
-                                 str(self.target.port)], self.lab.env, (b"yes or no: ", answer + "\n"))
+        return type_on_terminal(
+            [
+                sys.executable,
+                OFFSYNC,
+                "target",
+                "add",
+                self.target.login,
+                "--path",
+                self.target.path,
+                "--port",
+                str(self.target.port),
+            ],
+            self.lab.env,
+            (b"yes or no: ", answer + "\n"),
+        )
 
     def test_yes_typed_in_full_stores_what_was_shown(self) -> None:
         for answer in ("y", "no", ""):
@@ -39,8 +76,15 @@ class HostKeys(LabCase):
         self.assertEqual(status, 0, seen)
         self.assertIn(self.target.fingerprint, seen)
         self.assertTrue(self.configured())
-        self.assertEqual(read(self.lab.state + "/known_hosts"), "[%s]:%d %s\n" % (
-            self.target.address, self.target.port, " ".join(read(self.target.host_key + ".pub").split()[:2])))
+        self.assertEqual(
+            read(self.lab.state + "/known_hosts"),
+            "[%s]:%d %s\n"
+            % (
+                self.target.address,
+                self.target.port,
+                " ".join(read(self.target.host_key + ".pub").split()[:2]),
+            ),
+        )
 
     def test_no_terminal_and_no_fingerprint(self) -> None:
         done = self.add()
@@ -61,7 +105,9 @@ class HostKeys(LabCase):
         self.target.stop()
         self.target.options = "HostKey %s" % key
         self.target.start()
-        shown = subprocess.run([require("ssh-keygen"), "-l", "-f", key], stdout=subprocess.PIPE, text=True, check=True).stdout.split()[1]
+        shown = subprocess.run(
+            [require("ssh-keygen"), "-l", "-f", key], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.split()[1]
         self.add("--host-key", shown, check=0)
         self.assertIn(" ssh-rsa ", read(self.lab.state + "/known_hosts"))
         self.lab.offsync("plan", check=0)
@@ -82,7 +128,10 @@ class HostKeys(LabCase):
 
     def test_changed_host_keys_of_several_targets_are_not_mixed_up(self) -> None:
         self.add("--host-key", self.target.fingerprint, check=0)
-        targets = [self.target, *(self.lab.joined_by_hand("more%d" % number) for number in range(3))]
+        targets = [
+            self.target,
+            *(self.lab.joined_by_hand("more%d" % number) for number in range(3)),
+        ]
         for target in targets:
             target.stop()
             target.new_host_key()
@@ -90,7 +139,9 @@ class HostKeys(LabCase):
         out = self.lab.offsync("plan", check=1).out
         for target in targets:
             said = out.split("%s:%s\n" % (target.login, target.path))[1].split("\n")[0]
-            self.assertEqual([other.name for other in targets if other.fingerprint in said], [target.name], out)
+            self.assertEqual(
+                [other.name for other in targets if other.fingerprint in said], [target.name], out
+            )
 
     def test_a_known_hosts_that_cannot_be_edited(self) -> None:
         """The old key must not stay trusted beside the new one."""
@@ -101,13 +152,20 @@ class HostKeys(LabCase):
         self.target.stop()
         self.target.new_host_key()
         self.target.start()
-        self.assert_refused(self.add("--host-key", self.target.fingerprint), 1, "known_hosts", "cannot edit it")
+        self.assert_refused(
+            self.add("--host-key", self.target.fingerprint), 1, "known_hosts", "cannot edit it"
+        )
         self.assertEqual(read(known), before)
 
     def test_hashed_known_hosts(self) -> None:
         self.add("--host-key", self.target.fingerprint, check=0)
         known = self.lab.state + "/known_hosts"
-        subprocess.run([require("ssh-keygen"), "-q", "-H", "-f", known], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [require("ssh-keygen"), "-q", "-H", "-f", known],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.unlink(known + ".old")
         self.assertNotIn(self.target.address, read(known))
         self.lab.offsync("plan", check=0)
@@ -123,11 +181,35 @@ class HostKeys(LabCase):
     def test_port_alias_and_jump_of_the_users_ssh_config(self) -> None:
         jump = self.lab.target("jump")
         write(jump.keys, read(self.lab.state + "/id_ed25519.pub"))
-        write(self.lab.base + "/jump_known", "[%s]:%d %s" % (jump.address, jump.port, read(jump.host_key + ".pub")))
-        write(self.lab.ssh_config, "Host node\n  HostName %s\n  Port %d\n  HostKeyAlias node-alias\n  ProxyJump %s@bastion\n"
-              "Host bastion\n  HostName %s\n  Port %d\n  IdentityFile %s\n  UserKnownHostsFile %s\n" % (
-                  self.target.address, self.target.port, USER, jump.address, jump.port, self.lab.state + "/id_ed25519", self.lab.base + "/jump_known"))
-        self.lab.offsync("target", "add", USER + "@node", "--path", self.target.path, "--host-key", self.target.fingerprint, check=0)
+        write(
+            self.lab.base + "/jump_known",
+            "[%s]:%d %s" % (jump.address, jump.port, read(jump.host_key + ".pub")),
+        )
+        write(
+            self.lab.ssh_config,
+            "Host node\n  HostName %s\n  Port %d\n  HostKeyAlias node-alias\n  ProxyJump"
+            " %s@bastion\nHost bastion\n  HostName %s\n  Port %d\n  IdentityFile %s\n "
+            " UserKnownHostsFile %s\n"
+            % (
+                self.target.address,
+                self.target.port,
+                USER,
+                jump.address,
+                jump.port,
+                self.lab.state + "/id_ed25519",
+                self.lab.base + "/jump_known",
+            ),
+        )
+        self.lab.offsync(
+            "target",
+            "add",
+            USER + "@node",
+            "--path",
+            self.target.path,
+            "--host-key",
+            self.target.fingerprint,
+            check=0,
+        )
         self.assertTrue(read(self.lab.state + "/known_hosts").startswith("node-alias ssh-ed25519 "))
         write(self.lab.source + "/f")
         self.lab.offsync("apply", check=0)
@@ -163,7 +245,9 @@ class Restriction(LabCase):
         os.mkdir(self.target.path)
 
     def assert_nothing_written(self, *words: str) -> None:
-        """plan, apply and target add refuse with these words; nothing is written anywhere, not even in the login's home."""
+        """plan, apply and target add refuse with these words; nothing is written anywhere, not
+        even in the login's home.
+        """
         real_home = os.listdir(os.path.expanduser("~" + USER))
         planned = self.lab.offsync("plan", check=1)
         applied = self.lab.offsync("apply", check=1)
@@ -176,16 +260,21 @@ class Restriction(LabCase):
         self.assertEqual(os.listdir(os.path.expanduser("~" + USER)), real_home)
         write(self.target.keys, self.good)
         write(self.lab.ssh_config, "")
-        self.lab.offsync("apply", check=0)      # the legitimate twin
+        self.lab.offsync("apply", check=0)  # the legitimate twin
         self.assertEqual(snapshot(self.target.path), snapshot(self.lab.source))
 
     def force(self, command: str) -> None:
         """Give the key another forced command."""
-        write(self.target.keys, 'command="%s",restrict %s' % (command, self.line.split("restrict ")[1]))
+        write(
+            self.target.keys,
+            'command="%s",restrict %s' % (command, self.line.split("restrict ")[1]),
+        )
 
     def test_an_identity_file_that_opens_a_shell(self) -> None:
         key = self.lab.base + "/shell_key"
-        subprocess.run([require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        subprocess.run(
+            [require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key], check=True
+        )
         write(self.lab.ssh_config, "IdentityFile %s\n" % key)
         write(self.target.keys, read(key + ".pub"))
         self.assert_nothing_written("NOT restricted", "IdentityFile")
@@ -207,7 +296,9 @@ class Restriction(LabCase):
         self.assert_nothing_written()
 
     def test_a_login_so_slow_that_the_proof_is_cut_off(self) -> None:
-        """The master ssh is up by then: a proof that did not end is none. The deadline is shortened in a copy of offsync.py."""
+        """The master ssh is up by then: a proof that did not end is none. The deadline is
+        shortened in a copy of offsync.py.
+        """
         quick = self.lab.base + "/offsync.py"
         write(quick, read(OFFSYNC).replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 2.0"))
         self.force("sleep 4; eval $SSH_ORIGINAL_COMMAND")
@@ -218,9 +309,16 @@ class Restriction(LabCase):
         self.lab.offsync("apply", program=quick, check=0)
 
     def answer_the_proof(self, command: str) -> None:
-        """Give the key a forced command that does this when asked for a command, and is rrsync else."""
+        """Give the key a forced command that does this when asked for a command, and is rrsync
+        else.
+        """
         script = self.lab.base + "/odd-rrsync"
-        write(script, '#!/bin/sh\ncase "$SSH_ORIGINAL_COMMAND" in echo*) %s;; esac\nexec /usr/bin/rrsync "$@"\n' % command, 0o755)
+        write(
+            script,
+            '#!/bin/sh\ncase "$SSH_ORIGINAL_COMMAND" in echo*) %s;; esac\nexec /usr/bin/rrsync'
+            ' "$@"\n' % command,
+            0o755,
+        )
         write(self.target.keys, self.line.replace("/usr/bin/rrsync", script))
 
     def test_a_proof_that_is_cut_off_is_none(self) -> None:
@@ -233,7 +331,9 @@ class Restriction(LabCase):
         self.assertEqual(snapshot(self.target.path), {})
 
     def test_the_status_with_which_ssh_fails_is_no_refusal(self) -> None:
-        """255 with nothing known beside it: the session may have been lost before anything was asked."""
+        """255 with nothing known beside it: the session may have been lost before anything was
+        asked.
+        """
         self.answer_the_proof("exit 255")
         self.assert_nothing_written()
 
@@ -242,7 +342,9 @@ class Restriction(LabCase):
         self.assert_nothing_written("reading only")
 
     def test_read_and_write(self) -> None:
-        """rrsync without -wo: the key could read; found by the fuller proofs, before the target is saved."""
+        """rrsync without -wo: the key could read; found by the fuller proofs, before the target is
+        saved.
+        """
         write(self.target.keys, self.line.replace("-wo ", ""))
         done = self.lab.add(self.target, check=1)
         self.assertIn("read files with rsync", done.err)
@@ -252,34 +354,57 @@ class Restriction(LabCase):
         other = self.lab.base + "/other"
         os.mkdir(other)
         write(self.target.keys, self.line.replace(self.target.path, other))
-        self.assert_nothing_written("the key is for another path there", "OFFSYNC_HOME", "its key writes below %s, not below %s" % (other, self.target.path))
+        self.assert_nothing_written(
+            "the key is for another path there",
+            "OFFSYNC_HOME",
+            "its key writes below %s, not below %s" % (other, self.target.path),
+        )
         self.assertEqual(os.listdir(other), [])
 
     def test_rsync_without_rrsync(self) -> None:
-        """A forced command that lets every rsync through writes anywhere: the fuller proofs see it."""
-        self.force("case \\\"$SSH_ORIGINAL_COMMAND\\\" in rsync*) eval exec $SSH_ORIGINAL_COMMAND;; *) exit 1;; esac")
+        """A forced command that lets every rsync through writes anywhere: the fuller proofs see
+        it.
+        """
+        self.force(
+            'case \\"$SSH_ORIGINAL_COMMAND\\" in rsync*) eval exec $SSH_ORIGINAL_COMMAND;; *) exit'
+            " 1;; esac"
+        )
         self.assert_nothing_written("NOT restricted", "writes below /, not below")
 
     def test_a_lost_complaint_is_asked_for_again(self) -> None:
-        """An rsync that dies under load can lose its last words: silence is no proof of the path."""
+        """An rsync that dies under load can lose its last words: silence is no proof of the path.
+        """
         write(self.target.keys, self.line.replace(self.target.path, self.lab.base + "/elsewhere"))
         os.mkdir(self.lab.base + "/elsewhere")
         real, once = require("rsync"), self.lab.base + "/once"
-        forgetful = self.lab.program("forgetful", '#!/bin/sh\ncase "$*" in *:/*/x) mkdir %s 2>/dev/null && exec %s "$@" 2>/dev/null;; esac\nexec %s "$@"\n'
-                                     % (once, real, real))
-        self.assertIn("its key writes below %s/elsewhere" % self.lab.base, self.lab.offsync("apply", env={"OFFSYNC_RSYNC": forgetful}, check=1).err)
+        forgetful = self.lab.program(
+            "forgetful",
+            '#!/bin/sh\ncase "$*" in *:/*/x) mkdir %s 2>/dev/null && exec %s "$@" 2>/dev/null;;'
+            ' esac\nexec %s "$@"\n' % (once, real, real),
+        )
+        self.assertIn(
+            "its key writes below %s/elsewhere" % self.lab.base,
+            self.lab.offsync("apply", env={"OFFSYNC_RSYNC": forgetful}, check=1).err,
+        )
         self.assertTrue(os.path.isdir(once))
         self.assertEqual(os.listdir(self.lab.base + "/elsewhere"), [])
 
     def test_silence_is_no_proof_of_the_path(self) -> None:
         """A forced command that says nothing to the question where it writes."""
         script = self.lab.base + "/silent-rrsync"
-        write(script, '#!/bin/sh\ncase "$SSH_ORIGINAL_COMMAND" in *" . /"*) exit 12;; esac\nexec /usr/bin/rrsync "$@"\n', 0o755)
+        write(
+            script,
+            '#!/bin/sh\ncase "$SSH_ORIGINAL_COMMAND" in *" . /"*) exit 12;; esac\nexec'
+            ' /usr/bin/rrsync "$@"\n',
+            0o755,
+        )
         write(self.target.keys, self.line.replace("/usr/bin/rrsync", script))
         self.assert_nothing_written()
 
     def test_a_connection_that_is_opened_again_proves_its_path_again(self) -> None:
-        """While another target is compared the first one's connection ends, and its key is linked to another directory."""
+        """While another target is compared the first one's connection ends, and its key is linked
+        to another directory.
+        """
         quick, other = self.lab.base + "/idle.py", self.lab.base + "/other-path"
         write(quick, read(OFFSYNC).replace("MASTER_IDLE = 600", "MASTER_IDLE = 2"))
         os.mkdir(other)
@@ -287,15 +412,23 @@ class Restriction(LabCase):
         self.addCleanup(self.lab.offsync, "target", "remove", two.login, check=0)
         write(self.lab.base + "/moved-keys", self.line.replace(self.target.path, other))
         script = self.lab.base + "/slow-rrsync"
-        write(script, '#!/bin/sh\ncase "$SSH_ORIGINAL_COMMAND" in *--delete*) cp %s/moved-keys %s; sleep 5;; esac\nexec /usr/bin/rrsync "$@"\n'
-              % (self.lab.base, self.target.keys), 0o755)
+        write(
+            script,
+            '#!/bin/sh\ncase "$SSH_ORIGINAL_COMMAND" in *--delete*) cp %s/moved-keys %s; sleep 5;;'
+            ' esac\nexec /usr/bin/rrsync "$@"\n' % (self.lab.base, self.target.keys),
+            0o755,
+        )
         write(two.keys, read(two.keys).replace("/usr/bin/rrsync", script))
         done = self.lab.offsync("apply", program=quick, check=1)
         self.assertIn("%s: failed: the key is for another path there" % self.target.login, done.err)
         self.assertEqual(os.listdir(other), [])
 
     def test_nothing_of_ssh_config_is_for_a_session(self) -> None:
-        write(self.lab.ssh_config, "RemoteCommand tmux\nRequestTTY force\nRemoteForward 127.0.0.1:1 127.0.0.1:1\nStdinNull yes\nIgnoreUnknown StdinNull,OfOurs\nOfOurs x\n")
+        write(
+            self.lab.ssh_config,
+            "RemoteCommand tmux\nRequestTTY force\nRemoteForward 127.0.0.1:1 127.0.0.1:1\nStdinNull"
+            " yes\nIgnoreUnknown StdinNull,OfOurs\nOfOurs x\n",
+        )
         self.lab.offsync("apply", check=0)
         self.assertEqual(snapshot(self.target.path), snapshot(self.lab.source))
 
@@ -304,12 +437,23 @@ class Restriction(LabCase):
         write(self.target.keys, command + " " + self.line.split("restrict ")[1])
         out = self.lab.offsync("doctor", check=1).out
         for what in ("get a terminal", "forward a port", "forward an agent"):
-            if what != "get a terminal" or os.geteuid() == 0:       # an sshd that is not root's cannot give terminals
+            if (
+                what != "get a terminal" or os.geteuid() == 0
+            ):  # an sshd that is not root's cannot give terminals
                 self.assertRegex(out, "OPEN +" + what)
         write(self.target.keys, self.line)
         out = self.lab.offsync("doctor", check=0).out
-        for what in ("run a command", "read a file", "read files", "write to a path outside", "write to .. of", "get a terminal", "forward a port",
-                     "forward an agent", "write below the path"):
+        for what in (
+            "run a command",
+            "read a file",
+            "read files",
+            "write to a path outside",
+            "write to .. of",
+            "get a terminal",
+            "forward a port",
+            "forward an agent",
+            "write below the path",
+        ):
             self.assertRegex(out, "ok +" + what)
 
     def test_a_shell_that_prints_a_banner(self) -> None:
@@ -325,9 +469,16 @@ class Restriction(LabCase):
     def test_the_agent_and_other_keys_are_not_used(self) -> None:
         os.unlink(self.target.keys)
         key = self.lab.base + "/agent_key"
-        subprocess.run([require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        subprocess.run(
+            [require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key], check=True
+        )
         write(self.target.keys, read(key + ".pub"))
-        agent = subprocess.run(["ssh-agent", "-s", "-a", self.lab.base + "/agent"], stdout=subprocess.PIPE, text=True, check=True).stdout
+        agent = subprocess.run(
+            ["ssh-agent", "-s", "-a", self.lab.base + "/agent"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
         pid = agent.split("SSH_AGENT_PID=")[1].split(";")[0]
         try:
             env = {"SSH_AUTH_SOCK": self.lab.base + "/agent"}
@@ -335,6 +486,142 @@ class Restriction(LabCase):
             self.assertIn("refused our key", self.lab.offsync("plan", env=env, check=1).out)
         finally:
             os.kill(int(pid), 15)
+
+
+class ManInTheMiddle(LabCase):
+    def test_no_session_and_no_environment_for_a_host_that_is_not_verified(self) -> None:
+        self.lab.init()
+        seen = self.lab.base + "/seen"
+        target = self.lab.target(
+            "one", "AcceptEnv *\nPermitEmptyPasswords yes\nForceCommand env >> %s" % seen
+        )
+        self.lab.link(target)
+        write(self.lab.ssh_config, "SendEnv *\nSetEnv SECRET=abc\n")
+        for args in ((), ("--host-key", "SHA256:" + "A" * 43)):
+            self.lab.offsync(
+                "target",
+                "add",
+                target.login,
+                "--path",
+                target.path,
+                "--port",
+                str(target.port),
+                *args,
+                env={"LC_SECRET": "x"},
+                check=1,
+            )
+        self.assertFalse(os.path.exists(seen))
+        self.assertEqual(target.read_log().count("Starting session"), 0)
+
+    def test_nothing_of_the_users_environment_reaches_a_session(self) -> None:
+        target = self.lab.joined_by_hand("one", "AcceptEnv *")
+        seen = self.lab.base + "/seen"
+        script = self.lab.base + "/env-rrsync"
+        write(script, '#!/bin/sh\nenv >> %s\nexec /usr/bin/rrsync "$@"\n' % seen, 0o755)
+        write(target.keys, read(target.keys).replace("/usr/bin/rrsync", script))
+        write(self.lab.ssh_config, "SendEnv *\nSetEnv OFSECRET=abc\n")
+        write(self.lab.source + "/f", "x")
+        self.lab.offsync("apply", env={"OFSECRET2": "x"}, check=0)
+        self.assertIn("SSH_ORIGINAL_COMMAND", read(seen))
+        self.assertNotIn("OFSECRET", read(seen))
+
+    def test_a_remote_forward_never_opens_in_proofs_either(self) -> None:
+        target, port = self.lab.joined("one"), free_port()
+        blob = read(target.keys).split("restrict ")[1]
+        script = self.lab.base + "/look-rrsync"
+        write(
+            script,
+            "#!/bin/bash\n(exec 3<>/dev/tcp/127.0.0.1/%d) 2>/dev/null && echo open >>"
+            " %s/opened\nexec /usr/bin/rrsync -wo %s\n" % (port, self.lab.base, target.path),
+            0o755,
+        )
+        write(
+            target.keys, 'command="%s" %s' % (script, blob)
+        )  # forwarding is not forbidden by this key
+        write(self.lab.ssh_config, "RemoteForward 127.0.0.1:%d 127.0.0.1:9\n" % port)
+        out = self.lab.offsync("doctor", check=1).out
+        self.assertRegex(out, "OPEN +forward a port")
+        write(self.lab.source + "/f", "x")
+        self.lab.offsync("apply")
+        self.assertFalse(os.path.exists(self.lab.base + "/opened"))
+        self.assertNotIn(
+            "port %d" % port,
+            "".join(re.findall(r".*tcpip-forward.*|.*forwarding.*", target.read_log())),
+        )
+
+    @unittest.skipUnless(can_mount(), "the account's home is changed in a mount namespace")
+    def test_a_revoked_key_binds_target_add(self) -> None:
+        """The files that ssh reads are those of the account's home, whatever HOME says."""
+        self.lab.init()
+        target = self.lab.target("one")
+        self.lab.link(target)
+        home = self.lab.base + "/account"
+        known = home + "/.ssh/known_hosts"
+        passwd = change("/etc/passwd", "s,^root:.*,root:x:0:0:root:%s:/bin/sh," % home)
+        words = ["--path", target.path, "--port", str(target.port)]
+        words += ["--host-key", target.fingerprint]
+        for marker, refused in (
+            ("@revoked * %s", True),
+            ("@revoked [%s]:%d %%s" % (target.address, target.port), True),
+            ("@revoked other.example %s", False),
+        ):
+            with self.subTest(marker=marker):
+                write(known, marker % read(target.host_key + ".pub").strip() + "\n")
+                argv = ["unshare", "--mount", "sh", "-e", "-c", passwd + 'exec "$0" "$@"']
+                argv += [sys.executable, OFFSYNC, "target", "add", target.login, *words]
+                done = subprocess.run(
+                    argv,
+                    env=self.lab.env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                self.assertEqual(done.returncode, 1 if refused else 0, done.stderr)
+                if refused:
+                    self.assertIn("is marked as revoked", done.stderr)
+                    self.assertIn(known, done.stderr)
+                    self.assertNotIn(target.login, read(self.lab.state + "/config.yaml"))
+
+    def test_revoked_host_keys_of_ssh_config_is_one_sentence_after_one_attempt(self) -> None:
+        target = self.lab.joined_by_hand("one")
+        revoked = self.lab.base + "/revoked"
+        write(revoked, read(target.host_key + ".pub"))
+        write(self.lab.ssh_config, "RevokedHostKeys %s\n" % revoked)
+        before = target.read_log().count("Connection from")
+        self.assertIn("is marked as revoked", self.lab.offsync("plan", check=1).out)
+        self.assertEqual(target.read_log().count("Connection from"), before + 1)
+        done = self.lab.add(target, check=1)
+        self.assertIn("is marked as revoked", done.err)
+        self.assertLess(target.read_log().count("Connection from"), before + 5)
+        write(self.lab.ssh_config, "")
+        self.lab.offsync("plan", check=0)
+
+    def test_host_key_algorithms_of_ssh_config(self) -> None:
+        """The key that was compared is the one that is trusted, or it is said why it cannot be."""
+        rsa = self.lab.base + "/rsa"
+        subprocess.run([require("ssh-keygen"), "-q", "-t", "rsa", "-N", "", "-f", rsa], check=True)
+        self.lab.init()
+        target = self.lab.target("one", "HostKey " + rsa)
+        self.lab.link(target)
+        for order in ("rsa-sha2-512", "rsa-sha2-512,ssh-ed25519"):
+            write(self.lab.ssh_config, "HostKeyAlgorithms %s\n" % order)
+            done = self.lab.add(target, check=1)
+            self.assertIn("HostKeyAlgorithms", done.err)
+            self.assertFalse(os.path.exists(self.lab.state + "/known_hosts"))
+        write(self.lab.ssh_config, "HostKeyAlgorithms ssh-ed25519,rsa-sha2-512\n")
+        self.lab.add(target)
+        self.assertIn("ssh-ed25519", read(self.lab.state + "/known_hosts"))
+        self.lab.offsync("plan", check=0)
+
+    def test_one_connection_is_enough_where_the_first_key_is_the_one(self) -> None:
+        self.lab.init()
+        target = self.lab.target("one")
+        self.lab.link(target)
+        self.lab.add(target)
+        self.assertEqual(
+            target.read_log().count("Connection from"), 3
+        )  # asking for the key, the connection, the forwarding proof
 
 
 if __name__ == "__main__":

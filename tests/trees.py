@@ -1,14 +1,62 @@
-"""Random pairs of trees, and an oracle that says by itself what a plan of them must be. Shares no code with offsync."""
+"""Random pairs of trees, and an oracle that says by itself what a plan of them must be. Shares no
+code with offsync.
+"""
+
 from __future__ import annotations
 
 import os
 import random
 import stat
 
-ODD = [b" lead", b"trail ", b"a -> b", b"new\nline", b"\\#012", b"deleting x", b"sent mail", b"*", b"?x", b"[a]", b"\\", b"b\\*c",
-       b"-n", b"--delete", b"#c", b";d", b"+ p", b"- m", b"!", b"caf\xc3\xa9", b"\xff\xfe", b"tab\tx", b"cr\rx", b"\x01", b"\x7f",
-       b"\x85", b"\xc2\x85", b"'q'", b'"dq"', b"$HOME", b"`id`", b"{a,b}", b"~", b":", b"a:b", b"x" * 200, b".hidden", b"...",
-       b"\xe2\x80\xae", b"a\\#134b", b"..x", b"%i", b"@", b"a,b", b".x.abc123"]
+from lab import snapshot
+
+ODD = [
+    b" lead",
+    b"trail ",
+    b"a -> b",
+    b"new\nline",
+    b"\\#012",
+    b"deleting x",
+    b"sent mail",
+    b"*",
+    b"?x",
+    b"[a]",
+    b"\\",
+    b"b\\*c",
+    b"-n",
+    b"--delete",
+    b"#c",
+    b";d",
+    b"+ p",
+    b"- m",
+    b"!",
+    b"caf\xc3\xa9",
+    b"\xff\xfe",
+    b"tab\tx",
+    b"cr\rx",
+    b"\x01",
+    b"\x7f",
+    b"\x85",
+    b"\xc2\x85",
+    b"'q'",
+    b'"dq"',
+    b"$HOME",
+    b"`id`",
+    b"{a,b}",
+    b"~",
+    b":",
+    b"a:b",
+    b"x" * 200,
+    b".hidden",
+    b"...",
+    b"\xe2\x80\xae",
+    b"a\\#134b",
+    b"..x",
+    b"%i",
+    b"@",
+    b"a,b",
+    b".x.abc123",
+]
 WHEN = 1_600_000_000
 
 
@@ -17,7 +65,9 @@ def name(rng: random.Random) -> bytes:
     if rng.random() < 0.5:
         return rng.choice(ODD)
     if rng.random() < 0.3:
-        raw = bytes(rng.choice([b for b in range(1, 256) if b != 47]) for _ in range(rng.randint(1, 12)))
+        raw = bytes(
+            rng.choice([b for b in range(1, 256) if b != 47]) for _ in range(rng.randint(1, 12))
+        )
         return raw if raw not in (b".", b"..", b".~tmp~") else b"dot"
     return b"n%d" % rng.randint(0, 30)
 
@@ -41,8 +91,22 @@ def put(rng: random.Random, path: bytes, kind: str, depth: int) -> None:
         os.symlink(rng.choice([b"n1", b"nowhere", b"x y", b"\xff", b"n\n2", b"./n3"]), path)
     else:
         with open(path, "wb") as stream:
-            stream.write(rng.choice([b"", b"a", b"b", b"aaaa", b"bbbb", bytes(rng.randint(0, 255) for _ in range(50))]))
-        os.chmod(path, rng.choice([0o644, 0o600, 0o755, 0o444, 0o4755, 0o000 if os.geteuid() == 0 else 0o400]))
+            stream.write(
+                rng.choice(
+                    [
+                        b"",
+                        b"a",
+                        b"b",
+                        b"aaaa",
+                        b"bbbb",
+                        bytes(rng.randint(0, 255) for _ in range(50)),
+                    ]
+                )
+            )
+        os.chmod(
+            path,
+            rng.choice([0o644, 0o600, 0o755, 0o444, 0o4755, 0o000 if os.geteuid() == 0 else 0o400]),
+        )
         os.utime(path, (WHEN, WHEN + rng.choice([0, 0, 0, 1])))
 
 
@@ -76,7 +140,9 @@ def copy(source: bytes, destination: bytes) -> None:
 
 
 def mutate(rng: random.Random, root: bytes, depth: int = 0) -> None:
-    """Change a tree at random: contents (size and time kept or not), modes, types, new and removed entries."""
+    """Change a tree at random: contents (size and time kept or not), modes, types, new and removed
+    entries.
+    """
     own_mode = stat.S_IMODE(os.lstat(root).st_mode)
     os.chmod(root, 0o700)
     for entry in sorted(os.listdir(root)):
@@ -109,27 +175,9 @@ def mutate(rng: random.Random, root: bytes, depth: int = 0) -> None:
     os.chmod(root, own_mode)
 
 
-def walk(root: bytes, directory: bytes = b"") -> dict:
-    """Return {path: (type, mode, content or link)}."""
-    found = {}
-    for entry in os.listdir(os.path.join(root, directory)):
-        path = os.path.join(directory, entry)
-        status = os.lstat(os.path.join(root, path))
-        mode = stat.S_IMODE(status.st_mode)
-        if stat.S_ISLNK(status.st_mode):
-            found[path] = ("symlink", 0, os.readlink(os.path.join(root, path)))
-        elif stat.S_ISDIR(status.st_mode):
-            found[path] = ("directory", mode, b"")
-            found.update(walk(root, path))
-        else:
-            with open(os.path.join(root, path), "rb") as stream:
-                found[path] = ("file", mode, stream.read())
-    return found
-
-
 def oracle(source: bytes, target: bytes) -> dict:
     """Return what a plan must be: {path: (kind, reasons)}."""
-    ours, theirs = walk(source), walk(target)
+    ours, theirs = snapshot(source), snapshot(target)
     plan = {}
     for path, (kind, mode, content) in ours.items():
         if path not in theirs:

@@ -1,0 +1,174 @@
+"""Hostile answers of a target: bounded, never shown raw, and nobody else's trouble."""
+
+from __future__ import annotations
+
+import os
+import signal
+import unittest
+
+from lab import (
+    OFFSYNC,
+    SharedLab,
+    Standing,
+    mentions,
+    offsync,
+    read,
+    require,
+    snapshot,
+    wait_for,
+    write,
+)
+
+
+class HostileTarget(Standing):
+    def test_answers_made_for_a_regular_expression(self) -> None:
+        """Tens of kilobytes on stderr, of what a pattern with nested repetition takes minutes for,
+        cost nothing.
+        """
+        other = self.lab.joined_by_hand("other")
+        self.addCleanup(lambda: self.lab.offsync("target", "remove", other.login, check=0))
+        write(self.source + "/f", "x")
+        evil = self.lab.base + "/stderr"
+        write(evil, " ' \"/' " * 3000 + "/" * 32700 + "\n" + "rsync: connection " * 3000)
+        script = self.lab.base + "/standing-rrsync"
+        write(script, "#!/bin/sh\ncat %s >&2\nexit 12\n" % evil, 0o755)
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        write(self.target.keys, line.replace("/usr/bin/rrsync", script))
+        done = self.lab.offsync("apply", check=1, timeout=60)
+        self.assertIn("2 targets: 1 ok, 1 failed", done.out)
+        self.assertLess(len(done.err), 3000)
+        self.assertEqual(snapshot(other.path), snapshot(self.source))
+
+    def test_every_sentence_is_found_in_linear_time(self) -> None:
+        import time
+
+        target = offsync.Target("u@h", "/srv/x")
+        for text in (b"' \"/" * 16000, b"(" * 65536, b"rsync: " * 9000, b"\n" * 65536):
+            started = time.process_time()
+            offsync.diagnose(target, text)
+            self.assertLess(
+                time.process_time() - started, 2
+            )  # it takes milliseconds; minutes would be the fault
+
+    def test_a_target_that_says_all_is_equal(self) -> None:
+        """What offsync cannot know: README says so. It must not be called delivered, though."""
+        write(self.source + "/f", "x")
+        env = self.here_runs(
+            'case "$*" in *-rlptc*) echo "sending incremental file list"; exit 0;; esac; real'
+        )
+        self.assertIn("equal, nothing to do", self.lab.offsync("apply", env=env, check=0).out)
+        readme = read(os.path.join(os.path.dirname(OFFSYNC), "README.md")).split(
+            "What it does not guarantee"
+        )[1]
+        self.assertIn('answers "all equal" is believed', " ".join(readme.split()))
+
+    def test_memory_is_bounded_over_all_targets(self) -> None:
+        write(self.source + "/f", "x")
+        quick = self.lab.base + "/offsync.py"
+        write(quick, read(OFFSYNC).replace("MAX_TARGET_ONLY = 1 << 31", "MAX_TARGET_ONLY = 20_000"))
+        for number in range(200):
+            write(self.there + "/only%d" % number)
+        self.assertIn("too many entries", self.lab.offsync("plan", program=quick, check=1).out)
+        self.lab.offsync("plan", check=0)
+
+
+class Hostile(SharedLab):
+    # The beginning of a false rsync that knows the marker of the lines that count.
+    MARKED = (
+        "#!/bin/sh\nfor w; do case $w in --out-format=*) m=${w#--out-format=}; m=${m%%:*};; esac;"
+        " done\n"
+    )
+
+    def force(self, script: str) -> None:
+        """Give the key a hostile forced command."""
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        program = self.lab.base + "/hostile"
+        write(program, "#!/bin/sh\n" + script, 0o755)
+        write(self.target.keys, 'command="%s",restrict %s' % (program, line.split("restrict ")[1]))
+
+    def test_control_characters_never_reach_the_terminal(self) -> None:
+        self.force("printf '\\033]0;evil\\007\\302\\2332J\\377 No space\\n' >&2; exit 9\n")
+        done = self.lab.offsync("plan", check=1)
+        for stream in (done.stdout, done.stderr):
+            self.assertFalse(set(stream) & (set(range(32)) - {10}), stream)
+            self.assertNotIn("\x9b", stream.decode())
+
+    def test_output_without_end(self) -> None:
+        for script in (
+            "case $SSH_ORIGINAL_COMMAND in rsync*) yes >&2;; *) echo no >&2; exit 1;; esac\n",
+            "yes\n",
+        ):
+            self.force(script)
+            process = self.lab.start("plan")
+            if ">&2" in script:
+                wait_for(
+                    lambda: mentions("yes") and mentions(self.lab.base + "/hostile"), "the flood"
+                )
+                process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=100)
+            self.assertIn(process.returncode, (1, 143))
+            self.assertNotIn(b"Traceback", err)
+            self.assertLess(len(out) + len(err), 4000)
+
+    def test_forged_lines_are_no_plan(self) -> None:
+        """A target can write to our rsync's stdout; without the run's random prefix that is
+        nothing.
+        """
+        write(self.source + "/f")
+        self.force(
+            'case $SSH_ORIGINAL_COMMAND in rsync*) exec /usr/bin/rrsync -wo %s;; *) echo "*deleting'
+            '   x" >&2; exit 1;; esac\n'
+            % self.there
+        )
+        out = self.lab.offsync("plan", check=0).out
+        self.assertNotIn("deleting", out)
+        self.assertIn("1 added;", out)
+
+    def test_an_entry_reported_again_and_again(self) -> None:
+        """A target may ask for the same file as often as it likes: neither a plan nor our memory
+        may grow with that.
+        """
+        write(self.source + "/f")
+        for count, complaint in ((2, "f twice"), (5000, "too many entries")):
+            fake = self.lab.program(
+                "repeating",
+                self.MARKED
+                + 'case "$*" in *--delete*--out-format=*) yes "$m:<f+++++++++ f" | head -%d; exit'
+                ' 0;; *--ignore-existing*--out-format=*) echo "$m:<f+++++++++ f"; exit 0;;'
+                ' esac\nexec %s "$@"\n' % (count, require("rsync")),
+            )
+            done = self.lab.offsync("plan", env={"OFFSYNC_RSYNC": fake}, check=1, timeout=60)
+            self.assertIn(complaint, done.out)
+
+    def test_progress_that_is_no_number(self) -> None:
+        """A target can write to our rsync's stdout while it sends; that must not stop the other
+        targets.
+        """
+        write(self.source + "/f")
+        fake = self.lab.program(
+            "boasting",
+            '#!/bin/sh\n%s "$@"\nstatus=$?\ncase "$*" in *--delay-updates*)'
+            ' printf " %%05000d   5%%%%    1.00kB/s\\n" 0 | tr 0 1;; esac\nexit $status\n'
+            % require("rsync"),
+        )
+        self.lab.offsync("apply", env={"OFFSYNC_RSYNC": fake}, check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_a_pass_that_breaks_off_after_its_first_item(self) -> None:
+        """What it had wanted hashed is waited for by nobody for ever."""
+        write(self.source + "/f")
+        fake = self.lab.program(
+            "breaking",
+            self.MARKED
+            + 'case "$*" in *--delete*--out-format=*) printf "%%s:<f+++++++++ f\\n%%s:garbage\\n"'
+            ' "$m" "$m"; exit 0;; esac\nexec %s "$@"\n'
+            % require("rsync"),
+        )
+        done = self.lab.offsync("plan", env={"OFFSYNC_RSYNC": fake}, check=1, timeout=60)
+        self.assertIn("no itemized line", done.out)
+
+
+if __name__ == "__main__":
+    unittest.main()
