@@ -1209,8 +1209,8 @@ def explain_login(connection: Connection, result: Result, last: bool) -> TargetE
         return failure(target, Kind.TIMEOUT)
     if error.kind is Steering.HOST_KEY_CHANGED:
         return explain_host_key(connection, error)
-    if error.kind in (Kind.KEY_REFUSED, Kind.SSH_HERE):
-        read_public_key(connection.shared.home.key)     # raises for what is wrong with it here
+    if error.kind is Kind.KEY_REFUSED or b"Load key" in result.stderr:
+        check_own_key(connection.shared.home.key)       # raises for what is wrong with it here
     if error.kind not in (Kind.OTHER, Steering.BUSY_SSHD, Kind.LOST):
         return error
     route = has_route(connection)
@@ -1954,7 +1954,7 @@ class Delivery:
         if names:
             raise self.failure(Kind.TWINS, names)
 
-    def taken_for_one(self, paths: Sequence[bytes], added: set[bytes]) -> list[bytes]:
+    def taken_for_one(self, paths: Sequence[bytes], added: set[bytes]) -> set[bytes]:
         """Return these paths and those of the source that the target may take for the same.
 
         Not where rsync finds that a third spelling of the name does not exist there.
@@ -1968,7 +1968,7 @@ class Delivery:
             os.close(os.open(name, os.O_CREAT | os.O_WRONLY, 0o600))
         absent = {change.path for change in itemize(
             self.connection, RSYNC_ABSENT, asked, source=os.fsencode(place))} if asked else set()
-        return [name for path, twin, third in twins if third not in absent for name in (path, twin)]
+        return {name for path, twin, third in twins if third not in absent for name in (path, twin)}
 
     def make_way(self, changes: Sequence[Change]) -> None:
         """Delete the planned entries below the directories that give way to these."""
@@ -2612,8 +2612,8 @@ class Home:
             if any(OUR_LINE.fullmatch(line.strip()) for line in lines):
                 return "this account is a target, which receives: plan, apply and doctor run on " \
                        "its controller"
-        for account in pwd.getpwall():
-            place, user = os.path.join(account.pw_dir, ".offsync"), account.pw_name
+        for home, user in sorted(login_accounts().items()):
+            place = os.path.join(home, ".offsync")
             hidden = os.path.isdir(place) and not os.access(place, os.X_OK)
             if place != self.path and (hidden or os.path.exists(place + "/config.yaml")):
                 return "the account %s has a state directory here, %s: work as it: `sudo -iu %s " \
@@ -2832,11 +2832,14 @@ def probe_rrsync(words: Sequence[str], munge: bool) -> None:
 
         sent = send("-rl", "--", plant + "/")
         if sent.status != 0 or not os.path.exists(inside_it + "/file"):
-            old = " with -munge (--no-symlinks), which it has since 3.2.4" if munge else ""
+            if munge and b"munge" not in read_file(words[-1], "rrsync", ""):
+                raise OffsyncError(
+                    "rrsync %s: it is older than 3.2.4 and knows no -munge, which --no-symlinks "
+                    "needs; update rsync, or link without --no-symlinks", words[-1])
             raise OffsyncError(
-                "rrsync %s: it does not work here%s; it must be of the same release as rsync, "
-                "3.1.2 or newer, with its interpreter; update rsync, or name another: --rrsync "
-                "PATH (it said: %s)", words[-1], old, quote_answer(sent.stderr) or "nothing")
+                "rrsync %s: it does not work here; it must be of the same release as rsync, 3.1.2 "
+                "or newer, with its interpreter; update rsync, or name another: --rrsync PATH (it "
+                "said: %s)", words[-1], quote_answer(sent.stderr) or "nothing")
         send("-pR", "--no-implied-dirs", "--", through + "/./x/f")
         send("-rlbI", "--backup-dir=x", "--", plant + "/")
         if os.listdir(outside):
@@ -2892,11 +2895,14 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
                          "path", show_text(real), risks[0])
     return real
 
+def login_accounts() -> dict[str, str]:
+    """Return {home: name} of all accounts that may log in."""
+    return {account.pw_dir: account.pw_name for account in pwd.getpwall()
+            if os.path.basename(account.pw_shell) not in NO_LOGIN_SHELLS}
+
 def login_homes() -> set[str]:
     """Return the homes of all accounts that may log in, and this one's."""
-    return {os.path.expanduser("~"), *(
-        account.pw_dir for account in pwd.getpwall()
-        if os.path.basename(account.pw_shell) not in NO_LOGIN_SHELLS)}
+    return {os.path.expanduser("~"), *login_accounts()}
 
 def homes_of_owners(path: str) -> set[str]:
     """Return the homes of those to whom a directory, or one in it, belongs.
@@ -4116,6 +4122,14 @@ def read_public_key(path: str) -> bytes:
                        "and link the new one (it said: %s)",
                        show_text(path), quote_answer(done.stderr))
 
+def check_own_key(path: str) -> str:
+    """Return the type of our key; raise for what keeps ssh from using it."""
+    public, shown = read_public_key(path).split()[:2], path + ".pub"
+    if os.path.exists(shown) and read_file(shown, "key", "").split()[:2] != public:
+        raise OffsyncError("key %s: ssh offers %s, which is of another key; run: `offsync init`",
+                           show_text(path), show_text(shown))
+    return public[0].decode()
+
 def cmd_init(args: argparse.Namespace) -> int:
     """Create key pair and config, or update the source; print the public key."""
     require_programs("controller")
@@ -4623,7 +4637,7 @@ def check_controller(home: Home) -> bool:
 
     def key() -> str:
         check_private(home.key)
-        return "%s %s" % (show_text(home.key), read_public_key(home.key).split()[0].decode())
+        return "%s %s" % (show_text(home.key), check_own_key(home.key))
 
     def config() -> str:
         home.load()

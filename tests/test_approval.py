@@ -11,7 +11,7 @@ import subprocess
 import sys
 import unittest
 
-from lab import Fleet, OFFSYNC, change, descendants, read, read_plan, snapshot, write
+from lab import OFFSYNC, Fleet, descendants, read, read_plan, snapshot, write
 
 
 class Approval(Fleet):

@@ -15,7 +15,6 @@ import unittest
 from lab import (
     OFFSYNC,
     Standing,
-    change,
     descendants,
     mentions,
     offsync,
@@ -528,6 +527,78 @@ class SourceWriter(Standing):
         os.unlink(self.source + "/d")
         os.rename(self.lab.base + "/d", self.source + "/d")
         self.lab.offsync("apply", check=0)
+
+
+class Excluded(Standing):
+    """What an exclude protects is never emptied or replaced."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.configure(exclude=["uploads/", "/only/here/"])
+        write(self.source + "/f", "new")
+
+    def test_what_would_replace_a_protected_directory(self) -> None:
+        for place in ("uploads", "d/uploads", "only/here"):
+            for content in ("photo", ""):
+                with self.subTest(place=place, content=content):
+                    self.setUp()
+                    os.makedirs(os.path.dirname(self.source + "/" + place), exist_ok=True)
+                    os.symlink("f", self.source + "/" + place)
+                    os.makedirs(self.there + "/" + place)
+                    if content:
+                        write(self.there + "/" + place + "/" + content, "precious")
+                    before = snapshot(self.there)
+                    done = self.lab.offsync("apply", "--delete", check=1)
+                    self.assertIn("an exclude protects a directory of that name", done.err)
+                    self.assertIn(place, done.err)
+                    self.assertEqual(snapshot(self.there), before)
+                    self.assertEqual(self.lab.records()[-1]["files_changed"], [])
+                    os.unlink(self.source + "/" + place)
+                    write(self.source + "/" + place, "a file")
+                    self.lab.offsync("apply", "--delete", check=1)
+                    self.assertEqual(snapshot(self.there), before)
+
+    def test_what_no_exclude_protects_is_replaced(self) -> None:
+        os.symlink("f", self.source + "/here")
+        write(self.there + "/here/old", "x")
+        write(self.there + "/uploads/photo", "precious")
+        self.lab.offsync("apply", "--delete", check=0)
+        self.assertEqual(os.readlink(self.there + "/here"), "f")
+        self.assertEqual(read(self.there + "/uploads/photo"), "precious")
+
+
+class LookAlike(Standing):
+    def test_two_symlinks_whose_rows_look_alike(self) -> None:
+        os.symlink("b -> c", self.source + "/a")
+        os.symlink("c", self.source + "/a -> b")
+        out = self.lab.offsync("plan", check=0).out
+        self.assertIn('  a -> "b -> c"\n', out)
+        self.assertIn('  "a -> b" -> c\n', out)
+        self.assertIn("2 entries delivered", self.lab.offsync("apply", check=0).out)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_names_that_are_not_what_they_seem(self) -> None:
+        shown = {
+            "caf\u00e9": '"caf\\303\\251"',  # with its twin in one plan
+            "cafe\u0301": '"cafe\\314\\201"',
+            "na\u00efve": "na\u00efve",
+            "x\u3164": '"x\\343\\205\\244"',
+            "y\ufe0f": '"y\\357\\270\\217"',
+            "z\u2800": '"z\\342\\240\\200"',
+            "a   b": '"a   b"',
+            "a  b": "a  b",
+            "p -> q": '"p -> q"',
+        }
+        for name in shown:
+            write(self.source + "/" + name, "x")
+        out = self.lab.offsync("plan", check=0).out
+        for text in shown.values():
+            self.assertIn("1 B  %s\n" % text, out)
+        long = "n" * 255
+        write(self.there + "/" + long, "x")
+        done = self.lab.offsync("apply", check=1)
+        self.assertIn("n" * 200 + "...", done.err)
+        self.assertNotIn("n" * 201, done.err)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import sys
 import unittest
 
 from lab import (
-    LabCase,
     OFFSYNC,
+    LabCase,
     SharedLab,
     comm,
     descendants,

@@ -170,5 +170,74 @@ class Hostile(SharedLab):
         self.assertIn("no itemized line", done.out)
 
 
+class Deletions(Standing):
+    """In a pass that deletes nothing can be sent; in one that sends nothing may be deleted."""
+
+    def test_what_is_excluded_cannot_be_asked_for(self) -> None:
+        """It reports an excluded file as only there; asked to delete that, it asks for its
+        content.
+        """
+        write(self.source + "/.git/config", "a password")
+        write(self.source + "/f", "x")
+        write(self.there + "/f", "x")
+        self.there_runs(
+            'case "$SSH_ORIGINAL_COMMAND" in *--existing*) export SSH_ORIGINAL_COMMAND="$(echo'
+            ' "$SSH_ORIGINAL_COMMAND" | sed "s/--existing//; s/--ignore-existing//")";; esac; real'
+        )
+        fake = self.lab.program(
+            "lying",
+            Hostile.MARKED
+            + 'case "$*" in *" -rlpt"*--delete*) %s "$@"; s=$?; echo "$m:*deleting   .git/";'
+            ' echo "$m:*deleting   .git/config"; exit $s;; esac\nexec %s "$@"\n'
+            % (require("rsync"), require("rsync")),
+        )
+        done = self.lab.offsync("apply", "--delete", env={"OFFSYNC_RSYNC": fake}, check=1)
+        self.assertNotIn(b".git/config", snapshot(self.there))
+        self.assertNotIn("ok:", done.out)
+        self.assertFalse(self.lab.records()[-1]["files_deleted"])
+
+    def test_a_rule_of_the_config_permits_no_deletion(self) -> None:
+        self.lab.configure(exclude=["+ *.conf", ".git/"])
+        write(self.source + "/f", "x")
+        write(self.there + "/f", "x")
+        write(self.there + "/planned", "x")
+        self.there_runs(  # what appears in the last moment is not in any plan
+            'case "$SSH_ORIGINAL_COMMAND" in *--existing*) echo mine > late.conf;; esac; real'
+        )
+        self.lab.offsync("apply", "--delete")
+        self.assertEqual(read(self.there + "/late.conf"), "mine\n")
+        self.assertFalse(os.path.exists(self.there + "/planned"))
+
+    def test_deletions_in_a_pass_that_sends(self) -> None:
+        """One is enough; without end they cost no memory."""
+        write(self.source + "/f", "new")
+        line = "$(printf %32s) rw-r--r-- 0 *deleting   "
+        for how in ('echo "$m:%sx"' % line, 'yes "$m:%sx"' % line):
+            with self.subTest(how=how[:4]):
+                fake = self.lab.program(
+                    "deleting",
+                    Hostile.MARKED
+                    + 'case "$*" in *--delay-updates*) %s; sleep 60;; esac\nexec %s "$@"\n'
+                    % (how, require("rsync")),
+                )
+                done = self.lab.offsync("apply", env={"OFFSYNC_RSYNC": fake}, check=1, timeout=50)
+                self.assertIn("it reports what was not asked for", done.err)
+                self.assertIn("a deletion", done.err)
+                self.assertNotIn("the source changed", done.err)
+
+    def test_an_unplanned_deletion_in_the_pass_that_deletes(self) -> None:
+        write(self.source + "/f", "x")
+        write(self.there + "/gone", "x")
+        fake = self.lab.program(
+            "deleting",
+            Hostile.MARKED
+            + 'case "$*" in *--include-from*) echo "$m:*deleting   other";; esac\nexec %s "$@"\n'
+            % require("rsync"),
+        )
+        done = self.lab.offsync("apply", "--delete", env={"OFFSYNC_RSYNC": fake}, check=1)
+        self.assertIn("it reports what was not asked for", done.err)
+        self.assertIn("other", done.err)
+
+
 if __name__ == "__main__":
     unittest.main()

@@ -10,10 +10,11 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import unittest
 
-from lab import LabCase, OFFSYNC, read, require, write
+from lab import OFFSYNC, LabCase, read, require, type_on_terminal, write
 
 TOP = os.path.dirname(OFFSYNC)
 EXPECTED = {  # manager: {role: the commands as an ordinary user, in order}
@@ -382,6 +383,76 @@ class FirstSteps(LabCase):
         self.assertRegex(
             err, r"(?m)^\+ \S+rsync -8 --info=flist1 -n -rlptc --delete .*--timeout=10800"
         )
+
+
+class Asking(InstallDeps):
+    """init and link find what is missing, show the commands, and ask on a terminal."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.calls = self.fake("apt-get")
+        self.home = self.lab.base + "/fresh"
+        os.mkdir(self.home)
+        self.env = {**self.lab.env, "PATH": self.bin, "HOME": self.home, "TERM": "dumb"}
+
+    def answer(self, answer: str, *args: str) -> tuple:
+        return type_on_terminal(
+            [sys.executable, OFFSYNC, *args], self.env, (b"y or n: ", answer + "\n")
+        )
+
+    def test_no_leaves_all_as_it_was(self) -> None:
+        for args in (
+            ["init", "--source", self.lab.source],
+            ["link", "--path", self.lab.base + "/d"],
+        ):
+            status, seen = self.answer("n", *args)
+            self.assertEqual(status, 1, seen)
+            self.assertIn("apt-get install -y --no-install-recommends", seen)
+            self.assertIn("nothing was installed", seen)
+            self.assertFalse(os.path.exists(self.calls))
+            self.assertEqual(os.listdir(self.home), [])
+
+    def test_yes_installs_and_goes_on(self) -> None:
+        """The stand-in for apt-get puts the real programs in place."""
+        write(
+            self.bin + "/apt-get",
+            '#!/bin/sh\n[ "$1" = update ] || for p in %s; do /bin/ln -sf $p %s/; done\n'
+            % (" ".join(map(require, ("rsync", "ssh", "ssh-keygen"))), self.bin),
+            0o755,
+        )
+        status, seen = self.answer("y", "init", "--source", self.lab.source)
+        self.assertEqual(status, 0, seen)
+        self.assertIn("ssh-ed25519 ", seen)
+        self.assertTrue(os.path.exists(self.home + "/.offsync/id_ed25519"))
+
+    def test_without_a_terminal_the_error_names_install_deps(self) -> None:
+        for args, role in ((["init"], "controller"), (["link"], "target")):
+            done = self.lab.offsync(*args, env=self.env, check=1)
+            self.assertIn("run: offsync install-deps --role %s -y" % role, done.err)
+            self.assertFalse(os.path.exists(self.calls))
+
+    def test_the_word_of_the_option(self) -> None:
+        self.run_deps("--role", "controller", "--yes", check=0)
+        self.assertEqual(len(read(self.calls).splitlines()), 2)
+
+    def test_a_package_manager_that_does_not_start(self) -> None:
+        write(self.bin + "/apt-get", "#!/nowhere/python\n", 0o755)
+        done = self.run_deps("--role", "controller", "--yes", check=1)
+        self.assertNotIn("run: offsync install-deps", done.err)
+
+    def test_a_variable_that_names_no_program(self) -> None:
+        env = {"OFFSYNC_RSYNC": "/nowhere/rsync"}
+        for args in (["init", "--source", self.lab.source], ["plan"]):
+            if args == ["plan"]:
+                self.lab.joined_by_hand("one")
+            done = self.lab.offsync(*args, env=env)
+            self.assert_refused(done, 1, "OFFSYNC_RSYNC names, is no program", "unset it")
+            self.assertNotIn("install-deps", done.err)
+
+
+for name in list(vars(InstallDeps)):
+    if name.startswith("test_"):
+        setattr(Asking, name, None)
 
 
 if __name__ == "__main__":

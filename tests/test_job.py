@@ -11,7 +11,7 @@ import stat
 import subprocess
 import unittest
 
-from lab import LabCase, OFFSYNC, USER, mentions, read, require, risk, snapshot, write
+from lab import OFFSYNC, USER, LabCase, mentions, read, require, risk, snapshot, write
 
 
 class Job(LabCase):

@@ -4,9 +4,11 @@ found.
 
 from __future__ import annotations
 
+import grp
 import gzip
 import os
 import pwd
+import re
 import shutil
 import stat
 import subprocess
@@ -15,9 +17,11 @@ import unittest
 from unittest import mock
 
 from lab import (
+    OFFSYNC,
+    USER,
     Lab,
     LabCase,
-    OFFSYNC,
+    can_mount,
     offsync,
     read,
     require,
@@ -524,6 +528,13 @@ class KeyThief(LabCase):
             self.assert_refused(self.link("--rrsync", self.rrsync), 1, "does not work here", said)
             self.assert_nothing_left()
 
+    def test_no_symlinks_with_an_rrsync_that_knows_none_of_it(self) -> None:
+        write(self.rrsync, "#!/bin/sh\necho 'unknown option' >&2\nexit 1\n", 0o755)
+        done = self.link("--rrsync", self.rrsync, "--no-symlinks")
+        self.assert_refused(
+            done, 1, "older than 3.2.4 and knows no -munge", "without --no-symlinks"
+        )
+
     def test_no_symlinks(self) -> None:
         target = self.lab.target("one")
         linked = self.lab.offsync(
@@ -698,6 +709,154 @@ class Paths(LabCase):
         self.assertEqual(os.listdir(self.lab.base + "/elsewhere"), [])
         offsync.make_directory(self.lab.base + "/real/x", 0o700)
         self.assertEqual(stat.S_IMODE(os.stat(self.lab.base + "/real/x").st_mode), 0o700)
+
+
+class SshdSays(LabCase):
+    """What sshd -T tells decides what link refuses and warns of; a stand-in prints it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.key = self.lab.init()
+        self.home = self.lab.base + "/target"
+        os.mkdir(self.home)
+
+    def link(self, path: str, *settings: str, args: tuple = ()):
+        """Run link where sshd -T prints these settings ("" for none: it fails)."""
+        text = "\n".join(settings)
+        self.lab.program(
+            "sshd", "#!/bin/sh\n[ -n '%s' ] || exit 1\ncat <<'E'\n%s\nE\n" % (text, text)
+        )
+        return self.lab.offsync(
+            "link", "--path", path, "--key", self.key, *risk(), *args, home=self.home
+        )
+
+    def test_what_sshd_names_is_no_place_to_deliver_to(self) -> None:
+        base = self.lab.base + "/keys"
+        data = self.lab.base + "/data"
+        for setting, path in (
+            ("authorizedkeysfile .ssh/authorized_keys %s/%%u" % base, base),
+            ("authorizedkeysfile %s/%%u/keys" % base, base + "/deploy"),
+            ("authorizedkeysfile %s/users.%%u" % base, base),
+            ("authorizedkeysfile %h/.ssh/authorized_keys %h/more/keys", self.home + "/more"),
+            ("authorizedkeysfile more/keys", self.home + "/more"),
+            ("trustedusercakeys %s/ca.pub" % base, base),
+            ("hostkey %s/host_key" % base, base),
+            ("authorizedkeyscommand %s/command %%u data" % base, base),
+            ("authorizedprincipalsfile %s/%%u" % base, base),
+        ):
+            with self.subTest(setting=setting):
+                done = self.link(path, setting, args=("--accept-risk", "path"))
+                self.assert_refused(done, 2, "as good as a shell")
+                self.assertFalse(os.path.exists(path))
+                self.assertEqual(self.link(data, setting).returncode, 0)
+
+    def test_whom_sshd_keeps_out(self) -> None:
+        data = self.lab.base + "/data"
+        group = grp.getgrgid(os.getegid()).gr_name
+        for setting, warned in (
+            ("allowusers somebody@10.0.0.*", "AllowUsers"),
+            ("allowusers somebody\nallowusers " + USER, ""),
+            ("denyusers %s@*" % USER, "DenyUsers"),
+            ("allowgroups nobodies", "AllowGroups"),
+            ("allowgroups " + group, ""),
+            ("denygroups " + group, "DenyGroups"),
+            ("permitrootlogin no", "PermitRootLogin" if os.geteuid() == 0 else ""),
+            ("permitrootlogin forced-commands-only", ""),
+            ("pubkeyauthentication no", "PubkeyAuthentication"),
+            ("", "sshd could not be asked"),
+        ):
+            with self.subTest(setting=setting):
+                err = self.link(data, setting).err
+                said = re.findall(
+                    "AllowUsers|DenyUsers|AllowGroups|DenyGroups|PermitRootLogin"
+                    "|PubkeyAuthentication|sshd could not be asked",
+                    err,
+                )
+                self.assertEqual(said, [warned] if warned else [])
+
+    def test_ordinary_places_are_accepted_and_others_are_not(self) -> None:
+        known = offsync.sshd_paths({"authorizedkeysfile": [".ssh/authorized_keys"]})
+        for path in ("/srv/app-data", "/var/lib/app", "/opt/app/data", "/var/www/html"):
+            self.assertEqual(offsync.validate_link_path(path, known, False), path)
+        for path in ("/opt/cni/bin", "/var/lib/extensions/x", "/var/lib/confexts"):
+            with self.assertRaisesRegex(offsync.UsageError, "--accept-risk path"):
+                offsync.validate_link_path(path, known, False)
+
+    def test_a_directory_that_looks_like_a_home(self) -> None:
+        """A thief of the key can make .ssh, and must not keep its owner from linking again."""
+        data = self.lab.base + "/data"
+        os.makedirs(data + "/.ssh")
+        self.assert_refused(self.link(data, "port 22"), 2, "an entry .ssh", "--accept-risk path")
+        done = self.link(data, "port 22", args=("--accept-risk", "path"))
+        self.assertEqual(done.returncode, 0, done.err)
+
+    @unittest.skipUnless(can_mount(), "a bind mount needs root")
+    def test_the_same_directory_under_another_name(self) -> None:
+        os.makedirs(self.home + "/.ssh")
+        other = self.lab.base + "/other"
+        os.mkdir(other)
+        for place in (self.home + "/.ssh", self.home):
+            subprocess.run(["mount", "--bind", place, other], check=True)
+            try:
+                done = self.link(other, "port 22", args=("--accept-risk", "path"))
+                self.assert_refused(done, 2, "as good as a shell")
+            finally:
+                subprocess.run(["umount", other], check=True)
+
+    def test_a_web_root_that_is_written_by_its_group(self) -> None:
+        """The remedy for others' access must not take away the key's own."""
+        data = self.lab.base + "/web"
+        os.mkdir(data)
+        os.chmod(data, 0o2775)
+        self.assertIn("chmod go-w", self.link(data, "port 22").err)
+        if os.geteuid() == 0:
+            os.chown(data, 65534, 0)
+            err = self.link(data, "port 22").err
+            self.assertIn("belongs to nobody", err)
+            self.assertIn("is writable for others", err)
+            self.assertNotIn("chmod", err)
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root can give directories away")
+    def test_scratch_is_nobody_elses(self) -> None:
+        theirs = self.lab.base + "/theirs"
+        os.mkdir(theirs)
+        os.chown(theirs, 65534, 65534)
+        os.chmod(theirs, 0o777)
+        done = self.lab.offsync(
+            "-v",
+            "link",
+            "--path",
+            self.lab.base + "/data",
+            "--key",
+            self.key,
+            *risk(),
+            home=self.home,
+            env={"TMPDIR": theirs},
+            check=0,
+        )
+        self.assertNotIn(theirs + "/", done.err)
+        self.assertEqual(os.listdir(theirs), [])
+
+
+class Neighbour(KeyThief):
+    """An rrsync that stops one way out and not its neighbour, as a copy that an update left."""
+
+    def test_a_backup_through_a_symlink(self) -> None:
+        write(
+            self.rrsync,
+            '#!/bin/sh\n[ "$1" = -wo ] || exit 1\nshift\ncd "$1" || exit 1\n'
+            "case $SSH_ORIGINAL_COMMAND in *--no-implied-dirs*) exit 1;;\n"
+            "*--backup-dir*) mv file x/file; exit 0;; esac\nexec $SSH_ORIGINAL_COMMAND\n",
+            0o755,
+        )
+        done = self.link("--rrsync", self.rrsync)
+        self.assert_refused(done, 1, "lets the key out", "--accept-risk rrsync")
+        self.assert_nothing_left()
+
+
+for name in list(vars(KeyThief)):
+    if name.startswith("test_"):
+        setattr(Neighbour, name, None)
 
 
 if __name__ == "__main__":

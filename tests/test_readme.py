@@ -15,7 +15,7 @@ import tempfile
 import unittest
 
 import guards
-from lab import HERE, LabCase, OFFSYNC, USER, offsync, read, risk, snapshot, write
+from lab import HERE, OFFSYNC, USER, LabCase, offsync, read, risk, snapshot, write
 
 TOP = os.path.dirname(OFFSYNC)
 README = read(os.path.join(TOP, "README.md"))

@@ -17,8 +17,8 @@ import unittest
 
 from lab import (
     OFFSYNC,
-    SentenceCase,
     USER,
+    SentenceCase,
     can_mount,
     change,
     free_port,

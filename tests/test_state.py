@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import unittest
 
-from lab import LabCase, OFFSYNC, read, snapshot, write
+from lab import (
+    OFFSYNC,
+    USER,
+    LabCase,
+    Standing,
+    can_mount,
+    change,
+    read,
+    require,
+    snapshot,
+    wait_for,
+    write,
+)
 
 
 class UserBeside(LabCase):
@@ -120,6 +136,386 @@ class UserBeside(LabCase):
         done = self.lab.offsync("apply", check=1)
         self.assertIn("2 targets: 2 failed", done.out)
         self.assertEqual(len(self.lab.records()), 2 + 1 + 1)
+
+
+class Records(Standing):
+    """Every apply that knew its targets leaves a record, whatever ended it; --json prints it."""
+
+    def last(self) -> dict:
+        return self.lab.records()[-1]
+
+    def test_a_plan_file_that_is_none_and_a_plan_of_an_older_version(self) -> None:
+        write(self.source + "/f", "x")
+        plan = self.lab.base + "/plan"
+        policy = '"delete": false, "exclude": [], "overwrite": true, "source": "/s"'
+        for text, said in (
+            ("nonsense\n", "this is no line of a plan"),
+            ("{%s, %s}\n" % (policy, '"verify": "hash"'), "another version of offsync; plan again"),
+            ('{"kind": "set", "path": "the config", %s}\n' % policy, "another version of offsync"),
+            ('{"source": "/s", "targets": [], "version": 1}\n', "another version of offsync"),
+        ):
+            with self.subTest(text=text):
+                write(plan, text)
+                done = self.lab.offsync("apply", "--json", "--plan", plan)
+                self.assert_refused(done, 2, said)
+                self.assertEqual(json.loads(done.out), self.last())
+                self.assertEqual(
+                    (self.last()["result"], self.last()["files_changed"]), ("refused", [])
+                )
+                self.assertIn(said, self.last()["error"])
+
+    def test_refused_by_the_policy(self) -> None:
+        write(self.there + "/mine", "x")
+        write(self.source + "/f", "x")
+        done = self.lab.offsync("apply", "--json")
+        self.assert_refused(done, 1, "delete is false")
+        self.assertEqual(json.loads(done.out), self.last())
+
+    def test_the_lock_is_taken(self) -> None:
+        write(self.source + "/f", "x")
+        self.lab.offsync("apply", check=0)
+        status = self.lab.state + "/last/" + self.target.login
+        before = read(status)
+        with open(self.lab.state + "/lock", "r+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            done = self.lab.offsync("apply", "--json")
+        self.assert_refused(done, 1, "is running and holds the lock")
+        self.assertEqual(self.last()["result"], "refused")
+        self.assertIn("holds the lock", self.last()["error"])
+        self.assertEqual(json.loads(done.out), self.last())
+        self.assertEqual(read(status), before)  # it is the other run's
+
+    def test_interrupted_while_it_plans(self) -> None:
+        write(self.source + "/f", "x")
+        begun = self.lab.base + "/begun"
+        self.there_runs("touch %s; while kill -0 $PPID; do sleep 0.1; done" % begun)
+        process = self.lab.start("apply", "--json")
+        wait_for(lambda: os.path.exists(begun), "the pass")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+        self.assertEqual(process.returncode, 130, err)
+        self.assertEqual(json.loads(out), self.last())
+        self.assertEqual((self.last()["result"], self.last()["files_changed"]), ("interrupted", []))
+
+    @unittest.skipUnless(can_mount(), "a full disk needs root")
+    def test_the_log_is_full_and_the_run_is_refused(self) -> None:
+        """Both are said."""
+        write(self.there + "/mine", "x")
+        write(self.source + "/f", "x")
+        log = self.lab.state + "/operations.log"
+        write(log, "", 0o600)
+        subprocess.run(["mount", "--bind", "/dev/full", log], check=True)
+        self.addCleanup(subprocess.run, ["umount", log], check=True)
+        done = self.lab.offsync("apply", check=1)
+        self.assertIn("delete is false", done.err)
+        self.assertIn("the record could not be written", done.err)
+
+
+class OwnKey(Standing):
+    """A private key that ssh cannot use is found here; no target is blamed."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.key = self.lab.state + "/id_ed25519"
+        good = read(self.key)
+        self.addCleanup(write, self.key, good, 0o600)
+        self.good = good
+
+    def assert_mended(self, *words: str) -> None:
+        """plan, doctor and init name the key; what they say mends it when typed."""
+        said = [self.lab.offsync("plan", check=1).out, self.lab.offsync("doctor", check=1).out]
+        said.append(self.lab.offsync("init", check=1).err)
+        for text in said:
+            for word in ("key %s: " % self.key, *words):
+                self.assertIn(word, text)
+            self.assertNotRegex(text, "refused our key|run there|make a new")
+        remedy = re.search(r"(?:run|for it\)): (.*?)\n", said[2])[1]
+        subprocess.run(
+            ["sh", "-c", remedy],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+            env={**self.lab.env, "SSH_ASKPASS": "/bin/false"},
+        )
+        self.lab.offsync("plan", check=0)
+
+    def test_line_ends_of_a_ci_variable(self) -> None:
+        for text in (
+            self.good.replace("\n", "\r\n"),
+            self.good.rstrip("\n"),
+            self.good.rstrip("\n").replace("\n", "\r\n"),
+        ):
+            with self.subTest(end=text[-4:]):
+                write(self.key, text.encode(), 0o600)
+                self.assert_mended("its line ends are damaged")
+
+    def test_the_public_half_of_another_key(self) -> None:
+        """ssh offers what lies beside the private key."""
+        public = self.key + ".pub"
+        other = self.lab.base + "/other"
+        make = [require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", other]
+        subprocess.run(make, check=True)
+        shutil.copy(other + ".pub", public)
+        self.assertIn("which is of another key", self.lab.offsync("plan", check=1).out)
+        self.lab.offsync("init", check=0)
+        self.lab.offsync("plan", check=0)
+
+    def test_a_passphrase(self) -> None:
+        subprocess.run(
+            [require("ssh-keygen"), "-q", "-p", "-P", "", "-N", "secret", "-f", self.key],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        for command in ("plan", "doctor", "init"):
+            done = self.lab.offsync(command, check=1)
+            self.assertIn("it has a passphrase", done.out + done.err)
+            self.assertIn("ssh-keygen -p -N '' -f", done.out + done.err)
+        subprocess.run(
+            [require("ssh-keygen"), "-q", "-p", "-P", "secret", "-N", "", "-f", self.key],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        self.lab.offsync("plan", check=0)
+
+    def test_a_host_whose_policy_refuses_ed25519(self) -> None:
+        """As FIPS does: a stand-in for ssh-keygen; the ECDSA key works all the way."""
+        real = require("ssh-keygen")
+        self.lab.program(
+            "ssh-keygen",
+            '#!/bin/sh\ncase "$*" in *"-t ed25519"*) echo "ED25519 keys'
+            ' are not allowed in FIPS mode" >&2; exit 255;; esac\nexec %s "$@"\n' % real,
+        )
+        self.addCleanup(os.unlink, self.lab.bin + "/ssh-keygen")
+        public = read(self.key + ".pub")
+        self.addCleanup(write, self.key + ".pub", public)
+        os.unlink(self.key)
+        key = self.lab.init()
+        self.assertTrue(key.startswith("ecdsa-sha2-nistp256 "), key)
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        self.lab.offsync(
+            "unlink", "--key", line.split("restrict ")[1].strip(), home=self.target.home, check=0
+        )
+        self.lab.link(self.target)
+        write(self.source + "/f", "x")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+
+class Surroundings(Standing):
+    def test_an_ignored_sigchld(self) -> None:
+        write(self.source + "/f", "x")
+        code = (
+            "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+            "os.execv(sys.executable, [sys.executable, %r, 'apply'])" % OFFSYNC
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=self.lab.env,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+        self.assertEqual(os.listdir(self.lab.tmp), [])
+
+    def test_a_working_directory_that_is_gone(self) -> None:
+        write(self.source + "/f", "x")
+        gone = self.lab.base + "/gone"
+        for command in ("plan", "apply", "doctor", "target list", "log", "--version"):
+            os.mkdir(gone)
+            done = subprocess.run(
+                [
+                    "sh",
+                    "-c",
+                    'cd %s; rmdir %s; exec "$@"' % (gone, gone),
+                    "sh",
+                    sys.executable,
+                    OFFSYNC,
+                    *command.split(),
+                ],
+                env=self.lab.env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self.assertEqual(done.returncode, 0, command + done.stderr)
+            self.assertNotIn("Traceback", done.stderr)
+
+    def test_a_small_host(self) -> None:
+        write(self.source + "/f", "x")
+        for command in ("apply", "doctor"):
+            done = subprocess.run(
+                ["sh", "-c", 'ulimit -v 600000; exec "$@"', "sh", sys.executable, OFFSYNC, command],
+                env=self.lab.env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_help_on_a_full_disk(self) -> None:
+        for words in ("--help", "plan --help", "--contract"):
+            with open("/dev/full", "wb") as full:
+                done = subprocess.run(
+                    [sys.executable, OFFSYNC, *words.split()],
+                    stdout=full,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=self.lab.env,
+                )
+            self.assertEqual(done.returncode, 1)
+            self.assertRegex(done.stderr, r"\Aoffsync: standard output: No space left .*\n\Z")
+
+    @unittest.skipUnless(
+        os.geteuid() == 0 and os.path.exists("/usr/bin/python3"),
+        "only root can become another user, who needs the system's Python",
+    )
+    def test_a_user_id_without_an_account(self) -> None:
+        """Its ssh says so, which is no failure of a target."""
+        base = self.lab.base + "/nobody"
+        shutil.copytree(self.lab.state, base + "/.offsync")
+        subprocess.run(["chown", "-R", "4711:4711", base], check=True)
+        tmp = self.lab.base + "/tmp4711"
+        os.mkdir(tmp)
+        os.chown(tmp, 4711, 4711)
+        shutil.copy(OFFSYNC, self.lab.base + "/offsync.py")
+        done = subprocess.run(
+            ["/usr/bin/python3", self.lab.base + "/offsync.py", "plan"],
+            user=4711,
+            group=4711,
+            extra_groups=[],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd="/",
+            env={**self.lab.env, "HOME": base, "TMPDIR": tmp},
+        )
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertIn("ssh on this controller cannot start", done.stdout + done.stderr)
+        self.assertNotIn("sshd's log", done.stdout + done.stderr)
+
+    def test_homes_of_others(self) -> None:
+        """The remedy names the account that runs, not the one whose home it is."""
+        if os.geteuid() == 0:
+            theirs = self.lab.base + "/theirs"
+            os.mkdir(theirs)
+            os.chown(theirs, 65534, 65534)
+            done = self.lab.offsync("plan", home=theirs)
+            self.assert_refused(done, 1, "belongs to nobody, and this is root", "sudo -iu root")
+        else:
+            done = self.lab.offsync("plan", home="/root")
+            self.assert_refused(done, 1, "sudo -iu %s" % USER)
+        self.assert_refused(self.lab.offsync("plan", home="/nonexistent"), 1, "HOME /nonexistent")
+
+    def test_an_account_that_has_no_state(self) -> None:
+        other = self.lab.base + "/receives"
+        write(other + "/.ssh/authorized_keys", read(self.target.keys))
+        done = self.lab.offsync("plan", home=other)
+        self.assert_refused(done, 2, "this account is a target", "on its controller")
+        self.assertNotIn("offsync init", done.err)
+        self.assert_refused(self.lab.offsync("doctor", home=other), 1, "this account is a target")
+        self.assert_refused(self.lab.offsync("plan", home=self.lab.bin), 2, "run first")
+
+    @unittest.skipUnless(can_mount(), "another account needs a mount namespace")
+    def test_the_state_of_another_account(self) -> None:
+        passwd = change("/etc/passwd", "$ a second:x:4712:4712::%s:/bin/sh" % self.lab.home)
+        argv = [
+            "unshare",
+            "--mount",
+            "sh",
+            "-e",
+            "-c",
+            passwd + 'exec "$0" "$@"',
+            sys.executable,
+            OFFSYNC,
+            "plan",
+        ]
+        done = subprocess.run(
+            argv,
+            env={**self.lab.env, "HOME": self.lab.bin},
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("the account second has a state directory here", done.stderr)
+        self.assertIn("sudo -iu second offsync", done.stderr)
+        self.assertNotIn("offsync init", done.stderr)
+
+    def test_what_a_killed_run_left_beside_a_file(self) -> None:
+        write(self.source + "/f", "x")
+        for name in ("config.yaml", "last/" + self.target.login):
+            for number in (1, 2, os.getpid(), os.getpid() + 1):
+                directory, base = os.path.split(self.lab.state + "/" + name)
+                write("%s/.offsync-%d-%s" % (directory, number, base), "left")
+        self.lab.offsync("init", "--source", self.source, check=0)
+        self.lab.offsync("apply", check=0)
+        self.lab.offsync("target", "list", check=0)
+
+    def test_two_plans_at_once(self) -> None:
+        write(self.source + "/f", "x")
+        running = [self.lab.start("plan") for _ in range(3)]
+        said = [process.communicate(timeout=60) for process in running]
+        self.assertEqual([process.returncode for process in running], [0, 0, 0], said)
+        self.assertEqual([err for _, err in said], [b"", b"", b""])
+
+    def test_a_large_plan_is_not_kept(self) -> None:
+        quick = self.lab.base + "/offsync.py"
+        write(quick, read(OFFSYNC).replace("PLAN_LIMIT = 1 << 30", "PLAN_LIMIT = 1000"))
+        for number in range(9):
+            write(self.source + "/f%d" % number, "x")
+        done = self.lab.offsync("plan", program=quick, check=0)
+        self.assertIn("offsync plan --json > FILE", done.err)
+        self.assertFalse(os.path.exists(self.lab.state + "/plans/" + done.out.split()[-1]))
+
+    def test_a_plan_that_fails_ends_what_it_began(self) -> None:
+        """A large new source, and a key for another path: nothing goes on hashing, one Ctrl-C ends.
+
+        Each piece of a file takes a moment in this copy.
+        """
+        slow = self.lab.base + "/offsync.py"
+        write(
+            slow,
+            read(OFFSYNC).replace(
+                "chunk = os.read(descriptor",
+                "STOP.wait(0.1)\n            chunk = os.read(descriptor",
+            ),
+        )
+        with open(self.source + "/large", "wb") as stream:
+            stream.truncate(1 << 28)  # two minutes at that speed
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        other = self.lab.base + "/elsewhere"
+        os.makedirs(other, exist_ok=True)
+        write(self.target.keys, line.replace(self.there, other))
+        done = self.lab.offsync("plan", program=slow, check=1, timeout=50)
+        self.assertIn("the key is for another path there", done.out + done.err)
+        write(self.target.keys, line)
+        before = self.target.read_log().count("Starting session")
+        process = subprocess.Popen(
+            [sys.executable, slow, "plan"],
+            env=self.lab.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        wait_for(
+            lambda: self.target.read_log().count("Starting session") >= before + 3,
+            "the pass and both proofs",
+        )
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+        self.assertEqual(process.returncode, 130, err)
+        os.unlink(self.source + "/large")
 
 
 if __name__ == "__main__":

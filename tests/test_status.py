@@ -6,10 +6,11 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
 import sys
 import unittest
 
-from lab import Fleet, OFFSYNC, type_on_terminal, wait_for, write
+from lab import OFFSYNC, Fleet, read, require, type_on_terminal, wait_for, write
 
 
 class Status(Fleet):
@@ -141,6 +142,182 @@ class Status(Fleet):
             done.err,
         )
         self.assertIn("Host alias", done.err)
+
+
+class OperationsLog(Fleet):
+    """offsync log: when, to whom, what came of it, which plan, by whom."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        log = self.lab.state + "/operations.log"
+        if os.path.exists(log):
+            os.unlink(log)
+
+    def log(self, *args, **more) -> list:
+        return self.lab.offsync("log", *args, check=0, **more).out.splitlines()
+
+    def test_what_reached_whom(self) -> None:
+        write(self.source + "/app.conf", "1")
+        write(self.source + "/d/new\nline.conf", "1")
+        one = self.targets[0].login
+        self.lab.offsync("apply", one, check=0, env={"SUDO_USER": "anna"})
+        self.lab.offsync("apply", check=0)
+        write(self.source + "/other", "1")
+        os.unlink(self.source + "/app.conf")
+        self.lab.offsync("apply", one, "--delete", check=0)
+        self.lab.offsync("apply", check=1)  # refused: delete is false
+        rows = self.log()
+        records = self.lab.records()
+        self.assertEqual(len(rows), 1 + len(records))
+        for row, record in zip(rows[1:], records):
+            for word in (
+                record["timestamp"][:10],
+                record["login"],
+                record["result"],
+                record["plan"][:12],
+                record["operator"],
+            ):
+                self.assertIn(word, row)
+        self.assertIn("(sudo by anna)", rows[1])
+        found = self.log(one, "--name", "app.conf")
+        self.assertEqual(
+            [row.split("  ")[-1].strip() for row in found[1:]],
+            ["changed app.conf", "deleted app.conf"],
+        )
+        self.assertEqual(len(self.log("--name", "app.conf")), 1 + 4)
+        for pattern, count in (("*.conf", 4), ("d/*", 3), ("new\nline.conf", 3), ("nothing", 0)):
+            self.assertEqual(len(self.log("--name", pattern)[1:]), count, pattern)
+        lines = self.log(one, "--json")
+        self.assertEqual(
+            [json.loads(line) for line in lines],
+            [record for record in records if record["login"] == one],
+        )
+        done = self.lab.offsync("log", check=0)
+        self.assertIn("the log begins at %s" % records[0]["timestamp"][:10], done.err)
+        self.assert_refused(self.lab.offsync("log", "nobody"), 2, "nothing matches")
+
+    def test_a_rotated_and_a_half_written_log(self) -> None:
+        log = self.lab.state + "/operations.log"
+        self.assertIn("the log is empty", self.lab.offsync("log", check=0).err)
+        good = {
+            "timestamp": "2026-01-01T00:00:00Z",
+            "login": self.targets[0].login,
+            "host": "h",
+            "result": "ok",
+            "files_changed": None,
+            "files_deleted": None,
+        }
+        older = {
+            "timestamp": "2025-01-01T00:00:00Z",
+            "host": "old.example",
+            "files_changed": ["f"],
+            "operation": "apply",
+        }
+        write(
+            log,
+            '{"torn": \n[]\n7\n%s\n%s\n{"timestamp": "2026-'
+            % (json.dumps(older), json.dumps(good)),
+        )
+        self.assertEqual(len(self.log()), 3)
+        self.assertEqual([row.split()[2] for row in self.log("--name", "f")[1:]], ["old.example"])
+        self.assertIn(
+            "what 1 run changed is unknown", self.lab.offsync("log", "--name", "f", check=0).err
+        )
+        (
+            os.unlink(self.lab.state + "/last/" + self.targets[0].login)
+            if os.path.exists(self.lab.state + "/last/" + self.targets[0].login)
+            else None
+        )
+        row = self.lab.offsync("target", "list", check=0).out.splitlines()[1]
+        self.assertIn("2026-01-01 00:00  ok", row)  # no status, but the log knows
+        self.assertNotIn("never delivered", row)
+
+
+class GoingOn(Fleet):
+    """One host is down, another has a stray file: the rest goes on."""
+
+    def test_except(self) -> None:
+        write(self.source + "/f", "x")
+        logins = [target.login for target in self.targets]
+        write(self.targets[1].path + "/stray", "mine")
+        done = self.lab.offsync("apply", check=1)
+        words = done.err.split("leave those targets out: ")[1].split(": ")[0]
+        self.assertEqual(words, "--except " + logins[1])
+        self.assertIn("stray", done.err)
+        done = self.lab.offsync("apply", *words.split(), check=0)
+        self.assertIn("2 targets: 2 ok", done.out)
+        self.assertEqual([os.path.exists(t.path + "/f") for t in self.targets], [True, False, True])
+        names = self.lab.base + "/names"
+        write(names, "127.0.0.1\t# the first\n%s\n" % logins[1])
+        out = self.lab.offsync("plan", "--summary", "--except", "@" + names, check=0).out
+        self.assertEqual([login in out for login in logins], [False, False, True])
+        for args, said in (
+            (["--except", "nobody"], "nothing matches"),
+            (["--except", "127.*"], "leaves none"),
+            (["--except", "@" + names, logins[0]], "leaves none"),
+        ):
+            self.assert_refused(self.lab.offsync("verify", *args), 2, said)
+
+    def test_one_that_was_offline_when_the_plan_was_reviewed(self) -> None:
+        write(self.source + "/f", "x")
+        self.targets[2].stop()
+        reviewed = self.lab.base + "/plan.jsonl"
+        write(reviewed, self.lab.offsync("plan", "--json", check=1).stdout)
+        self.targets[2].start()
+        done = self.lab.offsync("apply", "--plan", reviewed, check=1)
+        self.assertIn("%s: failed: it was not reviewed" % self.targets[2].login, done.err)
+        self.assertIn("3 targets: 2 ok, 1 failed", done.out)
+        self.assertEqual([os.path.exists(t.path + "/f") for t in self.targets], [True, True, False])
+        done = self.lab.offsync("apply", self.targets[2].login, "--plan", reviewed)
+        self.assert_refused(done, 1, "does not approve", "shows none of these targets")
+
+    def test_equal_failures_are_said_once_with_their_targets(self) -> None:
+        write(self.source + "/f", "x")
+        for target in self.targets[:2]:
+            target.stop()
+            self.addCleanup(target.start)
+        done = self.lab.offsync("apply", check=1)
+        self.assertLessEqual(done.err.count("the connection was refused"), 2)
+        self.assertIn("3 targets: 1 ok, 2 failed", done.out)
+        for target in self.targets[:2]:
+            self.assertIn(target.login, done.err)
+
+    def test_leftovers_are_named(self) -> None:
+        write(self.source + "/f", "x")
+        self.lab.offsync("apply", check=0)
+        write(self.targets[1].path + "/.~tmp~/shell.php", "hidden")
+        for command in (["plan"], ["verify"], ["verify", "--json"]):
+            done = self.lab.offsync(*command, check=0)
+            self.assertIn(".~tmp~/shell.php", done.err)
+            self.assertIn(self.targets[1].login, done.err)
+            self.assertIn("offsync apply --delete", done.err)
+        self.lab.offsync("apply", "--delete", check=0)
+        self.assertEqual(self.lab.offsync("verify", check=0).err, "")
+
+
+class Doctor(Fleet):
+    def test_targets_a_count_and_keys_that_were_never_compared(self) -> None:
+        done = self.lab.offsync("doctor", check=0)
+        self.assertTrue(done.out.endswith("3 targets: 3 ok\n"), done.out)
+        target = self.targets[0]
+        known, name = self.lab.state + "/known_hosts", "[%s]:%d" % (target.address, target.port)
+        before = read(known)
+        self.addCleanup(write, known, before)
+        other = self.lab.base + "/ecdsa"
+        subprocess.run(
+            [require("ssh-keygen"), "-q", "-t", "ecdsa", "-N", "", "-f", other], check=True
+        )
+        write(known, before + "%s %s" % (name, read(other + ".pub")))
+        done = self.lab.offsync("doctor", check=1)
+        self.assertIn("known_hosts has 2 keys for it", done.out)
+        self.assertIn("3 targets: 2 ok, 1 with problems\n", done.out)
+        done = self.lab.offsync(
+            "target", "add", target.login, "--path", target.path, "--port", str(target.port)
+        )
+        self.assertIn("there is no terminal to ask on", done.err)  # it is not trusted by itself
+        self.lab.add(target)
+        self.assertNotIn("ecdsa", read(known))
+        self.lab.offsync("doctor", target.login, check=0)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import shutil
 import sys
 import unittest
 
-from lab import LabCase, OFFSYNC, read, type_on_terminal, write
+from lab import OFFSYNC, USER, LabCase, read, type_on_terminal, write
 
 SHELLS = {"bash": ["--norc", "--noprofile", "-i"], "zsh": ["-f", "-i"]}
 
@@ -241,6 +241,101 @@ class ProgressLines(LabCase):
         seen = self.on_terminal(NO_COLOR="1")
         self.assertIn("\x1b[J", seen)
         self.assertNotRegex(seen, r"\x1b\[\d*m")
+
+
+class EightyColumns(LabCase):
+    """Messages break between words; what is to be copied stands alone, and is never broken."""
+
+    def on_terminal(self, *args: str, columns: int = 80) -> list:
+        env = {**self.lab.env, "TERM": "dumb"}
+        return type_on_terminal([sys.executable, OFFSYNC, *args], env, columns=columns)[
+            1
+        ].splitlines()
+
+    def test_a_message_and_its_command(self) -> None:
+        one = self.lab.joined_by_hand("one")
+        os.unlink(one.keys)
+        for columns in (80, 50):
+            lines = self.on_terminal("plan", columns=columns)
+            command = "    offsync link --path %s --key '...'" % one.path
+            self.assertIn(command, lines)
+            self.assertEqual(
+                [
+                    line
+                    for line in lines
+                    if len(line) > columns - 1
+                    and not line.startswith(("    ", "root", "source", "plan ", USER))
+                ],
+                [],
+            )
+            self.assertFalse([line for line in lines if line.endswith(" ")])
+        piped = self.lab.offsync("plan", check=1)
+        self.assertEqual(len(piped.err.splitlines()), 1)
+        self.assertIn("run there, as %s: offsync link" % USER, piped.out)
+
+    def test_facts_before_the_remedy(self) -> None:
+        one = self.lab.joined_by_hand("one")
+        old = one.fingerprint
+        one.stop()
+        one.new_host_key()
+        one.start()
+        text = " ".join(" ".join(self.on_terminal("plan")).split())
+        self.assertLess(text.index(old), text.index(one.fingerprint))
+        self.assertLess(text.index(one.fingerprint), text.index("offsync target add"))
+
+    def test_a_usage_error_names_the_help_of_its_command(self) -> None:
+        self.lab.init()
+        for words, helped in (
+            ("apply -n", "offsync apply --help"),
+            ("plan x --bad", "offsync plan"),
+            ("target add", "offsync target add --help"),
+            ("target", "target --help"),
+            ("log --names x", "offsync log --help"),
+            ("nonsense", "offsync --help"),
+            ("plan --jobs x", "offsync plan --help"),
+        ):
+            self.assert_refused(self.lab.offsync(*words.split()), 2, helped)
+
+    def test_where_one_stands(self) -> None:
+        one = self.lab.joined_by_hand("one")
+        write(self.lab.source + "/f", "x")
+        self.lab.offsync("apply", check=0)
+        err = self.lab.offsync(check=2).err
+        self.assertIn("1 target in", err)
+        self.assertIn("the last run began at %s" % self.lab.records()[-1]["timestamp"][:10], err)
+        self.assertIn("by %s; last outcomes: 1 ok. Next: offsync plan" % USER, err)
+        one.stop()
+        self.lab.offsync("apply", check=1)
+        self.assertIn("not ok for: %s (failed)" % one.login, self.lab.offsync(check=2).err)
+        rows = self.on_terminal("target", "list", columns=60)
+        self.assertEqual(len(rows), 2)
+        self.assertLessEqual(max(map(len, rows)), 60)
+
+
+class HostComplete(LabCase):
+    """bash with and without hostcomplete, as bash-completion sets it: @ is a word break, or none.
+    """
+
+    def test_logins_hosts_plans_and_files(self) -> None:
+        bash = Completion("type_in")
+        bash.lab = self.lab
+        one = self.lab.joined_by_hand("one")
+        write(self.lab.source + "/f", "x")
+        plan = self.lab.offsync("plan", check=0).out.split()[-1]
+        write(self.lab.base + "/listed", one.login + "\n")
+        for option in ("-s", "-u"):
+            with self.subTest(option=option):
+                seen = bash.type_in(
+                    "bash",
+                    "shopt %s hostcomplete; cd %s\n" % (option, self.lab.base),
+                    "echo; offsync plan --summary %s\t\n" % one.login[:-3],
+                    "offsync plan --summary 127.0\t\n",
+                    "offsync plan --summary @lis\t\n",
+                    "offsync apply --plan %s\t\n" % plan[:6],
+                )
+                self.assertEqual(seen.count("%s  1 added; 1 B to send" % one.login), 3, seen)
+                self.assertIn("1 target: 1 ok", seen)
+                os.unlink(one.path + "/f")
 
 
 if __name__ == "__main__":

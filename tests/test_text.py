@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -985,6 +986,73 @@ class Audit(unittest.TestCase):
             len(re.findall(r"subprocess\.(?:Popen|run|call|check_output|check_call)\(", text)), 1
         )
         self.assertNotRegex(text, r"shell=True|os\.system|\.sleep\(")
+
+
+class AsPeopleWriteIt(unittest.TestCase):
+    """config.yaml from other editors and habits."""
+
+    def test_what_is_accepted(self) -> None:
+        expected = offsync.validate_config(CONFIG, "c")
+        listed = CONFIG.replace(
+            'exclude:\n  - ".git/"\n', 'exclude: [ ".git/" , "*.tmp" ]  # two\n'
+        )
+        for text in (CONFIG.replace("\n", "\r\n"), "---\n" + CONFIG, "---\r\n" + CONFIG):
+            with self.subTest(text=text[:10]):
+                self.assertEqual(offsync.validate_config(text, "c"), expected)
+        config = offsync.validate_config(listed, "c")
+        self.assertEqual(config.exclude, (".git/", "*.tmp"))
+        for written in ('["a"]', '["a","b"]', "[]", '["\\u00e9 \\" x"]', '["a, b", "]"]'):
+            text = CONFIG.replace('exclude:\n  - ".git/"\n', "exclude: %s\n" % written)
+            self.assertEqual(list(offsync.validate_config(text, "c").exclude), json.loads(written))
+        changed = offsync.replace_block(
+            "---\r\n" + CONFIG.replace("\n", "\r\n"), "targets", offsync.format_targets([WEB1])
+        )
+        self.assertEqual(offsync.validate_config(changed, "c").targets, (WEB1,))
+        self.assertEqual(changed.count("\n"), changed.count("\r\n"))
+
+    def test_what_is_refused_with_a_remedy_that_is_true(self) -> None:
+        for old, new, said in (
+            ("delete: false", "\tdelete: false", "a tab; write blanks"),
+            ("version: 1", "\ufeffversion: 1", "byte order mark"),
+            ("delete: false", "delete:\u00a0false", "U+00A0 looks like a blank"),
+            ("delete: false", "delete: false\n---", "only the first line may be ---"),
+            ('"/srv/app-data"\ndelete', "~/site\ndelete", "write the whole path"),
+            ('"/srv/app-data"\ndelete', '"~/site"\ndelete', "~ is not expanded here"),
+            ('  - ".git/"', "  - *.log", '"*.log"'),
+            ('exclude:\n  - ".git/"', 'exclude: ["a", ]', "a comma before ]"),
+            ('exclude:\n  - ".git/"', "exclude: ['a']", "double quotes"),
+            ('exclude:\n  - ".git/"', "exclude: [a]", "double quotes"),
+            ("delete: false", "# x\rdelete: true", "U+000D is not allowed"),
+            ("delete: false", "delete: false\r\r", "U+000D is not allowed"),
+        ):
+            with self.subTest(new=new):
+                self.assertIn(old, CONFIG)
+                with self.assertRaises(offsync.UsageError) as caught:
+                    offsync.validate_config(CONFIG.replace(old, new), "FILE")
+                self.assertIn(said, str(caught.exception))
+        with self.assertRaisesRegex(offsync.UsageError, "U\\+000D"):
+            offsync.validate_config(CONFIG.rstrip("\n") + "\r", "FILE")  # without LF
+
+
+class Memory(unittest.TestCase):
+    def test_a_file_is_read_in_pieces_and_a_large_one_is_refused(self) -> None:
+        base = tempfile.mkdtemp(prefix="offsync-text-")
+        self.addCleanup(shutil.rmtree, base)
+        with open(base + "/f", "wb") as stream:
+            stream.truncate(offsync.FILE_LIMIT)
+        with self.assertRaisesRegex(offsync.UsageError, "larger than"):
+            offsync.read_file(base + "/f", "config", "")
+        with open(base + "/f", "wb") as stream:
+            stream.write(b"x" * 200_000)
+        self.assertEqual(len(offsync.read_file(base + "/f", "config", "")), 200_000)
+
+    def test_a_manifest_takes_memory_by_its_files(self) -> None:
+        import tracemalloc
+
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        self.assertEqual(offsync.parse_manifest(b"\n" for _ in range(300_000)), {})
+        self.assertLess(tracemalloc.get_traced_memory()[1], 1 << 20)
 
 
 if __name__ == "__main__":

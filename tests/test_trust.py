@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import unittest
 
 from lab import (
-    Lab,
-    LabCase,
+    HERE,
     OFFSYNC,
     USER,
+    Lab,
+    LabCase,
     can_mount,
     change,
     free_port,
@@ -622,6 +624,81 @@ class ManInTheMiddle(LabCase):
         self.assertEqual(
             target.read_log().count("Connection from"), 3
         )  # asking for the key, the connection, the forwarding proof
+
+
+class OneKey(LabCase):
+    """What is trusted is the one key that was shown, compared and proved."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.init()
+        self.other = self.lab.base + "/ecdsa"
+        make = [require("ssh-keygen"), "-q", "-t", "ecdsa", "-N", "", "-f", self.other]
+        subprocess.run(make, check=True)
+        self.target = self.lab.target("one", "HostKey " + self.other)
+        self.lab.link(self.target)
+
+    def test_yes_stores_what_was_shown_alone(self) -> None:
+        words = [sys.executable, OFFSYNC, "target", "add", self.target.login]
+        words += ["--path", self.target.path, "--port", str(self.target.port)]
+        status, seen = type_on_terminal(words, self.lab.env, (b"yes or no: ", "yes\n"))
+        self.assertEqual(status, 0, seen)
+        self.assertEqual(seen.count("SHA256:"), 1)
+        self.assertIn(self.target.fingerprint, seen)
+        known = read(self.lab.state + "/known_hosts")
+        self.assertEqual((known.count("\n"), known.count("ssh-ed25519")), (1, 1))
+
+    def test_a_man_in_the_middle_with_a_key_of_his_own(self) -> None:
+        """The key that he has is of a type that was never compared."""
+        self.lab.add(self.target)
+        write(self.lab.source + "/f", "secret")
+        self.target.stop()
+        self.target.new_host_key()  # he does not hold the one that is known
+        self.target.host_key, held = self.other, self.target.host_key
+        self.target.options = ""
+        self.target.start()
+        done = self.lab.offsync("apply", check=1)
+        self.assertRegex(done.err, "not trusted yet|CHANGED")
+        self.assertEqual(snapshot(self.target.path), {})
+        self.target.host_key = held
+
+    def test_gssapi_takes_no_part(self) -> None:
+        self.lab.add(self.target)
+        write(self.lab.ssh_config, "GSSAPIKeyExchange yes\nGSSAPIAuthentication yes\n")
+        self.assertIn("GSSAPIKeyExchange=no", self.lab.offsync("-v", "plan", check=0).err)
+
+    def test_an_ssh_before_8_7(self) -> None:
+        """Without -f it asks for a shell; its master keeps stderr open."""
+        real = require("ssh")
+        self.lab.program(
+            "ssh",
+            '#!/bin/bash\nset -- -F %s "$@"\ncase " $* " in *" -N "*" ControlMaster=yes "*)\n'
+            'case " $* " in *" -f "*) ;; *) echo asks for a shell >&2; exit 1;; esac;; esac\n'
+            'case " $* " in *" -f "*) (exec 9>&2; sleep 20) & echo $! >> %s/held;; esac\n'
+            'exec %s "$@"\n' % (self.lab.ssh_config, self.lab.base, real),
+        )
+        self.lab.add(self.target)
+        write(self.lab.source + "/f", "x")
+        self.lab.offsync("apply", check=0, timeout=15)
+        self.assertEqual(snapshot(self.target.path), snapshot(self.lab.source))
+        for pid in read(self.lab.base + "/held").split():
+            os.kill(int(pid), signal.SIGKILL)
+
+    def test_a_proxy_command_that_needs_the_environment(self) -> None:
+        """The second question has it too; nothing of it is sent."""
+        self.lab.add(self.target)
+        proxy = self.lab.base + "/proxy"
+        write(
+            proxy,
+            '#!/bin/sh\n[ -n "$PROFILE" ] || { echo no profile >&2; exit 1; }\nexec %s %s "$@" 0\n'
+            % (sys.executable, os.path.join(HERE, "delay.py")),
+            0o755,
+        )
+        write(self.lab.ssh_config, "ProxyCommand %s %%h %%p\nSendEnv PROFILE\n" % proxy)
+        os.unlink(self.target.keys)
+        done = self.lab.offsync("plan", env={"PROFILE": "x"}, check=1)
+        self.assertIn("refused our key", done.out)
+        self.assertIn("no profile", self.lab.offsync("plan", check=1).out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""File systems of a target that are not like the source's: case, modes, symlinks, names, inodes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import unittest
+
+from lab import Standing, can_mount, read, require, snapshot, write
+
+CAN_EXFAT = (
+    can_mount()
+    and os.path.exists("/dev/fuse")
+    and all(shutil.which(name) for name in ("mkfs.exfat", "mount.exfat-fuse", "losetup"))
+)
+
+
+class Case(Standing):
+    """Names that differ only in case; by stand-ins on a file system that tells them apart."""
+
+    def test_a_rename_in_case_only_needs_one_run(self) -> None:
+        write(self.source + "/Readme", "text")
+        write(self.source + "/Docs/a", "a")
+        write(self.there + "/README", "text")
+        write(self.there + "/docs/a", "a")
+        self.lab.offsync("apply", "--delete", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_both_there_and_one_here(self) -> None:
+        """The twin is not added in this pass: a third spelling tells."""
+        for name in ("README", "A", "caf\u00e9"):
+            write(self.there + "/" + name, name)
+        for name in ("Readme", "a", "cafe\u0301"):
+            write(self.source + "/" + name, name)
+            write(self.there + "/" + name, name)
+        self.lab.offsync("apply", "--delete", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def blind(self) -> dict:
+        """Return an environment whose rsync finds here what is there in any case."""
+        return self.here_runs(
+            'case "$*" in *--ignore-existing*--files-from*) real | grep -v "+++++"; exit 0;;'
+            ' *" -rlptc "*) real | grep -v "+++++"; exit 0;; esac; real'
+        )
+
+    def test_a_target_that_may_take_two_names_for_one(self) -> None:
+        for ours, theirs in (("Readme", "README"), ("docs/a", "DOCS/a"), ("n\u00e9", "ne\u0301")):
+            with self.subTest(ours=ours):
+                self.setUp()
+                write(self.source + "/" + ours, "the only copy")
+                write(self.there + "/" + theirs, "the only copy")
+                done = self.lab.offsync("apply", "--delete", env=self.blind(), check=1)
+                self.assertIn("names that it may take for one", done.err)
+                for name in (ours.split("/")[0], theirs.split("/")[0]):
+                    self.assertIn(name if name.isascii() else "\\", done.err)
+                self.assertEqual(read(self.there + "/" + theirs), "the only copy")
+                self.assertEqual(self.lab.records()[-1]["files_deleted"], [])
+
+    def test_what_a_deletion_took_along_is_sent_again(self) -> None:
+        write(self.source + "/kept/f", "kept", 0o640)
+        shutil.copytree(self.source, self.there, dirs_exist_ok=True)
+        os.symlink("f", self.source + "/kept/l")
+        os.symlink("f", self.there + "/kept/l")
+        write(self.there + "/gone", "x")
+        self.there_runs(
+            'case "$SSH_ORIGINAL_COMMAND" in *--existing*) real; s=$?; rm -r kept; exit $s;; esac;'
+            " real"
+        )
+        self.lab.offsync("apply", "--delete", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+        record = self.lab.records()[-1]
+        self.assertEqual(record["files_deleted"], ["gone"])
+        self.assertEqual(record["files_changed"], ["kept", "kept/f", "kept/l"])
+
+    def test_and_where_it_cannot_be_the_target_fails(self) -> None:
+        write(self.source + "/kept", "kept")
+        write(self.there + "/kept", "kept")
+        write(self.there + "/gone", "x")
+        self.there_runs(
+            'case "$SSH_ORIGINAL_COMMAND" in *--existing*|*delay-updates*)'
+            " real; s=$?; rm -f kept; exit $s;; esac; real"
+        )
+        done = self.lab.offsync("apply", "--delete", check=1)
+        self.assertIn("verification found differences", done.err)
+        self.assertNotIn("ok:", done.out)
+
+
+class Odd(Standing):
+    def test_nothing_can_be_collected(self) -> None:
+        """rsync ends with 0 where it cannot make .~tmp~."""
+        write(self.source + "/f", "x")
+        env = self.here_runs(
+            'case "$*" in *--delay-updates*) echo "Unable to create partial-dir for f --'
+            ' discarding completed file." >&2;; esac; real'
+        )
+        done = self.lab.offsync("apply", env=env, check=1)
+        self.assertIn("a directory .~tmp~ there", done.err)
+        self.assertIn("df -i", done.err)
+        self.assertNotIn("exclude it", done.err)
+
+    @unittest.skipUnless(can_mount(), "a file system without inodes needs root")
+    def test_no_inode_left(self) -> None:
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=3", "tmpfs", self.there], check=True
+        )
+        self.addCleanup(subprocess.run, ["umount", self.there], check=False)
+        for name in ("a", "b", "c", "d"):
+            write(self.source + "/" + name, name)
+        done = self.lab.offsync("apply", check=1)
+        self.assertRegex(done.err, "df -i|the disk is full there")
+        self.assertNotIn("look for what changes them", done.err)
+
+    @unittest.skipUnless(os.geteuid() != 0, "root may read it")
+    def test_a_staging_directory_of_somebody_else(self) -> None:
+        os.mkdir(self.there + "/.~tmp~", 0)
+        self.addCleanup(os.chmod, self.there + "/.~tmp~", 0o700)
+        write(self.source + "/f", "x")
+        done = self.lab.offsync("plan", check=1)
+        self.assertIn("belong to another account", done.out)
+        self.assertNotIn("exclude it", done.out)
+
+
+@unittest.skipUnless(CAN_EXFAT, "no exFAT can be mounted here (root, exfat-fuse, a loop device)")
+class ExFat(Standing):
+    """A real file system without case, modes and symlinks."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        image, self.mounted = self.lab.base + "/image", self.there
+        with open(image, "wb") as stream:
+            stream.truncate(32 << 20)
+        subprocess.run([require("mkfs.exfat"), image], check=True, stdout=subprocess.DEVNULL)
+        device = subprocess.run(
+            ["losetup", "-f", "--show", image], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout.strip()
+        self.addCleanup(subprocess.run, ["losetup", "-d", device], check=True)
+        subprocess.run(
+            ["mount.exfat-fuse", "-o", "umask=022", device, self.there],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.addCleanup(subprocess.run, ["umount", self.there], check=True)
+
+    def test_a_name_that_changed_only_in_case(self) -> None:
+        write(self.source + "/README", "text", 0o755)
+        write(self.source + "/d/f", "x", 0o755)
+        self.lab.offsync("apply", check=0)
+        os.rename(self.source + "/README", self.source + "/Readme")
+        os.rename(self.source + "/d", self.source + "/D")
+        done = self.lab.offsync("apply", "--delete", check=1)
+        self.assertIn("names that it may take for one", done.err)
+        for name in ("README", "Readme", "D", "d"):
+            self.assertRegex(done.err, r"[ :]%s[, ]" % name)
+        self.assertEqual((read(self.there + "/README"), read(self.there + "/d/f")), ("text", "x"))
+
+    def test_two_names_that_are_one_there(self) -> None:
+        write(self.source + "/README", "one", 0o755)
+        write(self.source + "/readme", "two", 0o755)
+        done = self.lab.offsync("apply", check=1)
+        self.assertIn("takes these names for one", done.err)
+        self.assertIn("README, readme", done.err)
+
+    def test_modes_symlinks_and_colons(self) -> None:
+        write(self.source + "/plain", "x", 0o644)
+        done = self.lab.offsync("apply", check=1)
+        self.assertIn("content arrived, modes did not", done.err)
+        self.assertIn("1 entry delivered", done.err)
+        self.assertEqual(self.lab.records()[-1]["files_changed"], ["plain"])
+        self.assertEqual(read(self.there + "/plain"), "x")
+        os.chmod(self.source + "/plain", 0o755)
+        self.lab.offsync("apply", check=0)  # with the modes that the mount shows
+        for make in (
+            lambda: os.symlink("plain", self.source + "/odd"),
+            lambda: write(self.source + "/odd:name", "x", 0o755),
+        ):
+            make()
+            write(self.source + "/more", "more", 0o755)
+            done = self.lab.offsync("apply", check=1)
+            self.assertIn("takes no symlinks, or not every name", done.err)
+            self.assertNotRegex(done.err, "lsattr|sshd's log|nothing was delivered")
+            for name in os.listdir(self.source):
+                if name.startswith("odd") or name == "more":
+                    os.unlink(self.source + "/" + name)
+            self.lab.offsync("apply", "--delete", check=0)
+
+
+if __name__ == "__main__":
+    unittest.main()
