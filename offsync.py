@@ -27,7 +27,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 244 to 2391, in the order in
+To audit it, read the trust core first: lines 241 to 2373, in the order in
 which data flows. What follows serves it: the state directory, link, host keys,
 packages, the config, output, commands; what failures mean comes last.
 """
@@ -101,7 +101,6 @@ class OffsyncError(Exception):
 
     @property
     def text(self) -> str:
-        """Return the message with the marks of its commands, for another message or a terminal."""
         return str(self.args[0])
 
     def __str__(self) -> str:
@@ -168,7 +167,6 @@ class Target(NamedTuple):
 
     @property
     def where(self) -> str:
-        """Return the login and the path, for people."""
         return "%s:%s" % (self.login, show(os.fsencode(self.remote_path)))
 
 class Config(NamedTuple):
@@ -210,7 +208,6 @@ class Change(NamedTuple):
 
     @property
     def sends_content(self) -> bool:
-        """Whether it takes a file's content to the target."""
         if self.entry is None or self.entry.type != "file":
             return False
         return self.kind == "added" or "content" in self.reasons or "type" in self.reasons
@@ -340,7 +337,6 @@ def run(argv: Argv, *, stdin: Union[int, bytes, IO[bytes]] = subprocess.DEVNULL,
     return Result(None if late else status, b"".join(output.kept), output.head + output.tail)
 
 def pipe_of(data: bytes) -> int:
-    """Return a descriptor from which the data (64 KiB at most) can be read."""
     reader, writer = os.pipe()
     os.write(writer, data[:1 << 16])
     os.close(writer)
@@ -370,7 +366,6 @@ class Output:
             raise OffsyncError("a program prints without end; nothing more is read from it")
 
     def take_error(self, chunk: bytes) -> None:
-        """Keep the head and the tail of stderr. Raises OffsyncError without an end."""
         self.error_size += len(chunk)
         if self.error_size > STDOUT_LIMIT:
             raise OffsyncError("a program complains without end; nothing more is read from it")
@@ -428,7 +423,7 @@ def attempts() -> Iterator[bool]:
     yield True
 
 class Threads:
-    """Threads that carry out functions; one that cannot start (a process limit) is done without.
+    """Threads that carry out functions.
 
     What a function touches is its own, or says at its definition who else does. close() drops what
     is queued (the interpreter would work it all off before it ends), and waits for what has begun.
@@ -440,21 +435,19 @@ class Threads:
         self.threads = threads
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return the future of a function, None where no thread can be started for it.
-
-        Then it may be carried out nevertheless, by a thread that is there already.
-        """
+        """Return the future of a function. Raises OffsyncError where no thread can be started."""
         try:
             return self.executor.submit(function, *arguments)
         except RuntimeError:
-            return None
+            raise OffsyncError("threads: none can be started; raise the limit (ulimit -u), or use "
+                               "--jobs 1") from None
 
     def each(self, function: Callable[[_Item], _Value],
              items: Sequence[_Item]) -> Iterator[tuple[_Item, _Value]]:
         """Begin with function(item) for all items; return an iterator over (item, value) as each
         ends. Whatever stops the consumer, no other item is begun, and all that was has ended.
 
-        Raises OffsyncError if there is no thread at all, and what a function raises.
+        Raises what a function raises.
         """
         from queue import SimpleQueue
         todo, ended = [*reversed(items)], SimpleQueue()     # type: ignore[var-annotated]
@@ -468,9 +461,13 @@ class Threads:
                     except BaseException as error:          # raised again where it is taken
                         ended.put((item, None, error))
 
-        begun = [self.submit(work) for _ in range(min(self.threads, len(items)))]
-        if begun and not any(begun):
-            raise OffsyncError("threads: none can be started; raise the limit (ulimit -u)")
+        begun: list[Any] = []
+        for _ in range(min(self.threads, len(items))):
+            try:
+                begun.append(self.submit(work))
+            except OffsyncError:            # those that began do the work of the others
+                if not begun:
+                    raise
 
         def take() -> Iterator[tuple[_Item, _Value]]:
             try:
@@ -483,13 +480,12 @@ class Threads:
                     yield item, value
             finally:
                 todo.clear()
-                self.wait([future for future in begun if future])
+                self.wait(begun)
                 PROGRESS.update("(all)", None)
 
         return take()
 
     def close(self) -> None:
-        """Drop what is queued, and wait for what has begun."""
         self.executor.shutdown(cancel_futures=True)
 
 def start_guard(scratch: str, ssh: str) -> tuple[int, int]:
@@ -557,11 +553,9 @@ def show(name: bytes, quoted: bool = False) -> str:
     return '"' + "".join(letters) + '"'
 
 def show_text(text: str) -> str:
-    """Return text from outside (an argument, a config value) fit for a message."""
     return cut(show(os.fsencode(text)))
 
 def cut(text: str) -> str:
-    """Return a text of at most so many characters as a message has room for."""
     return text if len(text) <= NAME_SHOWN else text[:NAME_SHOWN] + "..."
 
 def folded(name: bytes) -> str:
@@ -594,7 +588,8 @@ def read_json_name(fields: dict[str, Any], key: str = "path") -> bytes:
 
 def inside(path: bytes) -> bytes:
     """Return a path that does not leave the directory that it is relative to. Raises ValueError."""
-    if not path or path.startswith(b"/") or not {b"..", b".", b""}.isdisjoint(path.split(b"/")):
+    odd = not {b"..", b".", b""}.isdisjoint(path.split(b"/"))
+    if odd or path.startswith(b"/") or b"\0" in path:
         raise ValueError("a name that leaves the directory: " + show(path[:100]))
     return path
 
@@ -635,7 +630,6 @@ def quote_answer(output: bytes) -> str:
     return text if len(text) <= 300 else "..." + text[-297:]
 
 def format_bytes(size: float) -> str:
-    """Return a size in bytes for people, in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return "%d %s" % (size, unit) if unit == "B" else "%.1f %s" % (size, unit)
@@ -643,16 +637,13 @@ def format_bytes(size: float) -> str:
     return "%.1f TiB" % size
 
 def plural(count: int, singular: str, several: str = "") -> str:
-    """Return "1 file", "2 files"."""
     return "%d %s" % (count, singular if count == 1 else several or singular + "s")
 
 def some_of(names: Sequence[str], separator: str = ", ") -> str:
-    """Return the first names and how many more there are."""
     more = len(names) - LISTED
     return separator.join([*names[:LISTED], *(["and %d more" % more] if more > 0 else [])])
 
 def some_paths(paths: Iterable[bytes]) -> str:
-    """Return the first paths, sorted, and how many more there are."""
     names = sorted(paths)
     similar = alike(names)
     return some_of([cut(show(name, name in similar)) for name in names])
@@ -756,7 +747,6 @@ class Source:
         self.threads = Threads(min(os.cpu_count() or 1, 4))
 
     def want(self, path: bytes) -> None:
-        """Have an entry described in the background."""
         with self.lock:
             if path not in self.entries:
                 self.entries[path] = None
@@ -770,17 +760,10 @@ class Source:
             self.hand_over([[path] for path in self.batch])
 
     def hand_over(self, batches: list[list[bytes]]) -> None:
-        """Give batches to the threads; where none can be started, describe them here."""
         self.batch = []
-        for paths in batches:
-            future = self.threads.submit(self.describe, paths)
-            if future:
-                self.pending.append(future)
-            else:
-                self.describe(paths)
+        self.pending += [self.threads.submit(self.describe, paths) for paths in batches]
 
     def describe(self, paths: list[bytes]) -> None:
-        """Describe entries, or note why that cannot be done."""
         for path in paths:
             if STOP.is_set():
                 raise Stopped("interrupted")
@@ -808,7 +791,6 @@ class Source:
                                show(self.root), some_of(named))
 
     def entry(self, path: bytes) -> Entry:
-        """Return what is described; after wait()."""
         entry = self.entries[path]
         assert entry is not None
         return entry
@@ -903,8 +885,10 @@ def scan(source: Source, needed: int) -> dict[bytes, str]:
                         offences[path] = why
         except OSError as error:
             if not directory:
-                raise OffsyncError("source %s: %s; name a readable directory",
-                                   show(source.root), error.strerror) from None
+                remedy = "raise that limit (ulimit -n)" if error.errno == 24 else \
+                    "name a readable directory"
+                raise OffsyncError("source %s: %s; " + remedy, show(source.root),
+                                   error.strerror) from None
             offences.setdefault(directory, "it cannot be read")
     PROGRESS.update("source", None)
     return offences
@@ -1063,7 +1047,6 @@ class Connection:
         self.session_seconds = 0.0          # which is a session that does nothing
 
     def options(self) -> list[str]:
-        """Return the options of a connection."""
         home, port = self.shared.home, self.target.port
         files = '"%s" ~/.ssh/known_hosts ~/.ssh/known_hosts2' % home.known_hosts
         words = [*SSH_OPTIONS, "-o", "UserKnownHostsFile=" + (self.known_hosts or files),
@@ -1073,11 +1056,9 @@ class Connection:
         return words + (["-o", "Port=%d" % port] if port else [])
 
     def destination(self) -> list[str]:
-        """Return ssh's words for the login."""
         return ["-l", self.target.user, "--", self.target.host]
 
     def session_options(self) -> list[str]:
-        """Return the options of a session over the open connection."""
         return [*SSH_SESSION, "-o", "ControlPath=" + self.socket]
 
     def is_open(self) -> bool:
@@ -1115,7 +1096,6 @@ class Connection:
             prove_path(self)
 
     def session(self, options: Sequence[str], command: str) -> Result:
-        """Ask for a command in a session. Its stdin stays open: what reads it, is late."""
         argv = [self.shared.ssh, *self.session_options(), *options, *self.destination(), command]
         return run(argv, stdin=subprocess.PIPE, deadline=SESSION_DEADLINE)
 
@@ -1354,6 +1334,7 @@ class Sent:
         self.reported: set[bytes] = set()   # paths, as planned
         self.wrong: set[bytes] = set()      # other content, mode or link, or not planned at all
         self.bytes = 0
+        self.room = 50 * len(planned) + 1000        # reports: a target can ask again and again
 
     @staticmethod
     def name(change: Change) -> bytes:
@@ -1370,8 +1351,10 @@ class Sent:
         md5 = line[:32].strip()
         mode, count, itemized = line[33:].split(b" ", 2)
         code, name = itemized[:11], printed_name(itemized[12:])
-        if code.startswith(b"*deleting"):
-            raise failure(self.target, Kind.ELSEWHERE, "a deletion", [name])
+        self.room -= 1
+        if code.startswith(b"*deleting") or self.room < 0:
+            raise failure(self.target, Kind.ELSEWHERE, "a deletion" if self.room >= 0 else
+                          "without end", [name])
         self.bytes += int(count)
         changes = self.planned.get(code[1:2].replace(b"L", b"s") + name, ())
         if not changes:
@@ -1405,7 +1388,6 @@ def is_leftover(source: "Source", change: Change) -> bool:
     return any(os.path.lexists(os.path.join(source.root, directory, name)) for name in names)
 
 def size_to_send(changes: Iterable[Change]) -> int:
-    """Return how many bytes the files to send have."""
     return sum(change.entry.size for change in changes if change.entry and change.sends_content)
 
 
@@ -1435,7 +1417,6 @@ class TargetPlan:
         self.spared: set[bytes] = set()     # leftovers that a reviewed plan does not list
 
     def of(self, *kinds: str) -> list[Change]:
-        """Return the changes of these kinds."""
         return [change for change in self.changes if change.kind in kinds]
 
 def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iterable[bytes]] = None,
@@ -1456,6 +1437,8 @@ def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iter
         if not change:
             return
         found.append(change)
+        if change.kind == "missing" and paths is not None:
+            raise failure(target, Kind.ELSEWHERE, "a deletion", [change.path])
         if change.kind == "missing":
             room -= len(change.path) + ENTRY_COST
         else:
@@ -1499,7 +1482,7 @@ def compare_proved(connection: Connection) -> list[Change]:
         failed = error
     connection.pass_seconds = time.monotonic() - started
     shared.source.flush()
-    if proofs and proofs[0]:
+    if proofs:
         proofs[0].result()                  # raises where the key is known to be open
     waited = isinstance(failed, Stopped) or getattr(failed, "kind", None) is Kind.SILENT
     if not connection.restricted and not waited:        # it would only be waited for once more
@@ -1590,7 +1573,6 @@ def plan_all(shared: Run, targets: Sequence[Target]) -> list[TargetPlan]:
     return [plans[target] for target in targets]
 
 def json_line(fields: dict[str, Any]) -> bytes:
-    """Return one line of JSON, keys sorted."""
     return json.dumps(fields, sort_keys=True).encode() + b"\n"
 
 def split_line(change: Change) -> tuple[bytes, bytes]:
@@ -1660,6 +1642,7 @@ def read_line(line: bytes) -> tuple[dict[str, Any], Optional[Change]]:
         printed = json_line({key: fields[key] for key in known})
     if printed != line:
         raise ValueError("it is not as offsync prints it")
+    hash((fields.get("login"), change))     # no list where a word belongs
     return fields, change
 
 
@@ -1731,7 +1714,6 @@ def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes],
                        if (plan.target.login, change.path) not in leftovers}
 
 def refuse_line(name: str, number: int, line: bytes) -> NoReturn:
-    """Raise for a line of a reviewed plan that is none."""
     with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
         fields = json.loads(line)
         if "source" in fields and fields.get("version") != PLAN_VERSION or "set" in fields.values():
@@ -1771,7 +1753,6 @@ def not_in_source(source: Source, held: set[tuple[bytes, Entry]]) -> list[bytes]
     return sorted({path for path, entry in held if not same(path, entry)})
 
 def name_line(fields: dict[str, Any]) -> str:
-    """Return a sentence for a line that was not reviewed."""
     if "source" in fields:
         return "the policy is now %s (give --source and --delete as for the plan)" % (
             json.dumps(fields))
@@ -1948,11 +1929,16 @@ class Delivery:
         """Raise if a deletion could take along what the source has under a similar name.
 
         Where a target takes README for Readme, it reports README as only there and Readme as equal.
-        It tells the two apart if the one of the source is added in the same pass.
+        It tells the two apart if the one of the source is added in the same pass. Where the source
+        has both, they would overwrite each other in turn.
         """
-        names = self.taken_for_one([*self.deletable], {c.path for c in self.plan.of("added")})
+        added = {c.path for c in self.plan.of("added")}
+        names = self.taken_for_one([*self.deletable], added)
         if names:
             raise self.failure(Kind.TWINS, names)
+        names = self.taken_for_one([c.path for c in self.plan.of("modified")], added)
+        if names:
+            raise self.failure(Kind.SAME_NAME, names)
 
     def taken_for_one(self, paths: Sequence[bytes], added: set[bytes]) -> set[bytes]:
         """Return these paths and those of the source that the target may take for the same.
@@ -2017,11 +2003,9 @@ class Delivery:
                                here or set(lost))
 
     def failure(self, kind: Failure, paths: Iterable[bytes]) -> TargetError:
-        """Return a failure that names paths."""
         return failure(self.plan.target, kind, names=paths)
 
     def explain(self, result: Result) -> TargetError:
-        """Return what a failed rsync meant."""
         if result.status is None:
             return failure(self.plan.target, Kind.SILENT)
         error = diagnose(self.plan.target, result.stderr)
@@ -2110,11 +2094,13 @@ class Delivery:
             raise self.failure(Kind.APPEARED, surprises)
         PROGRESS.update(self.login, "deleting %s" % plural(len(paths), "entry", "entries"))
 
-        replaced = {c.path for c in self.sent if "type" in c.reasons and not c.directory}
+        may_go = {*paths, *(c.path for c in self.sent
+                            if "type" in c.reasons and not c.directory)}
 
         def judge(line: bytes) -> None:
             code, name = line[:11], printed_name(line[12:]).rstrip(b"/")
-            gone = code.startswith(b"*deleting") and (name in paths or name in replaced)
+            gone = code.startswith(b"*deleting") and name in may_go
+            may_go.discard(name)            # once: a target can report it without end
             if not gone and not code.startswith(b".d"):
                 raise failure(self.plan.target, Kind.ELSEWHERE, "in a deletion", [name])
 
@@ -2163,7 +2149,6 @@ class Delivery:
             self.verdict = verdict
 
 def staged(path: bytes) -> bytes:
-    """Return where --delay-updates keeps a file until all have arrived."""
     return os.path.join(os.path.dirname(path), STAGING, os.path.basename(path))
 
 def find_twins(source: Source, missing: Sequence[bytes],
@@ -2188,26 +2173,24 @@ def find_twins(source: Source, missing: Sequence[bytes],
         for twin in listed[directory].get(folded(name), ()):
             kept = os.path.join(directory, twin)
             if twin != name and kept not in added:
-                known = {name, *(one for names in listed[directory].values() for one in names)}
-                others = [one for one in known - {name}
-                          if os.path.join(directory, one) not in added]
-                third = next((spelling for one in (twin, *sorted(others))
-                              for spelling in spellings(one) if spelling not in known
-                              and os.path.join(directory, spelling) not in there), None)
-                found.append((path, kept, third and os.path.join(directory, third)))
+                known = {one for names in listed[directory].values() for one in names}
+                others = sorted(one for one in known if os.path.join(directory, one) not in added)
+                spelt = (os.path.join(directory, spelling) for one in (twin, *others)
+                         for spelling in spellings(one, len(alike((name, twin))) == 2)
+                         if spelling not in known)
+                found.append((path, kept, next((one for one in spelt if one not in there), None)))
     return found
 
-def spellings(name: bytes) -> list[bytes]:
-    """Return other spellings of a name: in other cases, composed and decomposed."""
-    try:
-        text = name.decode("utf-8")
-    except UnicodeDecodeError:
-        return []
+def spellings(name: bytes, forms: bool) -> list[bytes]:
+    """Return other spellings of a name: composed and decomposed first, where forms; other cases.
+
+    They must differ as the two names differ of which it is asked whether a target tells them apart.
+    """
+    text = name.decode("utf-8", "replace")
     changed = [text.swapcase(), text.upper(), text.lower(), text.title().swapcase(), text.title()]
-    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
-    if forms[0] != forms[1]:                # they may differ in that alone: try it alone first
-        changed = forms + changed
-    return [other.encode("utf-8") for other in changed if other != text]
+    if forms:
+        changed = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")] + changed
+    return [other.encode("utf-8") for other in changed if other != text and "\ufffd" not in text]
 
 
 # --- Trust core: record, status and lock --------------------------------------------------------
@@ -2226,7 +2209,7 @@ def take_lock(home: "Home", what: str, shared: bool = False) -> None:
         raise OffsyncError("%s is running and holds the lock %s; try again when it has finished",
                            holder, show_text(home.lock_file)) from None
     except OSError as error:
-        if shared:                          # where nobody may write, nobody does
+        if shared and error.errno in (1, 13, 30):   # where nobody may write, nobody does
             return
         raise OffsyncError("lock %s: %s; nothing was sent or changed; mend that, then try again",
                            show_text(home.lock_file), error.strerror) from None
@@ -2237,10 +2220,11 @@ def take_lock(home: "Home", what: str, shared: bool = False) -> None:
         log_killed_runs(home)
 
 def open_log(home: "Home") -> int:
-    """Return a descriptor for appending to operations.log. Raises OffsyncError."""
     try:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        log = os.open(home.log, flags, 0o600)
+        log = os.open(home.log, flags | os.O_NONBLOCK, 0o600)
+        if not stat.S_ISREG(os.fstat(log).st_mode):
+            raise OSError(22, "it is no regular file")
         size = os.fstat(log).st_size
         if size and os.pread(log, 1, size - 1) != b"\n":    # the disk was full once: what
             os.write(log, b"\n")                            # follows stays readable
@@ -2304,7 +2288,6 @@ class Log:
         self.ended: dict[str, Record] = {}  # by login, not printed yet
         self.results: collections.Counter[str] = collections.Counter()      # of those printed
         self.said: dict[tuple[str, str], list[str]] = {}    # failures that were printed, and whose
-        os.close(open_log(home))            # nothing is sent where that fails
 
     def __enter__(self) -> "Log":
         return self
@@ -2321,9 +2304,10 @@ class Log:
                     seconds=0.0))
             except OffsyncError as problem:
                 lost = problem.text
-        refused = isinstance(error, OffsyncError) and not isinstance(error, Stopped) and not begun
+        expected = (OffsyncError, OSError, MemoryError)     # main() says why, once for all of them
+        refused = isinstance(error, expected) and not isinstance(error, Stopped) and not begun
         for login in sorted(self.ended):
-            self.report(login, quiet=refused)       # main() says why, once for all of them
+            self.report(login, quiet=refused)
         for (result, _), logins in self.said.items():
             if len(logins) > 1:
                 emit("offsync: %s as %s: %s" % (result, logins[0], some_of(logins[1:])), error=True)
@@ -2331,15 +2315,13 @@ class Log:
             words = ["%d %s" % (count, word)
                      for word, count in sorted(self.results.items(), reverse=True)]
             emit("%s: %s" % (plural(sum(self.results.values()), "target"), ", ".join(words)))
-        if lost and isinstance(error, OffsyncError):
+        if isinstance(error, OffsyncError) and lost not in error.text:
             raise OffsyncError("%s; and %s", error.text, lost) from None
 
     def identify(self, plan: str) -> None:
-        """Note the ID of the plan, once it is known."""
         self.open = {login: record._replace(plan=plan) for login, record in self.open.items()}
 
     def start(self, login: str) -> None:
-        """Note that a delivery begins: were all killed, the next command with the lock logs it."""
         write_status(self.home, self.open[login]._asdict())
 
     def finish(self, record: Record) -> None:
@@ -2423,7 +2405,6 @@ def make_scratch() -> str:
 
 @contextlib.contextmanager
 def scratch_directory() -> Iterator[str]:
-    """Make a scratch directory that is removed at the end."""
     made = make_scratch()
     try:
         yield made
@@ -2502,7 +2483,6 @@ def make_directory(path: str, mode: int) -> None:
         os.close(descriptor)
 
 def name_of(uid: int) -> str:
-    """Return an account's name, or its number where it has none."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -2541,7 +2521,6 @@ def find_strangers(path: str, itself: bool = True) -> str:
     return ""
 
 def check_private(path: str) -> str:
-    """Return a path, shown; raise unless it is there and nobody else can read it."""
     if not os.path.exists(path):
         raise OffsyncError("%s: it does not exist; run: `offsync init`", show_text(path))
     mode = stat.S_IMODE(os.stat(path).st_mode)
@@ -2586,14 +2565,12 @@ class Home:
             self.refuse_strangers()
 
     def refuse_strangers(self) -> None:
-        """Raise OffsyncError if others could change what lies there."""
         strangers = find_strangers(self.path)
         if strangers:
             raise OffsyncError("state directory %s: others could change what offsync does: %s",
                                show_text(self.path), strangers)
 
     def read_config(self) -> str:
-        """Return the config's text."""
         if not os.path.lexists(self.config):
             raise UsageError("config %s: it does not exist; " + self.find_state(),
                              show_text(self.config))
@@ -2621,7 +2598,6 @@ class Home:
         return "run first: `offsync init --source DIR`"
 
     def load(self) -> Config:
-        """Return the config."""
         return validate_config(self.read_config(), self.config)
 
     def replace_in_config(self, key: str, block: Sequence[str]) -> None:
@@ -2639,7 +2615,7 @@ class Home:
             make_directory(os.path.realpath(self.plans), 0o700)
             write_atomically(os.path.join(self.plans, name), plan_lines(config, plans), 0o600)
             for entry in os.scandir(self.plans):
-                with contextlib.suppress(FileNotFoundError):        # another plan drops it, too
+                with contextlib.suppress(OSError):      # another plan drops it, too
                     if entry.stat().st_mtime < time.time() - PLANS_KEPT_DAYS * 86400:
                         os.unlink(entry.path)
         except (OSError, OffsyncError) as error:
@@ -2663,6 +2639,8 @@ class Home:
         try:
             digest, copy = hashlib.sha256(), tempfile.TemporaryFile(dir=scratch)    # of a pipe, too
             with open(path, "rb") as stream:
+                if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):     # it may have no end
+                    raise OSError(22, "it is a device")
                 for chunk in iter(lambda: stream.read(1 << 18), b""):
                     digest.update(chunk)
                     copy.write(chunk)
@@ -2850,6 +2828,14 @@ def probe_rrsync(words: Sequence[str], munge: bool) -> None:
                 "rsync and rrsync to 3.5.0, or to ones in which that is mended%s; or accept it: "
                 "--accept-risk rrsync", words[-1], ways)
 
+def mount_points() -> list[str]:
+    """Return where file systems are mounted, as Linux tells (proc(5)); elsewhere none."""
+    with contextlib.suppress(OSError), open("/proc/self/mounts", "rb") as stream:
+        places = [line.split(b" ")[1] for line in stream]
+        return [os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), place))
+                for place in places]
+    return []
+
 def same_file(one: str, other: str) -> bool:
     """Return whether two paths are one thing, also under another name (a bind mount)."""
     with contextlib.suppress(OSError):
@@ -2865,6 +2851,7 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
     validate_absolute_path(real, "path")
     choose = "choose a directory that holds only delivered files, such as /srv/app-data"
     above = [real[:match.start()] or "/" for match in re.finditer("/", real + "/")]
+    mounted = [place for place in mount_points() if place.startswith(real + "/")]
 
     def lies_in(place: str) -> bool:
         return (real + "/").startswith(place.rstrip("/") + "/") or any(
@@ -2873,7 +2860,14 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
     def contains(place: str) -> bool:
         parents = [place[:match.start()] for match in re.finditer("/", place + "/")]
         return (place + "/").startswith(real.rstrip("/") + "/") or any(
-            same_file(real, directory) for directory in parents if directory)
+            same_file(mine, directory) for directory in parents if directory
+            for mine in (real, *mounted))
+
+    def may_be(place: str) -> bool:
+        """Tell whether a path with % tokens may stand for one in or above the real path."""
+        pairs = zip(real.split("/")[1:], place.split("/")[1:])
+        return "%" in place and all(
+            re.fullmatch(re.sub("%.", ".*", re.escape(theirs)), ours) for ours, theirs in pairs)
 
     if os.path.lexists(real) and not os.path.isdir(real):
         raise UsageError("path %s: it is no directory; choose another, or move it away",
@@ -2884,7 +2878,7 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
     if real == "/" or any(real == home or same_file(real, home) for home in homes):
         found = "is the root or a home directory"
     for place in sorted({*keys, *map(os.path.realpath, [*keys, *protected])}):
-        if not found and (contains(place) or lies_in(place)):
+        if not found and (contains(place) or lies_in(place) or may_be(place)):
             found = "%s %s" % ("contains" if contains(place) else "lies in", show_text(place))
     if found:
         raise UsageError("path %s: it %s, so a key that writes there is as good as a shell; "
@@ -2896,12 +2890,10 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
     return real
 
 def login_accounts() -> dict[str, str]:
-    """Return {home: name} of all accounts that may log in."""
     return {account.pw_dir: account.pw_name for account in pwd.getpwall()
             if os.path.basename(account.pw_shell) not in NO_LOGIN_SHELLS}
 
 def login_homes() -> set[str]:
-    """Return the homes of all accounts that may log in, and this one's."""
     return {os.path.expanduser("~"), *login_accounts()}
 
 def homes_of_owners(path: str) -> set[str]:
@@ -2976,7 +2968,6 @@ class AuthorizedKeys:
         self.line = self.edit(None)[1]      # as it is now, "" for none
 
     def read(self) -> bytes:
-        """Return the file's text, b"" where there is none."""
         return read_file(self.path, "authorized_keys", "") if os.path.exists(self.path) else b""
 
     def edit(self, line: Optional[str]) -> tuple[bytes, str]:
@@ -2989,7 +2980,6 @@ class AuthorizedKeys:
                 self.path, error)) from None
 
     def write(self, line: Optional[str]) -> None:
-        """Set offsync's line for the key, or remove it for None."""
         new = self.edit(line)[0]
         if new == self.text:
             return
@@ -3029,19 +3019,15 @@ def sshd_settings(user: str) -> dict[str, list[str]]:
     return settings
 
 def sshd_paths(settings: dict[str, list[str]]) -> list[str]:
-    """Return the paths that sshd names, each up to the component with its first %.
-
-    A name that is not absolute is below every home.
-    """
+    """Return the paths that sshd names, its % tokens left in; those below every home, too."""
     found = []
     for name in SSHD_PATHS:
         words = settings.get(name, [])
         for word in words[:1] if name.endswith("command") else words:       # not its arguments
             word = word[3:] if word.startswith("%h/") else word
-            literal = word if "%" not in word else os.path.dirname(word.split("%")[0])
-            if literal not in ("", "/", "none"):
-                homes = [""] if literal.startswith("/") else login_homes()
-                found += [os.path.join(home, literal) for home in homes]
+            if word != "none":
+                homes = [""] if word.startswith("/") else login_homes()
+                found += [os.path.join(home, word) for home in homes]
     return found
 
 def account_problem(account: pwd.struct_passwd) -> str:
@@ -3146,7 +3132,6 @@ def own_address(settings: dict[str, list[str]]) -> tuple[Optional[int], str]:
     return port, ""
 
 def cmd_link(args: argparse.Namespace) -> int:
-    """Install the restricted key on this target and print the controller's command."""
     require_programs("target")
     account, risks, munge = own_account(), args.accept_risk or (), not args.symlinks
     rrsync, words, language = find_rrsync(args.rrsync)
@@ -3194,7 +3179,6 @@ def cmd_link(args: argparse.Namespace) -> int:
     return 0
 
 def report_link(keys: AuthorizedKeys, line: str, path: str) -> None:
-    """Say what link did, and what the key may write to no more."""
     before, after = (re.sub('^from="[^"]*",', "", text).split(KEY_RESTRICTIONS)[0]
                      for text in (keys.line, line))
     if before not in ("", after):
@@ -3205,7 +3189,6 @@ def report_link(keys: AuthorizedKeys, line: str, path: str) -> None:
         done, keys.path, show_text(path)), error=True)
 
 def cmd_unlink(args: argparse.Namespace) -> int:
-    """Remove the key's entry from authorized_keys."""
     own_account()
     keys = AuthorizedKeys(read_key_argument(args))
     keys.write(None)
@@ -3223,11 +3206,9 @@ HOST_KEY_FAMILIES = ("ssh-ed25519", "ecdsa-sha2-nistp256,ecdsa-sha2-nistp384,ecd
                      "rsa-sha2-512,rsa-sha2-256,ssh-rsa")
 
 def blob(line: str) -> list[str]:
-    """Return [type, key] of a known_hosts line without its marker."""
     return line.split()[1:3]
 
 def describe_keys(lines: Iterable[str]) -> str:
-    """Return the fingerprints of known_hosts lines."""
     return ", ".join(sorted({"%s (%s)" % key[1:] for key in fingerprints(lines)})) or "none"
 
 def fetch_host_key(connection: Connection, family: str = "") -> str:
@@ -3310,8 +3291,10 @@ def explain_host_key(connection: Connection, error: TargetError) -> TargetError:
     except TargetError as problem:
         return problem if problem.kind is Kind.REVOKED else error
     known = [line for line, _ in known_lines(connection.shared, shown.split()[0])]
-    return failure(connection.target, Kind.HOST_KEY_CHANGED, "known %s, shown now %s" % (
-        describe_keys(known), describe_keys([shown])))
+    facts = "known %s, shown now %s" % (describe_keys(known), describe_keys([shown]))
+    if blob(shown)[0] not in [blob(line)[0] for line in known]:
+        facts += " (of another type: has ssh_config HostKeyAlgorithms for it?)"
+    return failure(connection.target, Kind.HOST_KEY_CHANGED, facts)
 
 def confirm_host_key(target: Target, line: str) -> None:
     """Ask whether a host key is the target's; raise unless a full "yes" says so."""
@@ -3454,7 +3437,6 @@ def prove_all(connection: Connection) -> list[Proof]:
     return [*proofs, Proof("write below the path (dry run)", True, "possible")]
 
 def cmd_target_add(args: argparse.Namespace) -> int:
-    """Prove trust and restriction of a target, then save it."""
     require_programs("controller")
     target = Target(**{key: row.accept(getattr(args, key)) for key, row in TARGET_KEYS.items()
                        if row.option and getattr(args, key) is not None})
@@ -3549,7 +3531,6 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
                        "install-deps`, or set OFFSYNC_RSYNC", problem, *RSYNC_OLDEST)
 
 def missing_programs(role: str) -> dict[str, str]:
-    """Return the programs that a role needs and that are not here, each with what is wrong."""
     checks: dict[str, Callable[[], Any]] = {"rsync": find_rsync}
     checks["ssh-keygen"] = lambda: program("ssh-keygen")
     if role != "target":
@@ -3628,7 +3609,6 @@ def require_programs(role: str) -> None:
         install_dependencies(role)
 
 def cmd_install_deps(args: argparse.Namespace) -> int:
-    """Install system packages."""
     install_dependencies(args.role, args.yes)
     return 0
 
@@ -3703,7 +3683,6 @@ def explain_yaml(line: str) -> str:
     return "unsupported syntax or value; put text in double quotes, as JSON"
 
 def add_pair(mapping: dict[str, Node], key: str, node: Node) -> None:
-    """Add a pair to a mapping. Raises ValueError for a second one of its key."""
     if key in mapping:
         raise ValueError("the key %s stands here for the second time; remove one" % key)
     mapping[key] = node
@@ -3768,7 +3747,6 @@ def format_targets(targets: Sequence[Target]) -> list[str]:
     return lines
 
 def format_new_config(source: str) -> str:
-    """Return the config that init writes."""
     return ('version: 1\nsource: %s\ndelete: false\noverwrite: true\nverify: "hash"\nexclude:\n'
             '  - ".git/"\ntargets: []\n' % format_yaml(source))
 
@@ -3804,7 +3782,6 @@ def validate_absolute_path(path: str, what: str) -> str:
     return posixpath.normpath("/" + path.lstrip("/"))
 
 def validate_port(port: Any) -> int:
-    """Return a TCP port number."""
     if not re.fullmatch("[1-9][0-9]{0,4}", str(port)) or int(port) > 65535:
         raise UsageError("port %s: it must be a number from 1 to 65535", show_text(str(port)))
     return int(port)
@@ -3883,7 +3860,6 @@ def validate_config(text: str, filename: str) -> Config:
         raise UsageError("%s:%d: %s; correct that", filename, line, message)
 
     def values_of(nodes: dict[str, Node], rules: dict[str, Rule], first: int) -> dict[str, Any]:
-        """Return the values of a mapping, defaults included."""
         for key, node in nodes.items():
             if key not in rules:
                 refuse(node.line, "the key %s is unknown; known here are %s" % (
@@ -3945,7 +3921,6 @@ class Progress:
         return sys.stderr.isatty() and not dumb and not VERBOSE.is_set()
 
     def update(self, name: str, text: Optional[str]) -> None:
-        """Show what is done for a target, its first word being the phase; None ends its line."""
         if self.enabled():
             with self.lock:
                 before, since = self.texts.pop(name, ("", 0.0))
@@ -3965,7 +3940,6 @@ class Progress:
                 min(percent, 100), format_bytes(total), " at " + rate if total > 1 << 20 else ""))
 
     def tick(self, interval: float = 0.5) -> None:
-        """Draw all lines again if the last time was the interval (seconds) ago."""
         now = time.monotonic()
         if (self.texts or self.drawn) and now >= self.last + interval:
             with self.lock:
@@ -3993,7 +3967,6 @@ PROGRESS = Progress()
 LOST_OUTPUT: list[str] = []                 # why stdout failed: said at the end, the work goes on
 
 def terminal_size(stream: Any) -> tuple[int, int]:
-    """Return (columns, rows) of a terminal, 80 and 24 where it does not tell."""
     try:
         columns, rows = os.get_terminal_size(stream.fileno())
     except OSError:
@@ -4045,26 +4018,28 @@ def emit(text: Union[str, bytes], error: bool = False, prose: bool = False) -> N
             LOST_OUTPUT.append(str(problem.strerror))
 
 def emit_lines(lines: Iterable[bytes]) -> None:
-    """Print many lines, some at a time: there may be a million."""
     lines = iter(lines)
     for batch in iter(lambda: b"".join(itertools.islice(lines, 1000)), b""):
         emit(batch)
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in columns."""
+def print_table(rows: Sequence[Sequence[str]], columns: int = sys.maxsize) -> None:
+    """Print rows in columns, each cut to so many characters."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        emit("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        cells = (printable(cell).ljust(width) for cell, width in zip(row, widths))
+        emit("  ".join(cells).rstrip()[:columns])
+
+def print_cut(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows, each one line of the terminal, if there is one."""
+    print_table(rows, terminal_size(sys.stdout)[0] if sys.stdout.isatty() else sys.maxsize)
 
 def warn(text: str, *values: object) -> None:
-    """Print a warning, filled as an error's message is."""
     emit("offsync: warning: " + compose(text, *values), error=True)
 
 
 COLOURS = {"added": 32, "modified": 33, "missing": 31, "leftover": 36, "failed": 31, "ok": 32}
 
 def colour(kind: str, text: str) -> str:
-    """Return text in its kind's colour on a terminal's stdout, else as it is (no-color.org)."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     if plain or not sys.stdout.isatty():
         return text
@@ -4110,7 +4085,7 @@ def read_public_key(path: str) -> bytes:
     if done.status == 0:
         return done.stdout
     data, quoted = read_file(path, "key", "run: `offsync init`"), shlex.quote(path)
-    if b"\r" in data or not data.endswith(b"\n"):
+    if data and (b"\r" in data or not data.endswith(b"\n")):
         raise OffsyncError("key %s: its line ends are damaged (CR LF, or none at the end, as a CI "
                            r"variable leaves them); run: `sed -i -e 's/\r$//' -e '$a\' %s`",
                            show_text(path), quoted)
@@ -4131,7 +4106,6 @@ def check_own_key(path: str) -> str:
     return public[0].decode()
 
 def cmd_init(args: argparse.Namespace) -> int:
-    """Create key pair and config, or update the source; print the public key."""
     require_programs("controller")
     home, source = Home(), ""
     if args.source is not None or not os.path.lexists(home.config):
@@ -4171,27 +4145,22 @@ def cmd_init(args: argparse.Namespace) -> int:
 
 def read_log(home: Home) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield (line, record) of operations.log; what is half written, or none, is passed over."""
-    with contextlib.suppress(FileNotFoundError), open(home.log, "rb") as stream:
+    if not os.path.isfile(home.log):
+        return
+    with open(home.log, "rb") as stream:
         for line in stream:
             with contextlib.suppress(ValueError, RecursionError):
                 fields = json.loads(line)
                 if isinstance(fields, dict) and isinstance(fields.get("timestamp"), str):
+                    for key in ("files_changed", "files_deleted"):
+                        names = fields.get(key)
+                        fields[key] = [*map(str, names)] if isinstance(names, list) else None
                     yield line, fields
 
-def print_cut(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in columns, each one line: cut to the terminal, if there is one."""
-    columns = terminal_size(sys.stdout)[0] if sys.stdout.isatty() else sys.maxsize
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        cells = (printable(cell).ljust(width) for cell, width in zip(row, widths))
-        emit("  ".join(cells).rstrip()[:columns])
-
 def short_time(timestamp: str) -> str:
-    """Return a record's time for people, still UTC."""
     return timestamp[:16].replace("T", " ")
 
 def cmd_target_list(args: argparse.Namespace) -> int:
-    """List the targets, each with its last outcome."""
     home = Home()
     config, last = home.load(), read_statuses(home)
     targets = sorted(config.targets)
@@ -4222,7 +4191,6 @@ def cmd_target_list(args: argparse.Namespace) -> int:
     return 0
 
 def cmd_target_remove(args: argparse.Namespace) -> int:
-    """Forget a target; its files and its key entry stay there."""
     home = Home()
     targets = home.load().targets
     take_lock(home, "target remove")
@@ -4277,7 +4245,6 @@ def select_targets(targets: Sequence[Target], patterns: Sequence[str],
     return sorted(target for target in targets if target.login in chosen)
 
 def load_targets(home: Home, args: argparse.Namespace) -> tuple[Config, list[Target]]:
-    """Return the config, with --source and --delete of this run, and the chosen targets."""
     config = home.load()
     if not config.targets:
         raise UsageError("targets: there are none yet; run on a target: `offsync link --path DIR`; "
@@ -4295,7 +4262,6 @@ def load_targets(home: Home, args: argparse.Namespace) -> tuple[Config, list[Tar
 # --- Commands: plan, apply, verify, log ---------------------------------------------------------
 
 def plan_summary(config: Config, plan: TargetPlan) -> str:
-    """Return the counts of a plan."""
     if plan.error:
         return "not compared"
     deletes = {"missing", "leftover"} if config.delete else set()
@@ -4325,7 +4291,6 @@ def change_line(change: Change, quoted: bool = False) -> str:
     return "  %s  %-12s  %10s  %s" % (colour(change.kind, "%-8s" % change.kind), reason, size, path)
 
 def print_plans(config: Config, plans: Sequence[TargetPlan], entries: int) -> None:
-    """Print plans as text: equal ones once, below their targets; so many entries in all."""
     groups: dict[Any, list[TargetPlan]] = {}
     for plan in plans:
         groups.setdefault(plan.error.why if plan.error else plan.digest, []).append(plan)
@@ -4366,7 +4331,6 @@ def raise_for_failed(plans: Sequence[TargetPlan], what: str, as_json: bool) -> N
                            some_of(failed))
 
 def cmd_plan(args: argparse.Namespace) -> int:
-    """Print the plan; change nothing."""
     home = Home()
     config, targets = load_targets(home, args)
     with Run(home, config, args.jobs) as shared:
@@ -4399,7 +4363,6 @@ def cmd_plan(args: argparse.Namespace) -> int:
     return 3 if args.exit_code and any(plan.of(*KINDS[:3]) for plan in plans) else 0
 
 def counts_of(changed: Optional[Sequence[str]], deleted: Optional[Sequence[str]]) -> str:
-    """Return what was delivered and deleted, "" for nothing, for people."""
     counts = []
     if changed:
         counts.append(plural(len(changed), "entry", "entries") + " delivered")
@@ -4408,7 +4371,6 @@ def counts_of(changed: Optional[Sequence[str]], deleted: Optional[Sequence[str]]
     return ", ".join(counts)
 
 def describe_ok(record: Record) -> str:
-    """Return the line of a target that is as planned."""
     counts = counts_of(record.files_changed, record.files_deleted)
     if not counts:
         return "%s: %s: equal, nothing to do" % (record.login, colour("ok", "ok"))
@@ -4417,7 +4379,6 @@ def describe_ok(record: Record) -> str:
         record.seconds or 0)
 
 def describe_failed(record: Record) -> str:
-    """Return why a target is not as planned, and what had arrived before that."""
     known = counts_of(record.files_changed, record.files_deleted) or "nothing was delivered"
     if record.files_changed is None:
         return "%s (what arrived is unknown: offsync plan tells)" % record.error
@@ -4444,10 +4405,10 @@ def decide(shared: Run, targets: Sequence[Target], reviewed: Optional[str],
     return plans
 
 def cmd_apply(args: argparse.Namespace) -> int:
-    """Transfer what the plan lists, verify it, log it."""
     home = Home()
     config, targets = load_targets(home, args)
     with Log(home, config, targets, args.json) as log:
+        os.close(open_log(home))            # nothing is sent where that fails
         take_lock(home, "apply")
         log.locked = True
         if load_targets(home, args) != (config, targets):
@@ -4461,7 +4422,6 @@ def cmd_apply(args: argparse.Namespace) -> int:
     return 0 if log.results["ok"] == len(targets) else 1
 
 def cmd_verify(args: argparse.Namespace) -> int:
-    """Compare every target with the source by hash; silent when all is equal."""
     home = Home()
     config, targets = load_targets(home, args)
     config = config._replace(verify="hash" if args.fast else "strong")
@@ -4486,16 +4446,17 @@ def cmd_verify(args: argparse.Namespace) -> int:
 
 def unquoted(name: str) -> str:
     """Return the name that show() quoted, as text."""
-    if not name.startswith('"'):
-        return name
     letters = {"a": 7, "b": 8, "t": 9, "n": 10, "v": 11, "f": 12, "r": 13, '"': 34, "\\": 92}
-    raw = re.sub(rb"\\([0-7]{3}|.)", lambda match: bytes([
-        int(match[1], 8) & 255 if len(match[1]) == 3 else letters.get(match[1].decode(), 63)]),
-        name[1:-1].encode("latin-1", "replace"))
-    return os.fsdecode(raw)
+
+    def byte(match: "re.Match[str]") -> str:
+        return chr(letters.get(match[1]) or int(match[1], 8) & 255)
+
+    if not re.fullmatch(r'"(?:[ -!#-\[\]-~]|\\[abtnvfr"\\]|\\[0-7]{3})*"', name):
+        return name
+    raw = re.sub(r'\\([0-7]{3}|[abtnvfr"\\])', byte, name[1:-1])
+    return os.fsdecode(raw.encode("latin-1"))
 
 def cmd_log(args: argparse.Namespace) -> int:
-    """Print what the operations log knows, newest last."""
     home = Home()
     records = list(read_log(home))
     logins = {str(fields.get("login") or fields.get("host")) for _, fields in records}
@@ -4578,7 +4539,6 @@ def manifest_files(root: str, exclude: Sequence[str], manifest: Optional[str]) -
     return {path: source.entry(path).sha256.hex() for path in paths}
 
 def print_manifest(root: str, exclude: Sequence[str]) -> None:
-    """Print the manifest of a tree, and on stderr one digest for all of it."""
     found = manifest_files(root, exclude, None)
     manifest = b"".join(format_manifest_line(path, digest) for path, digest in found.items())
     digest = hashlib.sha256(manifest).hexdigest()
@@ -4601,7 +4561,6 @@ def read_manifest(name: str) -> dict[bytes, str]:
         raise UsageError("manifest %s:%s: %s; correct it", show_text(name), *error.args) from None
 
 def cmd_manifest(args: argparse.Namespace) -> int:
-    """Print the sha256 manifest of a tree, or check a tree against one."""
     directory: str = args.directory
     exclude: tuple[str, ...] = ()
     if directory is None:
@@ -4688,7 +4647,6 @@ def examine_target(shared: Run, target: Target) -> tuple[list[str], bool]:
         proof.closed is not False for proof in proofs)
 
 def cmd_doctor(args: argparse.Namespace) -> int:
-    """Check this controller and prove, per target, what the key can and cannot do."""
     home, healthy = Home(), 0
     if not os.path.lexists(home.config) and not os.path.lexists(home.key):
         raise OffsyncError("doctor: %s holds no controller's state: %s", show_text(home.path),
@@ -4742,7 +4700,6 @@ complete -o default -F _offsync offsync
 """
 
 def cmd_completion(args: argparse.Namespace) -> int:
-    """Print the code that completes words and targets in bash (and in zsh, by its bashcompinit)."""
     cases = ""
     for name, (_, _, _, options) in COMMANDS.items():
         words = [option for option in options if option.startswith("-")]
@@ -4789,15 +4746,12 @@ class Parser(argparse.ArgumentParser):
                          **arguments)
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and exiting."""
         raise UsageError("%s; see: `%s --help`", message, self.prog)
 
     def print_help(self, file: Any = None) -> None:
-        """Print as all else is: a full disk is told."""
         emit(self.format_help().rstrip("\n"))
 
 def version_text() -> str:
-    """Return the version and the sha256 of the running file."""
     try:
         digest = hash_file(os.fsencode(os.path.realpath(__file__)))[0].hex()
     except (OSError, NameError):
@@ -4805,7 +4759,6 @@ def version_text() -> str:
     return "offsync %s  sha256 %s" % (VERSION, digest)
 
 def number_of_jobs(text: str) -> int:
-    """Return the value of --jobs."""
     if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= 1000:
         raise argparse.ArgumentTypeError("it must be a number from 1 to 1000")
     return int(text)
@@ -4881,7 +4834,6 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
                    {"shell": {"choices": ("bash",)}})}
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
     about = {name: text for name, (_, text, _, _) in COMMANDS.items() if " " not in name}
     about["target"] = "controller: add, list or remove targets"
     about = {**dict(list(about.items())[:3]), "target": about["target"], **about}
@@ -4941,6 +4893,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # ignored, it would hide how programs end
+    if not os.environ.get("HOME"):          # empty, it would be /
+        os.environ.pop("HOME", None)
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:      # nohup stays nohup
             signal.signal(signum, stop_all)
@@ -4956,6 +4910,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         named = getattr(error, "filename", None)
         where = show(os.fsencode(named)) + ": " if isinstance(named, (str, bytes)) else ""
         why = getattr(error, "strerror", None) or str(error) or "not enough memory"
+        if isinstance(error, FileNotFoundError) and not named:
+            why = "the current directory is gone: change to another"
         emit("offsync: %s%s; mend that, then try again" % (where, why), error=True)
     except Interrupted as interrupted:
         name = signal.Signals(interrupted.signum).name
@@ -5047,10 +5003,11 @@ class Kind(Steering):
     SSH_HERE = Failure(
         "Bad configuration option|bad configuration options|Bad SSH2 |Bad owner or permissions on|"
         "UNPROTECTED PRIVATE KEY|Load key&Permission denied|Load key&invalid format|"
-        "Load key&error in libcrypto|No user exists for uid|unknown user ",
+        "Load key&error in libcrypto|No user exists for uid|unknown user |daemon() failed|"
+        "[sender] fork|fork failed",
         "ssh on this controller cannot start; the target was not reached",
-        "mend what it names: a line of ssh_config, or the key; a user ID without an account here "
-        "needs one (/etc/passwd), or run offsync as one that has")
+        "mend what it names: a line of ssh_config, the key, or a limit (ulimit -u); a user ID "
+        "without an account here needs one (/etc/passwd), or run offsync as one that has")
     ALGORITHMS = Failure(
         "no matching host key type|no matching key exchange method|no matching cipher|"
         "no matching MAC", "sshd there and ssh here have no algorithm in common",
@@ -5176,7 +5133,6 @@ FAILURES = [row for owner in (Steering, Kind) for row in vars(owner).values()
 
 def failure(target: Target, kind: Failure, facts: str = "",
             names: Iterable[bytes] = ()) -> TargetError:
-    """Return the failure of a target: why it is, the facts, what mends it, and the names."""
     words = {"host": target.host, "user": shlex.quote(target.user), "rrsync": target.rrsync,
              "add": add_arguments(target), "path": shlex.quote(target.remote_path),
              "login": shlex.quote(target.login)}

@@ -2,13 +2,14 @@
 notice.
 
 usage: guards.py [--few] [WORD ...]; --few runs those that CI runs, a WORD those whose name has it.
-Prints a table; the last
-line is "N noticed, M not". A guard is (name, the text in offsync.py, what it becomes, the test).
-FEW marks the dozen that matter most.
+Prints a table; the last line is "N noticed, M not". A guard is (name, function, expression, what it
+becomes, test): the expression or statement is found in that function ("" for outside of all) by
+its meaning, so that a change of layout breaks none. FEW marks those that matter most.
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -19,502 +20,798 @@ from concurrent.futures import ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
-ILL, EXACT, DAY2, TRUST, PLAN, LINK, TEXT = (
-    "test_ill.",
-    "test_exact.",
-    "test_day2.",
-    "test_trust.",
-    "test_plan.",
-    "test_link.",
-    "test_text.",
-)
 FEW = True
+CHANGES = "test_exact.SourceChanges"
+REVIEW = "test_approval.Approval"
 GUARDS = [
     # What is sent and called ok
     (
         "content sent is the planned one",
-        "if sent and md5 != entry.md5.hex().encode():",
-        "if False:",
-        EXACT + "SourceChanges.test_other_content_mode_link_and_type_while_sending",
+        "Sent.take",
+        "sent and md5 != entry.md5.hex().encode()",
+        "False",
+        CHANGES + ".test_other_content_mode_link_and_type_while_sending",
         FEW,
     ),
     (
         "also beside a mode-only change",
-        'sent = change.sends_content or code[:1] == b"<"',
-        "sent = change.sends_content",
-        EXACT + "SourceChanges.test_a_mode_only_entry_that_is_sent_with_content",
+        "Sent.take",
+        "change.sends_content or code[:1] == b'<'",
+        "change.sends_content",
+        CHANGES + ".test_a_mode_only_entry_that_is_sent_with_content",
         FEW,
     ),
     (
         "mode sent is the planned one",
-        'if entry.type != "symlink" and mode != planned_mode:',
-        "if False:",
-        EXACT + "SourceChanges",
-    ),
-    ("nothing unplanned is sent", 'self.wrong.add(name.rstrip(b"/"))', "pass", TEXT + "Reports"),
-    (
-        "every planned entry is reported",
-        "        if lost:\n            raise self.failure(",
-        "        if False:\n            raise self.failure(",
-        EXACT + "SourceChanges",
+        "Sent.take",
+        "entry.type != 'symlink' and mode != planned_mode",
+        "False",
+        CHANGES,
     ),
     (
-        "content goes without a quick check",
-        'RSYNC_CONTENT = ("-I", "--delay-updates")',
-        'RSYNC_CONTENT = ("--delay-updates",)',
-        PLAN + "Reasons",
+        "nothing unplanned is sent",
+        "Sent.take",
+        "self.wrong.add(name.rstrip(b'/'))",
+        "None",
+        "test_text.Reports",
     ),
     (
-        "the root is not sent",
-        'return b"/" + path\n\ndef include_rule',
-        'return b"./" + path\n\ndef include_rule',
-        EXACT + "Root",
+        "a deletion in a pass that sends",
+        "Sent.take",
+        "code.startswith(b'*deleting')",
+        "False",
+        "test_hostile.Deletions.test_deletions_in_a_pass_that_sends",
         FEW,
     ),
     (
-        "symlinks go last",
+        "every planned entry is reported",
+        "Delivery.send",
         (
-            'self.links = [c for c in self.sent if c.entry and c.entry.type == "symlink"]\n       '
-            ' others = [c for c in self.sent if c.entry and c.entry.type != "symlink"]'
+            "if lost:\n    raise self.failure("
+            "Kind.SOURCE_CHANGED if here else Kind.CHANGED_THERE, here or set(lost))"
         ),
-        "self.links: list[Change] = []\n        others = list(self.sent)",
-        EXACT + "SymlinksLast",
+        "pass",
+        CHANGES,
+    ),
+    (
+        "what could not be staged",
+        "Delivery.send",
+        "b'Unable to create partial-dir' in result.stderr",
+        "False",
+        "test_filesystems.Odd",
+    ),
+    (
+        "content goes without a quick check",
+        "",
+        "('-I', '--delay-updates')",
+        "('--delay-updates',)",
+        "test_plan.Reasons",
+    ),
+    ("the root is not sent", "listed_name", "b'/' + path", "b'./' + path", "test_exact.Root", FEW),
+    (
+        "symlinks go last",
+        "Delivery.deliver",
+        "[c for c in self.sent if c.entry and c.entry.type != 'symlink']",
+        "list(self.sent)",
+        "test_exact.SymlinksLast",
         FEW,
     ),
     (
         "files are verified before symlinks",
-        "        if first:\n            self.verify(first, whole)",
-        "        if False:\n            self.verify(first, whole)",
-        EXACT + "SymlinksLast",
-    ),
-    (
-        "what a failed pass means",
-        "        if result.status != 0:\n            raise self.explain(result)\n        lost",
-        "        lost",
-        EXACT + "SymlinksLast",
+        "Delivery.deliver",
+        "self.verify([*content, *modes]) if others else None",
+        "None",
+        "test_exact.SymlinksLast",
     ),
     (
         "the tree is verified at the end",
-        "        if self.links or self.only_there or not whole:",
-        "        if False:",
-        PLAN + "Policies",
+        "Delivery.deliver",
+        "verdict.differs or verdict.only_there",
+        "False",
+        "test_failures.Trouble.test_nothing_is_deleted_while_something_differs",
     ),
-    ("rsync gets no HOME", 'ours.pop("HOME", None)', "pass", EXACT + "OutsideInfluence", FEW),
-    ("rsync gets no RSYNC_*", 'if not key.startswith("RSYNC_")}', "}", EXACT + "OutsideInfluence"),
+    (
+        "rsync gets no HOME",
+        "environment",
+        "ours.pop('HOME', None)",
+        "None",
+        "test_exact.OutsideInfluence",
+        FEW,
+    ),
+    (
+        "rsync gets no RSYNC_*",
+        "environment",
+        "not key.startswith('RSYNC_')",
+        "True",
+        "test_exact.OutsideInfluence",
+    ),
     (
         "MD5 for what is sent",
-        'ours["RSYNC_CHECKSUM_LIST"] = "md5"',
+        "environment",
+        "ours['RSYNC_CHECKSUM_LIST'] = 'md5'",
         "pass",
-        EXACT + "OutsideInfluence",
+        "test_exact.OutsideInfluence",
     ),
     (
         "verify compares by MD5",
-        '"hash" if args.fast else "strong"',
-        '"hash"',
-        EXACT + "OutsideInfluence",
+        "cmd_verify",
+        "'hash' if args.fast else 'strong'",
+        "'hash'",
+        "test_exact.OutsideInfluence",
     ),
-    (
-        "unknown is null",
-        '        if not self.begun and result != "ok":',
-        '        if result != "ok":',
-        EXACT + "Unknown",
-    ),
+    ("unknown is null", "Delivery.arrived", "self.verdict is None", "False", "test_exact.Unknown"),
     (
         "lockout modes",
-        "        if needed and entry.stat(follow_symlinks=False)",
-        "        if False and entry.stat(follow_symlinks=False)",
-        EXACT + "Converges",
+        "entry_offence",
+        "needed and entry.stat(follow_symlinks=False).st_mode & needed != needed",
+        "False",
+        "test_exact.Converges",
     ),
     (
         "stuck staged files are sent again",
-        "        if stuck:",
-        "        if False:",
-        EXACT + "Converges",
+        "Delivery.verify",
+        "staged(change.path) in left",
+        "False",
+        "test_exact.Converges",
     ),
-    (
-        "two slashes",
-        'for slashes in (b"/", b"//"):',
-        'for slashes in (b"/",):',
-        EXACT + "Converges",
-    ),
+    ("two slashes", "prove_path", "(b'/', b'//')", "(b'/',)", "test_exact.Converges"),
     (
         "the time without a byte while sending",
-        "timeout=min(SEND_TIMEOUT, config.timeout)",
-        "timeout=0",
-        EXACT + "DeadEnds",
+        "Delivery.send",
+        "min(SEND_TIMEOUT, config.timeout)",
+        "0",
+        "test_exact.DeadEnds",
     ),
     (
         "Ctrl-C ends programs",
-        "    for process in list(RUNNING):\n        kill(process)\n",
-        "",
-        EXACT + "DeadEnds",
+        "stop_all",
+        "for process in list(RUNNING):\n    kill(process)",
+        "pass",
+        "test_exact.DeadEnds",
     ),
     (
         "what a program writes last is read",
-        (
-            "                ended = process.poll() is not None      # asked first: all that it"
-            " wrote is there\n                ready = selector.select(0 if ended else 0.1)\n"
-        ),
-        (
-            "                ready = selector.select(0.1)\n                ended = process.poll()"
-            " is not None\n"
-        ),
-        TEXT + "Limits",
+        "Output.read",
+        "selector.select(0 if ended else 0.1)",
+        "selector.select(0.1) if not ended else []",
+        "test_text.Limits",
+    ),
+    (
+        "a run that is over ends its work",
+        "Run.__exit__",
+        "STOP.set()",
+        "None",
+        "test_state.Surroundings.test_a_plan_that_fails_ends_what_it_began",
     ),
     # Deleting
     (
+        "nothing can be sent while deleting",
+        "",
+        "'--filter=hide,! */'",
+        "'--one-file-system'",
+        "test_hostile.Deletions.test_what_is_excluded_cannot_be_asked_for",
+        FEW,
+    ),
+    (
+        "nothing is deleted in a pass over names",
+        "itemize",
+        "change.kind == 'missing' and paths is not None",
+        "False",
+        "test_hostile.Deletions.test_a_deletion_in_a_pass_over_names",
+    ),
+    (
+        "nothing else is deleted",
+        "Delivery.delete",
+        "not gone and (not code.startswith(b'.d'))",
+        "False",
+        "test_hostile.Deletions",
+    ),
+    (
         "deletions need the policy",
-        "        if concerned and not getattr(config, key):",
-        "        if False:",
-        PLAN + "Policies",
+        "refusal",
+        "concerned and (not getattr(config, key))",
+        "False",
+        "test_plan.Policies",
         FEW,
     ),
     (
         "an empty source never deletes",
-        "        if not kept:",
-        "        if False:",
-        DAY2 + "Deleting.test_an_empty_source_never_deletes_even_when_reviewed",
+        "refusal",
+        "not kept",
+        "False",
+        "test_deleting.Deleting.test_an_empty_source_never_deletes_even_when_reviewed",
         FEW,
     ),
+    ("max_delete", "refusal", "gone >= MANY_DELETIONS", "False", "test_deleting.Deleting"),
     (
-        "max_delete",
-        "        if gone >= MANY_DELETIONS and",
-        "        if False and",
-        DAY2 + "Deleting",
+        "few deletions are no danger",
+        "",
+        "MANY_DELETIONS = 10",
+        "MANY_DELETIONS = 1",
+        "test_deleting.Deleting",
     ),
-    ("few deletions are no danger", "MANY_DELETIONS = 10", "MANY_DELETIONS = 1", DAY2 + "Deleting"),
     (
         "something new stops the deletion",
-        "        if surprises:",
-        "        if False:",
-        PLAN + "Policies",
+        "Delivery.delete",
+        "if surprises:\n    raise self.failure(Kind.APPEARED, surprises)",
+        "pass",
+        "test_plan.Policies",
     ),
     (
         "deletions after what replaces them",
-        "        if not different and extraneous & set(self.deletable):",
-        "        if extraneous & set(self.deletable):",
+        "Delivery.deliver",
+        "not verdict.differs",
+        "True",
         "test_failures.Trouble",
     ),
     (
         "a leftover is deleted by policy only",
-        "        if shared.config.delete:\n            self.deletable",
-        "        if True:\n            self.deletable",
+        "Delivery.__init__",
+        "shared.config.delete",
+        "True",
         "test_failures.Kills",
     ),
     (
         "leftovers that were not reviewed stay",
-        "if c.path not in plan.spared}",
-        "}",
-        DAY2 + "Approval",
+        "Delivery.__init__",
+        "c.path not in plan.spared",
+        "True",
+        REVIEW,
+    ),
+    (
+        "names that may be one there",
+        "Delivery.check_twins",
+        "if names:\n    raise self.failure(Kind.TWINS, names)",
+        "pass",
+        "test_filesystems.Case.test_a_target_that_may_take_two_names_for_one",
+        FEW,
+    ),
+    (
+        "a twin that is added is told apart",
+        "find_twins",
+        "kept not in added",
+        "True",
+        "test_filesystems.Case",
+    ),
+    (
+        "what a deletion took along",
+        "Delivery.delete_verified",
+        "not taken",
+        "True",
+        "test_filesystems.Case.test_what_a_deletion_took_along_is_sent_again",
+    ),
+    (
+        "what an exclude protects",
+        "Delivery.check_excluded",
+        "if protected:\n    raise failure(self.plan.target, Kind.PROTECTED, names=protected)",
+        "pass",
+        "test_exact.Excluded",
+        FEW,
     ),
     # Approval
     (
         "every line of now was reviewed",
-        "    if unapproved:  ",
-        "    if False:  ",
-        DAY2 + "Approval.test_what_a_review_does_not_approve",
+        "approve",
+        (
+            "if unapproved:\n    new = (json.loads(line) for line in plan_lines(shared.config,"
+            " plans) if line_key(line) in unapproved)\n    differing ="
+            " [*dict.fromkeys((name_line(fields) for fields in new if fields.get('login') not in"
+            " unknown)), *differing]"
+        ),
+        "pass",
+        REVIEW + ".test_what_a_review_does_not_approve",
         FEW,
     ),
     (
         "what was reviewed is in the source",
-        "found[path].reviewed != entry})",
-        "False})",
-        DAY2 + "Approval",
+        "not_in_source",
+        "not same(path, entry)",
+        "False",
+        REVIEW,
     ),
     (
         "what was to be deleted is not back",
-        (
-            "            elif os.path.lexists(os.path.join(shared.source.root,"
-            " read_json_path(fields))):"
-        ),
-        "            elif False:",
-        PLAN + "PlanIds",
+        "approve",
+        "os.path.lexists(os.path.join(shared.source.root, change.path))",
+        "False",
+        "test_plan.PlanIds",
     ),
+    ("reviewed paths stay inside", "inside", "path.startswith(b'/')", "False", REVIEW),
     (
-        "reviewed paths stay inside",
-        (
-            '    if not path or path.startswith(b"/") or not {b"..", b".",'
-            ' b""}.isdisjoint(path.split(b"/")):'
-        ),
-        "    if False:",
-        DAY2 + "Approval",
+        "a plan's line is as offsync prints it",
+        "read_line",
+        "printed != line",
+        "False",
+        REVIEW + ".test_what_a_line_shows_is_what_it_approves",
+        FEW,
     ),
+    ("a target that was not reviewed", "refuse_unknown", "not compared", "False", REVIEW),
     (
-        "an ID has 32 digits",
-        're.fullmatch("[0-9a-f]{32,64}", named)',
-        're.fullmatch("[0-9a-f]{8,64}", named)',
-        PLAN + "PlanIds",
+        "an ID has 64 digits",
+        "Home.open_plan",
+        "'[0-9a-f]{64}'",
+        "'[0-9a-f]{8,64}'",
+        "test_plan.PlanIds",
     ),
     (
         "a kept plan is its ID's",
-        "        if path != named and digest.hexdigest()",
-        "        if False and digest.hexdigest()",
-        PLAN + "PlanIds",
+        "Home.open_plan",
+        "path != named and digest.hexdigest() != named",
+        "False",
+        "test_plan.PlanIds",
     ),
     (
         "the source is named in the policy",
-        'policy = ("source", "delete"',
-        'policy = ("delete"',
-        PLAN + "PlanIds",
+        "",
+        "('source', 'delete', 'overwrite', 'verify', 'exclude')",
+        "('delete', 'overwrite', 'verify', 'exclude')",
+        "test_plan.PlanIds",
     ),
     # Connection and proofs
     (
         "a command must be refused",
-        "    if PROOF_OUTPUT in result.stdout:",
-        "    if False:",
-        TRUST + "Restriction.test_an_unrestricted_line_above",
+        "judge_refusal",
+        "PROOF_OUTPUT in result.stdout",
+        "False",
+        "test_trust.Restriction.test_an_unrestricted_line_above",
         FEW,
     ),
     (
         "success is no refusal",
-        '    if result.status == 0:\n        raise failure(target, "not-rrsync")',
-        "    if result.status == 0:\n        return None",
-        TRUST + "Restriction",
+        "judge_refusal",
+        "if result.status == 0:\n    raise failure(target, Kind.NOT_RRSYNC)",
+        "if result.status == 0:\n        return None",
+        "test_trust.Restriction",
     ),
     (
         "a proof that is cut off is none",
-        "    if result.status is None:               # a start",
-        "    if False:               # a start",
-        TRUST + "Restriction",
+        "judge_refusal",
+        "if result.status is None:\n    raise failure(target, Kind.SILENT)",
+        "if result.status is None:\n        return None",
+        "test_trust.Restriction",
     ),
     (
         "ssh's own failure is no refusal",
-        "    if 0 < result.status < 255:",
-        "    if 0 < (result.status or 1) < 256:",
-        TRUST + "Restriction",
+        "judge_refusal",
+        "0 < result.status < 255",
+        "0 < result.status < 256",
+        "test_trust.Restriction",
     ),
     (
         "no plan without the proof",
-        "    if not connection.restricted and not waited:",
-        "    if False:",
-        TRUST + "Restriction",
+        "compare_proved",
+        "not connection.restricted and (not waited)",
+        "False",
+        "test_trust.Restriction",
     ),
     (
         "the path is proved",
-        "        if changes:\n            prove_path(plan.connection)",
-        "        if False:\n            prove_path(plan.connection)",
-        TRUST + "Restriction.test_another_directory",
+        "plan_target",
+        "if changes:\n    prove_path(plan.connection)",
+        "pass",
+        "test_trust.Restriction.test_another_directory",
         FEW,
     ),
     (
         "a reopened connection proves its path",
-        "        if path_proved:\n            prove_path(self)",
-        "        if False:\n            prove_path(self)",
-        TRUST + "Restriction",
+        "Connection.reopen",
+        "if path_proved:\n    prove_path(self)",
+        "pass",
+        "test_trust.Restriction",
     ),
     (
         "sessions go over the proved connection only",
-        '*SSH_QUIET,\n               "-o", "ProxyCommand=/nonexistent/offsync-connection-ended")',
-        "*SSH_QUIET)",
-        TRUST + "Restriction",
+        "",
+        "'ProxyCommand=/nonexistent/offsync-connection-ended'",
+        "'BatchMode=yes'",
+        "test_trust.Restriction",
     ),
     (
         "strict host keys",
-        '"StrictHostKeyChecking=yes"',
-        '"StrictHostKeyChecking=no"',
-        TRUST + "HostKeys.test_a_changed_host_key",
+        "",
+        "'StrictHostKeyChecking=yes'",
+        "'StrictHostKeyChecking=no'",
+        "test_trust.HostKeys.test_a_changed_host_key",
         FEW,
     ),
     (
         "no forwarding",
-        '"ClearAllForwardings=yes"',
-        '"ClearAllForwardings=no"',
-        ILL + "ManInTheMiddle",
+        "",
+        "'ClearAllForwardings=yes'",
+        "'ClearAllForwardings=no'",
+        "test_trust.ManInTheMiddle",
     ),
-    ("none of ssh_config's environment", '"SetEnv=LC_ALL=C", ', "", ILL + "ManInTheMiddle"),
+    (
+        "no Kerberos in place of known_hosts",
+        "",
+        "'GSSAPIKeyExchange=no'",
+        "'BatchMode=yes'",
+        "test_trust.OneKey",
+    ),
+    (
+        "none of ssh_config's environment",
+        "",
+        "'SetEnv=LC_ALL=C'",
+        "'BatchMode=yes'",
+        "test_trust.ManInTheMiddle",
+    ),
+    (
+        "an old ssh opens no session",
+        "",
+        "('-f', '-N', '-o', 'ControlMaster=yes')",
+        "('-N', '-o', 'ControlMaster=yes')",
+        "test_trust.OneKey.test_an_ssh_before_8_7",
+    ),
     (
         "@revoked binds",
-        "        if blobs([revoked]) & blobs(lines):",
-        "        if False:",
-        ILL + "ManInTheMiddle",
+        "fetch_host_key",
+        "blob(revoked) == blob(line)",
+        "False",
+        "test_trust.ManInTheMiddle",
+    ),
+    (
+        "known_hosts of the account, not of HOME",
+        "known_lines",
+        "pwd.getpwuid(os.geteuid()).pw_dir",
+        "os.path.expanduser('~')",
+        "test_trust.ManInTheMiddle",
     ),
     (
         "one connection is enough",
-        "        if wanted and any(key[1] == wanted for key in fingerprints(lines)):",
-        "        if False:",
-        ILL + "ManInTheMiddle",
+        "find_host_key",
+        "any((key[1] == wanted for key in fingerprints([line])))",
+        "False",
+        "test_trust.HostKeys",
     ),
-    ("the wanted fingerprint", "        if not chosen:", "        if False:", TRUST + "HostKeys"),
+    (
+        "the wanted fingerprint",
+        "connect_trusted",
+        "find_host_key(connection, wanted)",
+        "fetch_host_key(connection)",
+        "test_trust.HostKeys",
+    ),
+    (
+        "keys that were never compared are asked for",
+        "connect_trusted",
+        "not wanted and (not several)",
+        "not wanted",
+        "test_status.Doctor",
+    ),
     (
         'only a full "yes"',
-        '    if answer != "yes":',
-        '    if answer not in ("yes", "y"):',
-        TRUST + "HostKeys",
+        "confirm_host_key",
+        "answer != 'yes'",
+        "answer not in ('yes', 'y')",
+        "test_trust.HostKeys",
     ),
     (
         "the old host key goes",
-        "        if removed.status != 0:",
-        "        if False:",
-        TRUST + "HostKeys",
+        "store_host_key",
+        "removed.status != 0",
+        "False",
+        "test_trust.HostKeys",
     ),
     # Source
     (
         "symlinks stay inside",
-        "    if leaves(path, link) or not inside:",
-        "    if False:",
-        PLAN + "Scope",
+        "symlink_offence",
+        "leaves(path, link) or not within",
+        "False",
+        "test_plan.Scope",
     ),
+    ("the reserved name", "scan", "entry.name == STAGING", "False", "test_plan.Scope"),
     (
-        "the reserved name",
-        "                    if entry.name == STAGING:",
-        "                    if False:",
-        PLAN + "Scope",
+        "nothing is compared before the source is accepted",
+        "plan_target",
+        "not source.accepted",
+        "False",
+        "test_plan.Scope",
     ),
     (
         "devices and fifos",
-        '        return "it is a device, socket or fifo"',
-        '        return ""',
-        PLAN + "Scope",
+        "entry_offence",
+        "'it is a device, socket or fifo'",
+        "''",
+        "test_plan.Scope",
     ),
     (
         "the private key is no delivery",
-        "    for private in (home.path, home.key):",
-        "    for private in ():",
-        ILL + "UserBeside",
+        "plan_all",
+        "(home.path, home.key)",
+        "()",
+        "test_state.UserBeside",
     ),
     (
         "by its real path either",
-        "    for private in (home.path, home.key):",
-        "    for private in (home.path,):",
-        ILL + "UserBeside",
+        "plan_all",
+        "(home.path, home.key)",
+        "(home.path,)",
+        "test_state.UserBeside",
     ),
     (
         "no hash through a symlinked parent",
-        "os.open(part, flags | os.O_NOFOLLOW, dir_fd=descriptor)",
-        "os.open(part, flags, dir_fd=descriptor)",
-        ILL + "SourceWriter",
+        "open_directory",
+        "flags | os.O_NOFOLLOW",
+        "flags",
+        "test_exact.SourceWriter",
+    ),
+    (
+        "a symlink is judged when it is read, too",
+        "describe_entry",
+        "leaves(path, link)",
+        "False",
+        "test_text.Sources",
     ),
     # State, output, hostile targets
     (
         "others may not write to the state",
-        '        if strangers:\n            raise OffsyncError("state',
-        '        if False:\n            raise OffsyncError("state',
-        ILL + "UserBeside",
+        "Home.refuse_strangers",
+        "strangers",
+        "''",
+        "test_state.UserBeside",
         FEW,
     ),
+    ("nor may its group", "find_strangers", "mode & 16", "False", "test_link.Paths"),
     (
         "the lock is no symlink",
-        "flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW",
-        "flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC",
-        ILL + "UserBeside",
+        "take_lock",
+        "os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW",
+        "os.O_RDWR | os.O_CREAT | os.O_CLOEXEC",
+        "test_state.UserBeside",
     ),
-    ("nothing beside it is imported", "    del sys.path[0]", "    pass", ILL + "UserBeside"),
+    (
+        "verify keeps writers out",
+        "cmd_verify",
+        "take_lock(home, 'verify', shared=True)",
+        "None",
+        "test_status.Status",
+    ),
+    (
+        "a record at every end",
+        "Log.__exit__",
+        "[*self.open] if error else ()",
+        "()",
+        "test_state.Records",
+    ),
+    (
+        "the status is the other run's",
+        "Log.finish",
+        "self.locked",
+        "True",
+        "test_state.Records.test_the_lock_is_taken",
+    ),
+    ("nothing beside it is imported", "", "del sys.path[0]", "pass", "test_state.UserBeside"),
     (
         "scratch is nobody else's",
-        "            if not find_strangers(scratch):",
-        "            if True:",
-        ILL + "UserBeside",
+        "make_scratch",
+        "not find_strangers(made)",
+        "True",
+        "test_state.UserBeside",
     ),
     (
-        "an entry is reported once",
-        "        if one.path == other.path:",
-        "        if False:",
-        "test_failures.Hostile",
+        "an ignored SIGCHLD is set back",
+        "main",
+        "signal.signal(signal.SIGCHLD, signal.SIG_DFL)",
+        "None",
+        "test_state.Surroundings.test_an_ignored_sigchld",
     ),
     (
-        "reports are bounded",
-        "        if room < 0 or most < 0:",
-        "        if False:",
-        ILL + "HostileTarget",
-    ),
-    ("a line has an end", "or len(self.rest) > MAX_LINE:", "or False:", TEXT + "Limits"),
-    (
-        "nothing shown moves a cursor",
-        'return "".join(c if c.isprintable() else "?" for c in text)',
-        "return text",
-        "test_failures.Hostile",
-    ),
-    (
-        "a symlink is judged when it is read, too",
-        "            if leaves(path, link):  ",
-        "            if False:  ",
-        TEXT + "Sources",
-    ),
-    (
-        "a plan's line shows what it approves",
-        "            fields = read_line(line)",
-        "            fields = json.loads(line)",
-        DAY2 + "Approval.test_what_a_line_shows_is_what_it_approves",
-    ),
-    # link
-    (
-        "rrsync is proved",
-        "        probe_rrsync(words, munge)",
-        "        pass",
-        ILL + "KeyThief",
-        FEW,
-    ),
-    ("--accept-risk is for one rule", '"path" in risks)', "bool(risks))", ILL + "Paths"),
-    (
-        "system trees",
-        "             for place in trees if contains(place) or lies_in(place)]",
-        "             for place in ()]",
-        ILL + "Paths",
-    ),
-    (
-        "dot components",
-        '    if real != default and any(part.startswith(".") for part in real.split("/")):',
-        "    if False:",
-        ILL + "Paths",
-    ),
-    (
-        "parents that others may write to",
-        "    strangers = find_strangers(real, itself=False)",
-        '    strangers = ""',
-        ILL + "Paths",
+        "programs start in a directory that exists",
+        "run",
+        "'/'",
+        "None",
+        "test_state.Surroundings.test_a_working_directory_that_is_gone",
     ),
     (
         "HOME of another account",
-        "    if owner not in (0, os.geteuid()):",
-        "    if False:",
-        ILL + "Paths",
+        "check_home",
+        "owner != os.geteuid() and os.path.realpath(home) != os.path.realpath(own)",
+        "False",
+        "test_state.Surroundings.test_homes_of_others",
+    ),
+    (
+        "our own key is asked for first",
+        "explain_login",
+        "error.kind is Kind.KEY_REFUSED or b'Load key' in result.stderr",
+        "False",
+        "test_state.OwnKey",
+    ),
+    (
+        "an entry is reported once",
+        "classify",
+        "one.path == other.path",
+        "False",
+        "test_hostile.Hostile",
+    ),
+    (
+        "reports are bounded",
+        "itemize",
+        "room < 0 or most < 0",
+        "False",
+        "test_hostile.HostileTarget",
+    ),
+    ("a line has an end", "Output.take", "len(self.rest) > MAX_LINE", "False", "test_text.Limits"),
+    (
+        "nothing shown moves a cursor",
+        "printable",
+        "''.join((c if c.isprintable() else '?' for c in text))",
+        "text",
+        "test_hostile.Hostile",
+    ),
+    (
+        "what is drawn as nothing is quoted",
+        "show",
+        "not UNSEEN.search(text)",
+        "True",
+        "test_exact.LookAlike",
+    ),
+    (
+        "names that look alike are told apart",
+        "change_line",
+        "show(change.path, quoted)",
+        "show(change.path)",
+        "test_exact.LookAlike",
+    ),
+    # link
+    (
+        "rrsync is tried",
+        "cmd_link",
+        "probe_rrsync(words, munge)",
+        "None",
+        "test_link.KeyThief",
+        FEW,
+    ),
+    (
+        "and its neighbour, a backup",
+        "probe_rrsync",
+        "send('-rlbI', '--backup-dir=x', '--', plant + '/')",
+        "None",
+        "test_link.Neighbour",
+        FEW,
+    ),
+    (
+        "--accept-risk is for one rule",
+        "cmd_link",
+        "'path' in risks",
+        "bool(risks)",
+        "test_link.Paths",
+    ),
+    (
+        "system trees",
+        "link_risks",
+        "{*SYSTEM_TREES, *map(os.path.realpath, SYSTEM_TREES)}",
+        "()",
+        "test_link.Paths",
+    ),
+    (
+        "what sshd names",
+        "cmd_link",
+        (
+            "[rrsync, state.config, state.key, state.known_hosts, "
+            "state.log, state.plans, state.last, *sshd_paths(settings), *filter(os.path.exists, "
+            "(sys.argv[0], module))]"
+        ),
+        "[rrsync]",
+        "test_link.SshdSays",
+    ),
+    (
+        "the same directory under another name",
+        "same_file",
+        "os.path.samefile(one, other)",
+        "False",
+        "test_link.SshdSays",
+    ),
+    (
+        "an entry .ssh",
+        "link_risks",
+        "os.path.lexists(os.path.join(real, '.ssh'))",
+        "False",
+        "test_link.SshdSays",
+    ),
+    (
+        "dot components",
+        "link_risks",
+        "real != default and any((part.startswith('.') for part in real.split('/')))",
+        "False",
+        "test_link.Paths",
+    ),
+    (
+        "parents that others may write to",
+        "link_risks",
+        "find_strangers(real, itself=False)",
+        "''",
+        "test_link.Paths",
     ),
     (
         "never in or above ~/.ssh",
-        "        if contains(place) or lies_in(place):",
-        "        if False:",
-        LINK + "Linking",
+        "validate_link_path",
+        "not found and (contains(place) or lies_in(place))",
+        "False",
+        "test_link.Linking",
     ),
     (
         "a foreign line with the key",
-        "        elif not written:\n            raise ValueError(number)",
-        "        elif not written:\n            kept.append(line)",
-        LINK + "Linking",
+        "edit_authorized_keys",
+        "raise ValueError(number)",
+        "kept.append(line)",
+        "test_link.Linking",
     ),
     (
         "--from stays",
-        "    if kept and args.from_pattern is None:",
-        "    if False:",
-        LINK + "Linking",
+        "cmd_link",
+        "kept and args.from_pattern is None",
+        "False",
+        "test_link.Linking",
     ),
     (
         "modes whatever the umask",
-        "                os.fchmod(descriptor, mode if index == len(parts) - 1 else 0o755)",
-        "                pass",
-        ILL + "Paths",
+        "make_directory",
+        "os.fchmod(descriptor, mode if index == len(parts) - 1 else 493)",
+        "None",
+        "test_link.Paths",
     ),
     (
         "quoting that the shell knows",
-        "    if shlex.quote(path) != path and",
-        "    if False and",
-        LINK + "Quoting",
+        "validate_forced_command",
+        "os.path.basename(shell) not in POSIX_SHELLS",
+        "False",
+        "test_link.Quoting",
+    ),
+    # Config
+    (
+        "CR only before LF",
+        "",
+        "'[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ufeff\\ud800-\\udfff\\ufffe\\uffff]'",
+        "'[\\x00-\\x08]'",
+        "test_text.AsPeopleWriteIt",
     ),
 ]
 
 
+def qualified(module: ast.Module) -> dict:
+    """Return {"Class.function" or "function": its node}; "" is the module without functions."""
+    found: dict = {"": module}
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        for inner in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(inner, ast.FunctionDef):
+                found["%s.%s" % (node.name, inner.name)] = inner
+    return found
+
+
+def take_out(text: str, function: str, expression: str, becomes: str) -> str:
+    """Return the program without a guard; "" where the place is gone."""
+    wanted = ast.parse(expression).body[0]
+    statement = not isinstance(wanted, ast.Expr)
+    dumped = ast.unparse(wanted if statement else wanted.value)
+    place = qualified(ast.parse(text)).get(function)
+    spots = []
+    for node in ast.walk(place) if place else ():
+        same = isinstance(node, (ast.expr, ast.stmt)) and not isinstance(node, ast.Expr)
+        same = same and not isinstance(getattr(node, "ctx", None), ast.Store)
+        if same and ast.unparse(node) == dumped:
+            spots.append((node.lineno, node.col_offset, node.end_lineno, node.end_col_offset))
+    lines = [line.encode() for line in text.split("\n")]
+    for first, start, last, end in sorted(set(spots), reverse=True):
+        new = becomes if statement else "(%s)" % becomes
+        lines[first - 1 : last] = [lines[first - 1][:start] + new.encode() + lines[last - 1][end:]]
+    return b"\n".join(lines).decode() if spots else ""
+
+
 def try_one(guard: tuple, base: str) -> tuple:
     """Take one guard out in a copy, run its test; return (name, test, verdict)."""
-    name, old, new, test = guard[:4]
+    name, function, expression, becomes, test = guard[:5]
+    with open(os.path.join(TOP, "offsync.py"), encoding="utf-8") as stream:
+        text = take_out(stream.read(), function, expression, becomes)
+    if not text:
+        return name, test, "the place is gone"
     copy = tempfile.mkdtemp(dir=base)
     shutil.copytree(HERE, copy + "/tests", ignore=shutil.ignore_patterns("__pycache__"))
     for other in ("README.md", "install.sh", "Makefile"):
         shutil.copy(os.path.join(TOP, other), copy)
-    with open(os.path.join(TOP, "offsync.py"), encoding="utf-8") as stream:
-        text = stream.read()
-    if text.count(old) < 1:
-        return name, test, "the place is gone"
     with open(copy + "/offsync.py", "w", encoding="utf-8") as stream:
-        stream.write(text.replace(old, new))
+        stream.write(text)
     os.chmod(copy + "/offsync.py", 0o755)
     started = time.monotonic()
     try:
@@ -536,7 +833,7 @@ def try_one(guard: tuple, base: str) -> tuple:
 
 def main(words: list) -> int:
     """Try the guards; print a row for each."""
-    chosen = [guard for guard in GUARDS if guard[3] and (len(guard) > 4 or "--few" not in words)]
+    chosen = [guard for guard in GUARDS if len(guard) > 5 or "--few" not in words]
     named = [word for word in words if word != "--few"]
     chosen = [guard for guard in chosen if not named or any(word in guard[0] for word in named)]
     base = tempfile.mkdtemp(prefix="offsync-guards-", dir="/tmp")

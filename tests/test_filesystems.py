@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import unittest
 
-from lab import Standing, can_mount, read, require, snapshot, write
+from lab import Standing, can_mount, offsync, read, require, snapshot, write
 
 CAN_EXFAT = (
     can_mount()
@@ -36,6 +36,18 @@ class Case(Standing):
             write(self.there + "/" + name, name)
         self.lab.offsync("apply", "--delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_the_third_spelling_differs_as_the_two_names_do(self) -> None:
+        """Else a target that tells forms apart, but not cases, would be called one that does."""
+        write(self.source + "/caf\u00e9", "x")
+        for theirs, allowed in (
+            ("CAF\u00c9", {"cAF\u00c9", "Caf\u00e9", "cAf\u00c9"}),
+            ("cafe\u0301", {"CAF\u00c9", "Caf\u00e9", "cAF\u00c9"}),
+        ):
+            source = offsync.Source(self.source)
+            (found,) = offsync.find_twins(source, [theirs.encode()], set())
+            self.assertEqual(found[:2], (theirs.encode(), "caf\u00e9".encode()))
+            self.assertIn(found[2].decode(), allowed)
 
     def blind(self) -> dict:
         """Return an environment whose rsync finds here what is there in any case."""
@@ -155,12 +167,27 @@ class ExFat(Standing):
             self.assertRegex(done.err, r"[ :]%s[, ]" % name)
         self.assertEqual((read(self.there + "/README"), read(self.there + "/d/f")), ("text", "x"))
 
+    def test_accents_in_another_case(self) -> None:
+        write(self.source + "/caf\u00e9", "the only copy", 0o755)
+        write(self.there + "/CAF\u00c9", "the only copy", 0o755)
+        os.utime(self.source + "/caf\u00e9", (1_600_000_000, 1_600_000_000))
+        os.utime(self.there + "/CAF\u00c9", (1_600_000_000, 1_600_000_000))
+        done = self.lab.offsync("apply", "--delete", check=1)
+        self.assertIn("names that it may take for one", done.err)
+        self.assertEqual(read(self.there + "/CAF\u00c9"), "the only copy")
+
     def test_two_names_that_are_one_there(self) -> None:
         write(self.source + "/README", "one", 0o755)
         write(self.source + "/readme", "two", 0o755)
         done = self.lab.offsync("apply", check=1)
         self.assertIn("takes these names for one", done.err)
         self.assertIn("README, readme", done.err)
+        before = snapshot(self.there)
+        for name, content in (("README", "1"), ("readme", "2")):
+            write(self.source + "/" + name, content, 0o755)
+        done = self.lab.offsync("apply", check=1)  # before anything is sent
+        self.assertIn("takes these names for one", done.err)
+        self.assertEqual(snapshot(self.there), before)
 
     def test_modes_symlinks_and_colons(self) -> None:
         write(self.source + "/plain", "x", 0o644)

@@ -225,6 +225,37 @@ class Deletions(Standing):
                 self.assertIn("a deletion", done.err)
                 self.assertNotIn("the source changed", done.err)
 
+    def test_a_deletion_in_a_pass_over_names(self) -> None:
+        write(self.source + "/f", "new")
+        write(self.there + "/f", "old")
+        write(self.source + "/g", "g")
+        fake = self.lab.program(
+            "deleting",
+            Hostile.MARKED
+            + 'case "$*" in *--ignore-existing*--files-from*) echo "$m:*deleting   g";; esac\n'
+            'exec %s "$@"\n'
+            % require("rsync"),
+        )
+        done = self.lab.offsync("apply", env={"OFFSYNC_RSYNC": fake}, check=1)
+        self.assertIn("it reports what was not asked for", done.err)
+
+    def test_the_same_report_without_end(self) -> None:
+        write(self.source + "/f", "x")
+        write(self.there + "/gone", "x")
+        line = "$(printf %32s) rw-r--r-- 0 .d          ./"
+        for passes, report in (("--include-from", "*deleting   gone"), ("--delay-updates", line)):
+            with self.subTest(passes=passes):
+                write(self.source + "/f", passes)
+                fake = self.lab.program(
+                    "repeating",
+                    Hostile.MARKED
+                    + 'case "$*" in *%s*) yes "$m:%s"; exit 0;; esac\nexec %s "$@"\n'
+                    % (passes, report, require("rsync")),
+                )
+                env = {"OFFSYNC_RSYNC": fake}
+                done = self.lab.offsync("apply", "--delete", env=env, check=1, timeout=60)
+                self.assertIn("it reports what was not asked for", done.err)
+
     def test_an_unplanned_deletion_in_the_pass_that_deletes(self) -> None:
         write(self.source + "/f", "x")
         write(self.there + "/gone", "x")

@@ -739,6 +739,9 @@ class SshdSays(LabCase):
             ("authorizedkeysfile %s/users.%%u" % base, base),
             ("authorizedkeysfile %h/.ssh/authorized_keys %h/more/keys", self.home + "/more"),
             ("authorizedkeysfile more/keys", self.home + "/more"),
+            ("authorizedkeysfile %h/%u/ak", self.home + "/" + USER),
+            ("authorizedkeysfile keys-%u/ak", self.home + "/keys-x"),
+            ("authorizedkeysfile /data-%u/keys", "/data-x"),
             ("trustedusercakeys %s/ca.pub" % base, base),
             ("hostkey %s/host_key" % base, base),
             ("authorizedkeyscommand %s/command %%u data" % base, base),
@@ -749,6 +752,16 @@ class SshdSays(LabCase):
                 self.assert_refused(done, 2, "as good as a shell")
                 self.assertFalse(os.path.exists(path))
                 self.assertEqual(self.link(data, setting).returncode, 0)
+
+    def test_a_pattern_of_homes_forbids_no_home(self) -> None:
+        """Every path below /home would be refused, with no way out."""
+        known = offsync.sshd_paths({"authorizedkeysfile": ["/home/%u/.ssh/authorized_keys"]})
+        self.assertEqual(
+            offsync.validate_link_path("/home/deploy-x/data", known, False), "/home/deploy-x/data"
+        )
+        for path in ("/home/deploy-x/.ssh", "/home/deploy-x", "/home"):
+            with self.assertRaisesRegex(offsync.UsageError, "as good as a shell"):
+                offsync.validate_link_path(path, known, True)
 
     def test_whom_sshd_keeps_out(self) -> None:
         data = self.lab.base + "/data"
@@ -796,12 +809,14 @@ class SshdSays(LabCase):
         other = self.lab.base + "/other"
         os.mkdir(other)
         for place in (self.home + "/.ssh", self.home):
-            subprocess.run(["mount", "--bind", place, other], check=True)
-            try:
-                done = self.link(other, "port 22", args=("--accept-risk", "path"))
-                self.assert_refused(done, 2, "as good as a shell")
-            finally:
-                subprocess.run(["umount", other], check=True)
+            for below in ("", "/be low"):
+                os.makedirs(other + below, exist_ok=True)
+                subprocess.run(["mount", "--bind", place, other + below], check=True)
+                try:
+                    done = self.link(other, "port 22", args=("--accept-risk", "path"))
+                    self.assert_refused(done, 2, "as good as a shell")
+                finally:
+                    subprocess.run(["umount", other + below], check=True)
 
     def test_a_web_root_that_is_written_by_its_group(self) -> None:
         """The remedy for others' access must not take away the key's own."""

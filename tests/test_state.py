@@ -153,6 +153,15 @@ class Records(Standing):
             ("{%s, %s}\n" % (policy, '"verify": "hash"'), "another version of offsync; plan again"),
             ('{"kind": "set", "path": "the config", %s}\n' % policy, "another version of offsync"),
             ('{"source": "/s", "targets": [], "version": 1}\n', "another version of offsync"),
+            (
+                '{"kind": "leftover", "login": [], "path": ".~tmp~", "type": "directory"}\n',
+                "this is no line of a plan",
+            ),
+            (
+                '{"changes": [], "kind": "added", "login": "u@h", "mode": "0644", "path": "f",'
+                ' "sha256": "%s", "size": [], "type": "file"}\n' % ("0" * 64),
+                "this is no line of a plan",
+            ),
         ):
             with self.subTest(text=text):
                 write(plan, text)
@@ -204,7 +213,13 @@ class Records(Standing):
         write(self.source + "/f", "x")
         log = self.lab.state + "/operations.log"
         write(log, "", 0o600)
-        subprocess.run(["mount", "--bind", "/dev/full", log], check=True)
+        full = self.lab.base + "/full"
+        os.mkdir(full)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", full]
+        subprocess.run(mount, check=True)
+        self.addCleanup(subprocess.run, ["umount", full], check=True)
+        write(full + "/log", "x" * 4095 + "\n", 0o600)
+        subprocess.run(["mount", "--bind", full + "/log", log], check=True)
         self.addCleanup(subprocess.run, ["umount", log], check=True)
         done = self.lab.offsync("apply", check=1)
         self.assertIn("delete is false", done.err)

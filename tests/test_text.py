@@ -272,15 +272,6 @@ class Sources(unittest.TestCase):
         with self.assertRaisesRegex(OSError, "leaves the source"):
             offsync.describe_entry(os.fsencode(root), b"evil")
 
-    def test_without_threads_it_is_described_here(self) -> None:
-        source = offsync.Source(self.tree(), with_md5=True)
-        with mock.patch.object(
-            threading.Thread, "start", side_effect=RuntimeError("can't start new thread")
-        ):
-            source.want(b"a")
-            source.wait()
-        self.assertEqual(source.entries[b"a"].md5, hashlib.md5(b"a").digest())
-
     def test_no_thread_at_all_is_a_sentence(self) -> None:
         with (
             mock.patch.object(
