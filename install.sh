@@ -1,9 +1,10 @@
 #!/bin/sh
-# Install the offsync.py beside this script as PREFIX/bin/offsync (atomic, repeatable), or remove it again.
+# Install the offsync.py beside this script as PREFIX/bin/offsync (atomic, repeatable), with its man page
+# (that of a release beside this script, or made by a checkout) and its words for bash-completion below
+# PREFIX/share; or remove all of it again.
 #
 #   ./install.sh [--uninstall]
 #
-# The man page offsync.1 of a release, if it lies beside this script, goes to PREFIX/share/man/man1.
 #
 # PREFIX   default /usr/local for root, else ~/.local
 # DESTDIR  put in front of PREFIX, for packaging
@@ -39,6 +40,20 @@ check_sum() {
         fail "$1 does not match $1.sha256: nothing was installed; fetch both again"
 }
 
+install_man() {
+    mkdir -p -- "$manual" || return 1
+    if [ -f "$here/offsync.1" ]; then
+        cp -- "$here/offsync.1" "$manual/offsync.1" || return 1
+    else
+        python3 "$here/tests/dist.py" --man >"$manual/offsync.1" || return 1
+    fi
+    chmod 644 "$manual/offsync.1"
+}
+
+install_completion() {
+    mkdir -p -- "$words" && python3 "$directory/offsync" completion bash >"$words/offsync" && chmod 644 "$words/offsync"
+}
+
 hint_path() {
     case ":$PATH:" in
     *":$1:"*) ;;
@@ -54,13 +69,14 @@ main() {
     case $PREFIX in /*) ;; *) fail "PREFIX $PREFIX is not absolute; name a directory from / on" ;; esac
     directory=${DESTDIR-}$PREFIX/bin
     manual=${DESTDIR-}$PREFIX/share/man/man1
+    words=${DESTDIR-}$PREFIX/share/bash-completion/completions
     case ${1-} in
     --uninstall)
         if [ ! -e "$directory/offsync" ]; then
             printf '%s is not there; nothing to remove\n' "$directory/offsync"
             return 0
         fi
-        rm -f -- "$directory/offsync" "$manual/offsync.1" || fail "$directory/offsync cannot be removed; run this as its owner"
+        rm -f -- "$directory/offsync" "$manual/offsync.1" "$words/offsync" || fail "$directory/offsync cannot be removed; run this as its owner"
         printf 'removed %s\n' "$directory/offsync"
         return 0
         ;;
@@ -81,11 +97,10 @@ main() {
     if ! cp -- "$here/offsync.py" "$temporary" || ! chmod 755 "$temporary" || ! mv -f -- "$temporary" "$directory/offsync"; then
         fail "$directory/offsync cannot be written; choose another PREFIX, or run this as root"
     fi
-    if [ -f "$here/offsync.1" ]; then
-        if ! mkdir -p -- "$manual" || ! cp -- "$here/offsync.1" "$manual/offsync.1" || ! chmod 644 "$manual/offsync.1"; then
-            fail "$manual/offsync.1 cannot be written; choose another PREFIX, or run this as root (offsync itself is installed)"
-        fi
+    if [ -f "$here/offsync.1" ] || [ -f "$here/tests/dist.py" ]; then
+        install_man || fail "$manual/offsync.1 cannot be written; choose another PREFIX, or run this as root (offsync itself is installed)"
     fi
+    install_completion || fail "$words/offsync cannot be written; choose another PREFIX, or run this as root (offsync itself is installed)"
     printf '%s\nsha256 %s\n' "$directory/offsync" "$(digest "$directory/offsync")"
     [ -n "${DESTDIR-}" ] || hint_path "$directory"
 }

@@ -27,7 +27,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 241 to 2373, in the order in
+To audit it, read the trust core first: lines 241 to 2372, in the order in
 which data flows. What follows serves it: the state directory, link, host keys,
 packages, the config, output, commands; what failures mean comes last.
 """
@@ -588,8 +588,7 @@ def read_json_name(fields: dict[str, Any], key: str = "path") -> bytes:
 
 def inside(path: bytes) -> bytes:
     """Return a path that does not leave the directory that it is relative to. Raises ValueError."""
-    odd = not {b"..", b".", b""}.isdisjoint(path.split(b"/"))
-    if odd or path.startswith(b"/") or b"\0" in path:
+    if b"\0" in path or not {b"..", b".", b""}.isdisjoint(path.split(b"/")):
         raise ValueError("a name that leaves the directory: " + show(path[:100]))
     return path
 

@@ -1,7 +1,7 @@
 """Build the release below dist/: offsync.py, its .sha256, a man page, install.sh, a tar.gz and a
 wheel. The same input gives the same bytes.
 
-usage: dist.py [DIRECTORY]
+usage: dist.py [DIRECTORY]; dist.py --man prints the man page alone
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def make_man(version: str) -> bytes:
             choices = words.get("choices", ())
             shown = (
                 ""
-                if words.get("action") == "store_true"
+                if str(words.get("action")).startswith("store_")
                 else words.get("metavar") or "|".join(choices)
             )
             named = [argument, shown] if argument.startswith("-") else [shown or argument]
@@ -149,6 +149,9 @@ def main() -> None:
     program = read("offsync.py")
     found = re.search(r'^VERSION = "([0-9.]+)"$', program.decode(), re.MULTILINE)
     version = found.group(1)
+    if sys.argv[1:] == ["--man"]:
+        sys.stdout.buffer.write(make_man(version))
+        return
     tests = sorted(
         "tests/" + name
         for name in os.listdir(os.path.join(TOP, "tests"))

@@ -24,6 +24,8 @@ class Case(Standing):
         write(self.source + "/Docs/a", "a")
         write(self.there + "/README", "text")
         write(self.there + "/docs/a", "a")
+        write(self.source + "/alone/x", "no third spelling")
+        write(self.there + "/alone/X", "no third spelling")
         self.lab.offsync("apply", "--delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 

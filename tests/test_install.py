@@ -223,6 +223,28 @@ class InstallScript(unittest.TestCase):
                     "nothing to remove", self.install(shell, "--uninstall", PREFIX=prefix).stdout
                 )
 
+    def test_all_that_is_installed_goes_again(self) -> None:
+        """Also from a checkout, which makes the man page."""
+        shutil.copytree(TOP + "/tests", self.base + "/tests", ignore=shutil.ignore_patterns("__*"))
+        prefix = self.base + "/p"
+        self.install("sh", PREFIX=prefix)
+        files = []
+        for directory, _, names in os.walk(prefix):
+            files += [os.path.relpath(os.path.join(directory, name), prefix) for name in names]
+        self.assertEqual(
+            sorted(files),
+            [
+                "bin/offsync",
+                "share/bash-completion/completions/offsync",
+                "share/man/man1/offsync.1",
+            ],
+        )
+        self.assertIn(".TH OFFSYNC 1", read(prefix + "/share/man/man1/offsync.1"))
+        words = read(prefix + "/share/bash-completion/completions/offsync")
+        self.assertIn("complete -o default -F _offsync offsync", words)
+        self.install("sh", "--uninstall", PREFIX=prefix)
+        self.assertEqual([names for _, _, names in os.walk(prefix) if names], [])
+
     def test_destdir_home_and_path(self) -> None:
         done = self.install("sh", PREFIX="/usr", DESTDIR=self.base + "/stage")
         self.assertTrue(os.path.exists(self.base + "/stage/usr/bin/offsync"))

@@ -15,7 +15,7 @@ import tempfile
 import unittest
 
 import guards
-from lab import HERE, OFFSYNC, USER, LabCase, offsync, read, risk, snapshot, write
+from lab import HERE, OFFSYNC, USER, LabCase, offsync, read, require, risk, snapshot, write
 
 TOP = os.path.dirname(OFFSYNC)
 README = read(os.path.join(TOP, "README.md"))
@@ -207,6 +207,144 @@ class Claims(LabCase):
         shown = re.sub(r"plan [0-9a-f]{64}", "plan ID", re.sub(r"(?m)^ok  .*\n", "", shown))
         expected = re.sub(r"plan [0-9a-f]{64}", "plan ID", block)
         self.assertEqual(" ".join(expected.split()), " ".join(shown.split()))
+
+    def block(self, words: str) -> str:
+        """Return the block of code that has these words."""
+        return next(text for _, text in BLOCKS if words in text)
+
+    def typed(self, script: str, **more) -> subprocess.CompletedProcess:
+        self.lab.program("offsync", '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, OFFSYNC))
+        return subprocess.run(
+            ["sh", "-c", script],
+            env={**self.lab.env, **more.pop("env", {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **more,
+        )
+
+    def test_the_loop_that_links_many_hosts(self) -> None:
+        """As typed, by an own ssh key and sudo; both stand for those of a real host."""
+        lab = self.lab
+        lab.init()
+        own = lab.base + "/own"
+        make = [require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", own]
+        subprocess.run(make, check=True)
+        there = lab.base + "/there"
+        hosts, config = "", ""
+        for name in ("one", "two"):
+            target = lab.target(
+                name, "Subsystem sftp internal-sftp\nSetEnv PATH=%s:/usr/bin:/bin" % there
+            )
+            write(target.keys, read(own + ".pub"))
+            config += "Host node-%s\n  HostName %s\n  Port %d\n  User %s\n  IdentityFile %s\n" % (
+                name,
+                target.address,
+                target.port,
+                USER,
+                own,
+            )
+            config += "  StrictHostKeyChecking no\n  UserKnownHostsFile %s/known-%s\n" % (
+                lab.base,
+                name,
+            )
+            hosts += "node-%s\n" % name
+            write("%s/home-%d" % (there, target.port), target.home)
+            settings = "port %d\nhostkey %s\n" % (target.port, target.host_key)
+            write("%s/sshd-%d" % (there, target.port), settings)
+        write(lab.ssh_config, config)
+        lab.program("scp", '#!/bin/sh\nexec %s -F %s "$@"\n' % (require("scp"), lab.ssh_config))
+        write(
+            there + "/sudo",
+            "#!/bin/sh\ncase $1 in useradd) exit 0;; -iu) shift 2; esac\n"
+            'HOME=$(cat %s/home-${SSH_CONNECTION##* }) exec "$@"\n' % there,
+            0o755,
+        )
+        write(there + "/sshd", "#!/bin/sh\ncat %s/sshd-${SSH_CONNECTION##* }\n" % there, 0o755)
+        write(there + "/python3", '#!/bin/sh\nexec %s "$@"\n' % sys.executable, 0o755)
+        write(lab.base + "/hosts", hosts)
+        script = self.block("done < hosts").replace("~/.offsync", lab.state)
+        script = script.replace("-o deploy ", "-o %s " % USER).replace(" deploy@", " %s@" % USER)
+        script = script.replace("/tmp/offsync.py", lab.base + "/copied.py")
+        script = script.replace("link --path", "link %s --path" % " ".join(risk()))
+        script = script.replace("/srv/app-data", lab.base + "/delivered")
+        script = script.replace("-q offsync.py", "-q " + OFFSYNC)
+        done = self.typed(script, cwd=lab.base)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr + read(lab.base + "/add.sh"))
+        self.assertEqual(done.stdout.count("the key is restricted to writing below"), 2)
+        write(lab.ssh_config, re.sub("(?m)^  (StrictHost|UserKnown|IdentityFile).*$", "", config))
+        self.assertIn("%s@node-two" % USER, lab.offsync("target", "list", check=0).out)
+
+    def test_the_line_for_a_target_without_python(self) -> None:
+        line = self.block("restrict ssh-ed25519").strip()
+        command = offsync.format_forced_command(["/usr/bin/rrsync"], "/srv/app-data")
+        key = offsync.PublicKey("ssh-ed25519", "AAAA...", "offsync@controller")
+        self.assertEqual(line, offsync.format_authorized_key(command, key))
+        self.lab.init()
+        target = self.lab.target("one")
+        public = read(self.lab.state + "/id_ed25519.pub").strip()
+        os.mkdir(target.path)
+        line = line.replace("/srv/app-data", target.path)
+        write(target.keys, line.replace("ssh-ed25519 AAAA... offsync@controller", public) + "\n")
+        self.lab.add(target)
+
+    def test_two_people(self) -> None:
+        """Only what the reviewer signed is applied; the chain of commands fails closed."""
+        target = self.lab.joined_by_hand("one")
+        write(self.lab.source + "/f", "x")
+        key = self.lab.base + "/reviewer"
+        make = [require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key]
+        subprocess.run(make, check=True)
+        write(self.lab.base + "/allowed", "reviewer@example.org " + read(key + ".pub"))
+        script = self.block("ssh-keygen -Y sign -f ~/.ssh/id_ed25519 -n offsync-plan")
+        plan, sign, *apply = script.replace("~/.ssh/id_ed25519", key).splitlines()
+        for command in (plan, sign):
+            done = self.typed(command, cwd=self.lab.base)
+            self.assertEqual(done.returncode, 0, done.stderr)
+        signed = read(self.lab.base + "/plan.jsonl")
+        write(self.lab.base + "/plan.jsonl", signed.replace('"f"', '"g"'))
+        done = self.typed("\n".join(apply), cwd=self.lab.base)
+        self.assertNotEqual(done.returncode, 0)
+        self.assertEqual(snapshot(target.path), {})
+        write(self.lab.base + "/plan.jsonl", signed)
+        done = self.typed("\n".join(apply), cwd=self.lab.base)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
+
+    def test_several_controllers_share_one_plan(self) -> None:
+        one, two = self.lab.joined_by_hand("one"), self.lab.joined_by_hand("two")
+        write(self.lab.source + "/f", "x")
+        plan = self.lab.base + "/plan.jsonl"
+        write(plan, self.lab.offsync("plan", "--json", check=0).stdout)
+        write(self.lab.base + "/east", one.login + "\n")
+        write(self.lab.base + "/west", two.login + "\n")
+        other = self.lab.base + "/other"
+        shutil.copytree(self.lab.state, other)
+        config = read(other + "/config.yaml")
+        write(
+            other + "/config.yaml",
+            config[: config.index("  - login")]
+            + config[config.index("  - login: '%s'" % two.login) :],
+        )
+        self.lab.offsync("apply", "@east", "--plan", plan, check=0)
+        self.lab.offsync("apply", "@west", "--plan", plan, env={"OFFSYNC_HOME": other}, check=0)
+        self.assertEqual([snapshot(t.path) for t in (one, two)], [snapshot(self.lab.source)] * 2)
+
+    def test_it_is_short_and_its_first_screen_has_the_two_commands(self) -> None:
+        lines = README.splitlines()
+        self.assertLess(len(lines), 600)
+        first = "\n".join(lines[:55])
+        for words in (
+            "tests/demo.py --yes",
+            "tests/run.py --yes",
+            "$ offsync plan",
+            "$ offsync apply",
+            "refused, nothing was sent",
+            "$ offsync doctor",
+        ):
+            self.assertIn(words, first)
 
     def test_promises_name_their_guards(self) -> None:
         names = {guard[0] for guard in guards.GUARDS}
