@@ -10,7 +10,7 @@ help:
 	@echo 'make lint     ruff, mypy, vermin, shellcheck, and the YAML subset against PyYAML'
 	@echo 'make soak     random trees and random kills for as long as you like (SEEDS=n rounds, KILLS=n, from SEED=n)'
 	@echo 'make guards   each guard taken out in a copy: its test must notice (WORDS="--few" for those of CI)'
-	@echo 'make bench    speed against bare rsync (QUICK=1; ROWS="help small large many targets million")'
+	@echo 'make bench    speed against bare rsync (QUICK=1; ROWS="help small ...")'
 	@echo 'make fuzz     the YAML subset against PyYAML (COUNT=n SEED=n)'
 	@echo 'make dist     the release below dist/: offsync.py, its .sha256, install.sh, tar.gz, wheel (reproducible)'
 	@echo 'make install  copy offsync to PREFIX/bin; make uninstall; make clean'

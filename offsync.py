@@ -27,7 +27,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 241 to 2372, in the order in
+To audit it, read the trust core first: lines 241 to 2374, in the order in
 which data flows. What follows serves it: the state directory, link, host keys,
 packages, the config, output, commands; what failures mean comes last.
 """
@@ -735,8 +735,7 @@ class Source:
         self.root, self.exclude, self.with_md5 = os.fsencode(path), exclude, with_md5
         self.count = 0                      # of entries, excluded ones too, once it is scanned
         self.symlinks: list[bytes] = []     # not excluded; where a target takes none
-        self.scanned = threading.Event()    # or refused: then accepted is false
-        self.accepted = False
+        self.accepted = threading.Event()   # it is scanned, and all of it can be delivered
         self.entries: dict[bytes, Optional[Entry]] = {}     # None where it is not described yet
         self.errors: dict[bytes, str] = {}
         self.described = 0                  # about so many, for the progress
@@ -1000,7 +999,7 @@ class Run:
                  with_md5: bool = False) -> None:
         check_private(home.key)
         self.home, self.config = home, config
-        self.ssh, self.rsync = program("ssh"), find_rsync()[0]
+        self.ssh = program("ssh")
         self.started = time.time_ns()       # to say which side changed; nothing else rests on it
         self.targets = 1                    # how many are planned
         self.plans: dict[bytes, list[Change]] = {}      # by digest; under source.lock
@@ -1011,6 +1010,12 @@ class Run:
         self.guard = start_guard(self.scratch, self.ssh)
         self.source = Source(config.source, config.exclude, with_md5)
         self.jobs, self.provers = Threads(jobs or config.jobs), Threads(jobs or config.jobs)
+        self.finding = self.provers.submit(find_rsync)      # beside what comes first
+
+    @property
+    def rsync(self) -> str:
+        """Return the rsync that is used. Raises OffsyncError where there is none."""
+        return str(self.finding.result()[0])
 
     def __enter__(self) -> "Run":
         return self
@@ -1523,9 +1528,9 @@ def plan_target(shared: Run, target: Target) -> TargetPlan:
     try:
         PROGRESS.update(target.login, "connecting")
         plan.connection.open()
-        source.scanned.wait()
-        if not source.accepted:
-            raise Stopped("the source was refused")
+        while not source.accepted.wait(0.1):
+            if STOP.is_set():               # also where it was refused: the run is over
+                raise Stopped("interrupted")
         if not target.symlinks and source.symlinks:
             raise failure(target, Kind.SYMLINKS, names=source.symlinks)
         PROGRESS.update(target.login, "comparing")
@@ -1562,11 +1567,8 @@ def plan_all(shared: Run, targets: Sequence[Target]) -> list[TargetPlan]:
     check_place(source, (home.path, home.key))      # before any target is contacted
     shared.targets = len(targets)
     planning = shared.jobs.each(lambda target: plan_target(shared, target), targets)
-    try:
-        check_source(source, shared.rsync, targets)
-        source.accepted = True
-    finally:
-        source.scanned.set()
+    check_source(source, shared.rsync, targets)
+    source.accepted.set()
     with contextlib.closing(planning):      # type: ignore[type-var]
         plans = dict(planning)
     return [plans[target] for target in targets]

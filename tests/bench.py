@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-from lab import OFFSYNC, Lab, require, write
+from lab import OFFSYNC, Lab, read, require, write
 
 QUICK = bool(os.environ.get("QUICK"))
 RUNS = int(os.environ.get("RUNS", "3" if QUICK else "5"))
@@ -134,7 +134,7 @@ class Bench:
 
         self.measure(
             "%d files, first" % count,
-            "1.7",
+            "1.65",
             {"rsync": self.rsync, "apply": lambda: self.offsync("apply")},
             empty,
             max(RUNS // 2, 1),
@@ -151,7 +151,7 @@ class Bench:
         )
         self.measure(
             "%d files, 100 changed" % count,
-            "2.2",
+            "2.0",
             {"rsync": self.rsync, "apply": lambda: self.offsync("apply")},
             lambda: self.touch(100),
         )
@@ -170,7 +170,7 @@ class Bench:
         )
         self.measure(
             "%d large files, 10 changed" % count,
-            "1.9",
+            "2.1",
             {"rsync": self.rsync, "apply": lambda: self.offsync("apply")},
             lambda: self.touch(10),
             min(RUNS, 3),
@@ -209,7 +209,7 @@ class Bench:
         self.offsync("apply")
         self.measure(
             "%d targets, 50 ms" % len(targets),
-            "2.6",
+            "2.5",
             {
                 "one": lambda: self.offsync("plan", targets[0].login),
                 "plan": lambda: self.offsync("plan"),
@@ -231,7 +231,7 @@ class Bench:
         own = self.usage(lambda: self.offsync("plan"), own=True)
         print(
             "%d entries, equal: rsync alone %.1f s CPU; offsync itself %.1f s CPU (%.2f of it;"
-            " bound 0.1), %d MB peak (bound 50)"
+            " bound 0.2), %d MB peak (bound 50)"
             % (count, before[0], own[0], own[0] / before[0], own[1]),
             flush=True,
         )
@@ -239,7 +239,7 @@ class Bench:
         os.mkdir(self.target.path)
         own = self.usage(lambda: self.offsync("plan"), own=True)
         print(
-            "%d entries, all new: offsync itself %.1f s CPU, %d MB peak (bound 400)"
+            "%d entries, all new: offsync itself %.1f s CPU, %d MB peak (bound 600)"
             % (count, own[0], own[1]),
             flush=True,
         )
@@ -273,16 +273,16 @@ class Bench:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 0
 
     def row_targets(self) -> None:
-        """1, 4, 16 and 64 targets, nothing to do: what each further one costs the controller
-        (offsync, ssh and rsync here).
+        """1 to 256 targets, nothing to do: what each further one costs the controller (offsync, ssh
+        and rsync here); offsync's own peak of memory, and that few descriptors will do.
         """
         self.fresh(200, 1000)
         targets = [self.target] + [
-            self.lab.joined_by_hand("near%d" % number) for number in range(3 if QUICK else 63)
+            self.lab.joined_by_hand("near%d" % number) for number in range(3 if QUICK else 255)
         ]
         self.offsync("apply")
         found = {}
-        for count in (1, 4, 16, 64)[: 2 if QUICK else 4]:
+        for count in (1, 4, 16, 64, 256)[: 2 if QUICK else 5]:
             logins = [target.login for target in targets[:count]]
             found[count] = median(
                 [self.usage(functools.partial(self.offsync, "plan", *logins))[0] for _ in range(3)]
@@ -292,9 +292,87 @@ class Bench:
                 % (count, found[count], (found[count] - found[1]) / max(count - 1, 1)),
                 flush=True,
             )
+        cpu, peak = self.usage(lambda: self.offsync("plan"), own=True)
+        print("%d targets: offsync itself %.1f s CPU, %d MB peak" % (len(targets), cpu, peak))
+        limited = ["sh", "-c", 'ulimit -n 128; exec "$@"', "sh", sys.executable, OFFSYNC, "plan"]
+        subprocess.run(limited, env=self.lab.env, stdout=subprocess.DEVNULL, check=True)
+        print("%d targets: 128 descriptors are enough" % len(targets), flush=True)
         for target in targets[1:]:
+            target.stop()
+        config = os.path.join(self.lab.state, "config.yaml")
+        text = read(config)
+        second = text.index("  - login", text.index("  - login") + 1)
+        write(config, text[:second])  # the next row has one target again
+
+    def row_far(self) -> None:
+        """1,000 small files, 200 ms there and back: nothing to do, and 10 changed."""
+        self.fresh(1000, 1000)
+        self.offsync("apply")
+        delay = "%s -I -S %s %%h %%p 0.1" % (
+            sys.executable,
+            os.path.join(os.path.dirname(os.path.abspath(__file__)), "delay.py"),
+        )
+        write(self.lab.ssh_config, "ProxyCommand %s\n" % delay)
+        near, self.rsh = self.rsh, self.rsh + " -o 'ProxyCommand=%s'" % delay
+        apply = {"rsync": self.rsync, "apply": lambda: self.offsync("apply")}
+        self.measure("1000 files, 200 ms, equal", "1.15", apply, runs=3)
+        self.measure("1000 files, 200 ms, 10 changed", "2.4", apply, lambda: self.touch(10), 3)
+        write(self.lab.ssh_config, "")
+        self.rsh = near
+
+    def row_doctor(self) -> None:
+        """doctor of 12 targets against one."""
+        self.fresh(10, 1000)
+        more = [self.lab.joined_by_hand("ill%d" % number) for number in range(11)]
+        one = self.target.login
+        commands = {
+            "one": lambda: self.offsync("doctor", one),
+            "12": lambda: self.offsync("doctor"),
+        }
+        self.measure("doctor of 12 targets", "6", commands, runs=3)
+        started = time.monotonic()
+        self.lab.add(self.target)
+        print("target add: %.2f s (bound 2)" % (time.monotonic() - started), flush=True)
+        for target in more:
             self.lab.offsync("target", "remove", target.login, check=0)
             target.stop()
+
+    def row_phases(self) -> None:
+        """Where one apply of 100 changed files spends its time, by when its programs start."""
+        self.fresh(2000 if QUICK else 20000, 50000)
+        self.offsync("apply")
+        self.touch(100)
+        script = (
+            "import runpy, subprocess, sys, time\nbegun, real = time.monotonic(),"
+            " subprocess.Popen\ndef popen(argv, **more):\n    words = ' '.join(map(str, argv))\n   "
+            " print('%.3f %s' % (time.monotonic() - begun, words), file=sys.stderr)\n    return"
+            " real(argv, **more)\nsubprocess.Popen = popen\nsys.argv = ['offsync',"
+            " 'apply']\nrunpy.run_path("
+            + repr(OFFSYNC)
+            + ", run_name='__main__')\n"
+        )
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=self.lab.env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        whole, at, name = time.monotonic() - started, 0.0, "start"
+        steps = (("ControlMaster=yes", "open"), (" -rlptc ", "pass"), ("offsync-", ""))
+        steps += ((" -r --timeout", "path"), (" --size-only", "modes"), (" -ii ", "send"))
+        steps += ((" -lptc ", "compare"), (" -rlpt ", "tree"))
+        found = []
+        for line in done.stderr.splitlines():
+            when, _, words = line.partition(" ")
+            step = next((step for text, step in steps if text in words and step), "")
+            if step and when[:1].isdigit():
+                found.append("%s %.2f" % (name, float(when) - at))
+                at, name = float(when), step if step != name else name
+        found.append("%s %.2f" % (name, whole - at))
+        print("phases of an apply, 100 changed (s): " + ", ".join(found), flush=True)
 
     def row_help(self) -> None:
         """The CPU of offsync --help over that of importing argparse."""
@@ -314,7 +392,7 @@ class Bench:
 
         bare, own = least("-c", "import argparse"), least(OFFSYNC, "--help")
         print(
-            "--help: %.0f ms CPU, import argparse alone %.0f ms: %.0f ms more (bound 35)"
+            "--help: %.0f ms CPU, import argparse alone %.0f ms: %.0f ms more (bound 55)"
             % (own * 1000, bare * 1000, (own - bare) * 1000),
             flush=True,
         )
@@ -324,9 +402,26 @@ def main() -> None:
     """Run the named rows, or all."""
     bench = Bench()
     try:
+        versions = [
+            subprocess.run(
+                words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ).stdout
+            for words in (["rsync", "--version"], ["ssh", "-V"])
+        ]
         print("%d cores; medians of %d runs" % (os.cpu_count() or 1, RUNS))
+        print("; ".join(version.split("  protocol")[0].split("\n")[0] for version in versions))
         print(COLUMNS % ("row", "yardstick", "offsync", "ratio", "bound"))
-        for name in sys.argv[1:] or ("help", "small", "large", "many", "targets", "million"):
+        for name in sys.argv[1:] or (
+            "help",
+            "small",
+            "phases",
+            "large",
+            "far",
+            "many",
+            "doctor",
+            "targets",
+            "million",
+        ):
             getattr(bench, "row_" + name)()
     finally:
         bench.lab.close()

@@ -393,11 +393,16 @@ class Lab:
         """Start one more target; every target has another loopback address, so that its login is
         its own.
         """
+        number = len(self.targets)
         target = LabTarget(
             self,
             name,
             options,
-            address if address != "127.0.0.1" else "127.0.0.%d" % (len(self.targets) + 1),
+            (
+                address
+                if address != "127.0.0.1"
+                else "127.0.%d.%d" % (number // 250, number % 250 + 1)
+            ),
         )
         self.targets.append(target)
         return target

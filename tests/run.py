@@ -95,6 +95,9 @@ def run_one(name: str) -> None:
 
 def main(names: list) -> int:
     """Run all; print failures as they come, and the summary last."""
+    if names and names[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0
     if names[:1] != ["--one"]:
         names = ensure_programs(names)
     if names[:1] == ["--one"]:

@@ -462,7 +462,7 @@ class DeadEnds(Standing):
     def test_ctrl_c_with_a_hung_target_and_a_second_one(self) -> None:
         for signals in (1, 2):
             with self.subTest(signals=signals):
-                self.there_runs("touch ../begun; while kill -0 $PPID; do sleep 0.1; done")
+                self.there_runs("touch ../begun; cat > /dev/null")
                 process = self.lab.start("apply")
                 wait_for(
                     lambda: os.path.exists(os.path.dirname(self.there) + "/begun"), "the session"
@@ -565,6 +565,30 @@ class Excluded(Standing):
         self.lab.offsync("apply", "--delete", check=0)
         self.assertEqual(os.readlink(self.there + "/here"), "f")
         self.assertEqual(read(self.there + "/uploads/photo"), "precious")
+
+
+class Accepted(Standing):
+    def test_nothing_is_compared_before_the_source_is_accepted(self) -> None:
+        """Connections are opened meanwhile; a stand-in takes its time over the excludes."""
+        write(self.source + "/f", "x")
+        os.mkfifo(self.source + "/fifo")
+        before = self.target.read_log().count("Starting session")
+        accepted = self.target.read_log().count("Accepted publickey")
+        env = self.here_runs('case "$*" in *" -rlD "*) sleep 1;; esac; real')
+        self.assert_refused(self.lab.offsync("plan", env=env), 1, "it is a device")
+        self.assertEqual(self.target.read_log().count("Starting session"), before)
+        self.assertEqual(self.target.read_log().count("Accepted publickey"), accepted + 1)
+        os.unlink(self.source + "/fifo")
+        self.lab.offsync("plan", env=env, check=0)
+
+    def test_what_is_refused_without_any_contact(self) -> None:
+        connections = self.target.read_log().count("Connection from")
+        os.rmdir(self.source)
+        self.assert_refused(self.lab.offsync("plan"), 1, "not a readable directory")
+        self.lab.configure(source='"%s"' % self.lab.home)
+        self.assert_refused(self.lab.offsync("plan"), 1, "so the private key")
+        os.mkdir(self.source)
+        self.assertEqual(self.target.read_log().count("Connection from"), connections)
 
 
 class LookAlike(Standing):

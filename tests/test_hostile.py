@@ -10,7 +10,8 @@ from lab import (
     OFFSYNC,
     SharedLab,
     Standing,
-    mentions,
+    comm,
+    descendants,
     offsync,
     read,
     require,
@@ -104,7 +105,9 @@ class Hostile(SharedLab):
             process = self.lab.start("plan")
             if ">&2" in script:
                 wait_for(
-                    lambda: mentions("yes") and mentions(self.lab.base + "/hostile"), "the flood"
+                    lambda: {"yes", "hostile"}
+                    <= set(map(comm, descendants(self.target.process.pid))),
+                    "the flood",
                 )
                 process.send_signal(signal.SIGTERM)
             out, err = process.communicate(timeout=100)

@@ -403,6 +403,19 @@ class Restriction(LabCase):
         write(self.target.keys, self.line.replace("/usr/bin/rrsync", script))
         self.assert_nothing_written()
 
+    def test_a_session_has_nowhere_else_to_go(self) -> None:
+        """Were its connection gone, ssh would connect afresh, by itself and unproved."""
+        err = self.lab.offsync("-v", "apply", check=0).err
+        sessions = [
+            line
+            for line in err.splitlines()
+            if line.startswith("+ ") and "ControlMaster=no" in line and "ControlPath=/" in line
+        ]
+        self.assertGreater(len(sessions), 3)
+        for line in sessions:
+            self.assertIn("ProxyCommand=/nonexistent/offsync-connection-ended", line)
+            self.assertIn("-F /dev/null", line)
+
     def test_a_connection_that_is_opened_again_proves_its_path_again(self) -> None:
         """While another target is compared the first one's connection ends, and its key is linked
         to another directory.
