@@ -27,7 +27,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 241 to 2374, in the order in
+To audit it, read the trust core first: lines 241 to 2351, in the order in
 which data flows. What follows serves it: the state directory, link, host keys,
 packages, the config, output, commands; what failures mean comes last.
 """
@@ -423,16 +423,15 @@ def attempts() -> Iterator[bool]:
     yield True
 
 class Threads:
-    """Threads that carry out functions.
+    """Threads that carry out functions; the only helper for that.
 
     What a function touches is its own, or says at its definition who else does. close() drops what
     is queued (the interpreter would work it all off before it ends), and waits for what has begun.
     """
 
     def __init__(self, threads: int) -> None:
-        from concurrent.futures import ThreadPoolExecutor, wait     # here: slow to import
-        self.executor, self.wait = ThreadPoolExecutor(max_workers=threads), wait
-        self.threads = threads
+        from concurrent import futures      # here: slow to import
+        self.futures, self.executor = futures, futures.ThreadPoolExecutor(max_workers=threads)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return the future of a function. Raises OffsyncError where no thread can be started."""
@@ -446,41 +445,19 @@ class Threads:
              items: Sequence[_Item]) -> Iterator[tuple[_Item, _Value]]:
         """Begin with function(item) for all items; return an iterator over (item, value) as each
         ends. Whatever stops the consumer, no other item is begun, and all that was has ended.
-
-        Raises what a function raises.
         """
-        from queue import SimpleQueue
-        todo, ended = [*reversed(items)], SimpleQueue()     # type: ignore[var-annotated]
-
-        def work() -> None:
-            while todo:
-                with contextlib.suppress(IndexError):       # another thread took the last one
-                    item = todo.pop()
-                    try:
-                        ended.put((item, function(item), None))
-                    except BaseException as error:          # raised again where it is taken
-                        ended.put((item, None, error))
-
-        begun: list[Any] = []
-        for _ in range(min(self.threads, len(items))):
-            try:
-                begun.append(self.submit(work))
-            except OffsyncError:            # those that began do the work of the others
-                if not begun:
-                    raise
+        begun = {self.submit(function, item): item for item in items}
 
         def take() -> Iterator[tuple[_Item, _Value]]:
             try:
-                for number in range(len(items)):
+                for number, future in enumerate(self.futures.as_completed(begun)):
                     if len(items) > 1:
-                        PROGRESS.update("(all)", "%d of %d done" % (number, len(items)))
-                    item, value, error = ended.get()
-                    if error:
-                        raise error
-                    yield item, value
+                        PROGRESS.update("(all)", "%d of %d done" % (number + 1, len(items)))
+                    yield begun[future], future.result()
             finally:
-                todo.clear()
-                self.wait(begun)
+                for future in begun:
+                    future.cancel()
+                self.futures.wait(begun)
                 PROGRESS.update("(all)", None)
 
         return take()
@@ -4169,7 +4146,7 @@ def cmd_target_list(args: argparse.Namespace) -> int:
         for _, fields in read_log(home):
             login = fields.get("login")
             if isinstance(login, str) and not os.path.exists(os.path.join(home.last, login)):
-                last[login] = fields
+                last[login] = {key: fields[key] for key in fields if key[:6] != "files_"}
     if args.json:
         listed = [{**target._asdict(), "user": target.user, "host": target.host,
                    "last": last.get(target.login)} for target in targets]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import re
 import sys
 
 import yaml
@@ -19,6 +20,18 @@ offsync = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(offsync)
 
 SCALARS = [
+    '["a"]',
+    '["a", "b"]',
+    '[ "x" , "*.log" ]',
+    '["a",]',
+    "['a']",
+    '["a" "b"]',
+    '["a", b]',
+    '["a#b"]',
+    '["]"]',
+    '["a"] x',
+    "~/dir",
+    "*.log",
     "true",
     "false",
     "yes",
@@ -201,7 +214,11 @@ def document(rng: random.Random) -> str:
                     first = False
         if rng.random() < 0.2:
             lines.append(rng.choice(["", "   ", "# c", "    # c", "\t", "---", "..."]))
+    if rng.random() < 0.1:
+        lines.insert(0, rng.choice(["---", "---", "--- ", "--- # c", "---x"]))
     text = "\n".join(lines) + rng.choice(["", "\n", "\n\n"])
+    if rng.random() < 0.1:
+        text = text.replace("\n", "\r\n")
     for _ in range(rng.choice([0, 0, 0, 1, 2])):
         at = rng.randint(0, len(text))
         text = text[:at] + rng.choice(TOKENS) + text[at + rng.choice([0, 0, 1]) :]
@@ -247,7 +264,7 @@ def check_writer(rng: random.Random) -> None:
     """Raise unless PyYAML reads what the writer writes, edits included."""
 
     def word() -> str:
-        return "".join(
+        text = "".join(
             chr(
                 rng.choice(
                     [
@@ -261,6 +278,7 @@ def check_writer(rng: random.Random) -> None:
             )
             for _ in range(rng.randint(0, 12))
         )
+        return re.sub("[\u2028\u2029\ufeff]", "", text)  # the commands refuse these in a path
 
     def login() -> str:
         return "u%d@h%d" % (rng.randint(0, 3), rng.randint(0, 3))

@@ -182,7 +182,7 @@ class SourceChanges(Standing):
 
     def failing(self, env: dict, *names: str) -> None:
         done = self.lab.offsync("apply", env=env, check=1)
-        self.assertIn("failed: the source changed after the plan", done.err)
+        self.assertRegex(done.err, "failed: the source changed (after the plan|while it was read)")
         for name in names:
             self.assertRegex(done.err, ": .*%s.* \\(" % re.escape(name))
         self.assertEqual(self.lab.records()[-1]["result"], "failed")

@@ -741,7 +741,7 @@ class SshdSays(LabCase):
             ("authorizedkeysfile more/keys", self.home + "/more"),
             ("authorizedkeysfile %h/%u/ak", self.home + "/" + USER),
             ("authorizedkeysfile keys-%u/ak", self.home + "/keys-x"),
-            ("authorizedkeysfile /data-%u/keys", "/data-x"),
+            ("authorizedkeysfile %s-%%u/keys" % base, base + "-x"),
             ("trustedusercakeys %s/ca.pub" % base, base),
             ("hostkey %s/host_key" % base, base),
             ("authorizedkeyscommand %s/command %%u data" % base, base),
