@@ -9,7 +9,8 @@ roles
               afterwards only sshd, rrsync and rsync run there
 
 reads   the source directory; through ssh: ~/.ssh/config for routing, and the
-        known_hosts files of the user and the system for host keys
+        known_hosts files of the user and the system for host keys; link also
+        /etc/shadow, /proc/self/mounts and the system's host keys, if it may
 writes  on the controller: $OFFSYNC_HOME (default ~/.offsync), and temporary
         files below $TMPDIR, /tmp or /var/tmp that are removed at the end;
         on the target: one line of ~/.ssh/authorized_keys, the --path directory
@@ -27,7 +28,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 241 to 2351, in the order in
+To audit it, read the trust core first: lines 247 to 2362, in the order in
 which data flows. What follows serves it: the state directory, link, host keys,
 packages, the config, output, commands; what failures mean comes last.
 """
@@ -231,6 +232,11 @@ class Record(NamedTuple):
     bytes_sent: Optional[int] = None
     seconds: Optional[float] = None
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Return it as JSON has it: no mark of a command in the error."""
+        return {**self._asdict(), "error": self.error and plain(self.error)}
+
 class Result(NamedTuple):
     """How a program ended. status is negative for a signal, None when its deadline passed."""
     status: Optional[int]
@@ -241,6 +247,7 @@ class Result(NamedTuple):
 # === Trust core: running programs ===============================================================
 
 STOP = threading.Event()                    # all is stopping: no program starts, nothing waits
+SIGNALLED = threading.Event()               # by the handler: a second signal ends it all
 RUNNING: set["subprocess.Popen[bytes]"] = set()     # the programs that the signal handler ends
 VERBOSE = threading.Event()                 # -v
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -263,7 +270,8 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
 
 def stop_all(signum: int, _: object) -> NoReturn:
     """Handle a signal: end every program; the first one stops the run, a second one ends it."""
-    again = STOP.is_set()
+    again = SIGNALLED.is_set()
+    SIGNALLED.set()
     STOP.set()
     for process in list(RUNNING):
         kill(process)
@@ -289,7 +297,7 @@ def environment(rsync: bool = False, strong: bool = False) -> dict[str, str]:
 def run(argv: Argv, *, stdin: Union[int, bytes, IO[bytes]] = subprocess.DEVNULL,
         shown: bool = False, env: Optional[dict[str, str]] = None, deadline: float = FOREVER,
         greeting: float = FOREVER, on_line: Optional[Callable[[bytes], None]] = None) -> Result:
-    """Run a program, the only place that does; return how it ended. argv is never a shell's.
+    """Run a program, the only place but clean_up(); return how it ended. argv is no shell's.
 
     stdin: PIPE stays open and silent; bytes (64 KiB at most, a pipe's room) are what it reads.
     stdout is returned, or given to on_line line by line (\\r ends a line too). What is shown writes
@@ -308,10 +316,9 @@ def run(argv: Argv, *, stdin: Union[int, bytes, IO[bytes]] = subprocess.DEVNULL,
             argv, stdin=given, env=env or environment(), stderr=pipe, stdout=2 if shown else pipe,
             start_new_session=not shown, cwd="/")
     except OSError as error:
-        why = "run: `offsync install-deps`" if isinstance(error, FileNotFoundError) else \
-            "raise that limit (ulimit), or use --jobs 1"
-        if isinstance(error, PermissionError) or shown:
-            why = "look at that program, and at what its first line names"
+        why = "look at that program, and at what its first line names"
+        if error.errno in (11, 12, 23, 24):         # EAGAIN, ENOMEM, ENFILE, EMFILE
+            why = "raise that limit (ulimit), or use --jobs 1"
         raise OffsyncError("%s: it cannot be started: %s; " + why,
                            show(os.fsencode(argv[0])), error.strerror) from None
     finally:
@@ -504,7 +511,7 @@ def clean_up(scratch: str, ssh: str) -> None:
     signal.alarm(0)
 
 
-# --- Trust core: names. Bytes within; encoded for people, as JSON, and for rsync ----------------
+# --- Trust core: names ----------------------------------------------------------------------------
 
 # What str.isprintable() lets pass, and is drawn as nothing all the same.
 UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
@@ -640,8 +647,8 @@ def name_list(scratch: str, names: Iterable[bytes]) -> BinaryIO:
 # --- Trust core: the source ---------------------------------------------------------------------
 
 BATCH = 64                                  # source entries that a thread describes at a time
-# A killed receiver leaves .NAME.XXXXXX beside NAME, one dot for names that have one (receiver.c).
 STAGING = b".~tmp~"                         # where --delay-updates collects files
+# A killed receiver leaves .NAME.XXXXXX beside NAME, one dot for names that have one (receiver.c).
 TEMPORARY_NAME = re.compile(rb"\.(.+)\.[A-Za-z0-9]{6}", re.DOTALL)
 
 def open_directory(root: bytes, directory: bytes) -> int:
@@ -897,7 +904,7 @@ def check_source(source: Source, rsync: str, targets: Sequence[Target]) -> None:
             "%s", show(source.root), plural(len(named), "entry", "entries"), some_of(named))
 
 
-# --- Trust core: the connection, and the failures that steer its retries ------------------------
+# --- Trust core: the connection -------------------------------------------------------------------
 
 # Every connection gets all of these; the command line wins over ~/.ssh/config (ssh_config(5)).
 SSH_OPTIONS = tuple(word for option in (
@@ -948,8 +955,8 @@ class Steering:
     HOST_KEY_CHANGED = Failure(
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
         "its host key CHANGED, somebody else may answer there",
-        "compare with its own console (`ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`), and "
-        "only if it is the new one: `offsync target add {add} --host-key SHA256:...`")
+        "compare with its own console: `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`, and "
+        "only if it is the new one, trust it: `offsync target add {add} --host-key SHA256:...`")
     HOST_KEY_UNKNOWN = Failure(
         "host key is known for|Host key verification failed", "its host key is not trusted yet",
         "confirm it with: `offsync target add {add}`")
@@ -999,13 +1006,12 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         """Leave nothing behind, nor anything at work; the guard cleans up, or we do without it."""
-        stopping = STOP.is_set()
         STOP.set()
         for process in list(RUNNING):
             kill(process)
         for threads in (self.jobs, self.provers, self.source.threads):
             threads.close()
-        if not stopping:
+        if not SIGNALLED.is_set():
             STOP.clear()
         pid, pipe = self.guard
         os.close(pipe)
@@ -1232,14 +1238,15 @@ def prove_path(connection: Connection) -> str:
         if result.status == 0:
             raise failure(target, Kind.OPEN, "it writes anywhere")
         before, found, _ = printed_name(result.stderr).partition(marker)
-        for slashes in (b"/", b"//"):       # two up to 3.1.3
-            if found and before.endswith(b'"' + expected + slashes):
-                connection.path_proved = True
-                return "it stays below " + show(expected)
+        quoted = b'"' + expected + b"/"
+        if found and before.endswith((quoted, quoted + b"/")):      # two slashes up to 3.1.3
+            connection.path_proved = True
+            return "it stays below " + show(expected)
         quote = before.rfind(b'"/')
         if found and quote >= 0:
             elsewhere = before[quote + 1:].rstrip(b"/") or b"/"
-            raise failure(target, Kind.OPEN if elsewhere == b"/" else Kind.OTHER_PATH,
+            other = target._replace(remote_path=os.fsdecode(elsewhere))
+            raise failure(other, Kind.OPEN if elsewhere == b"/" else Kind.OTHER_PATH,
                           "its key writes below %s, not below %s" % (
                               show(elsewhere), show(expected)))
         silences += result.stderr.startswith(SILENT)
@@ -1655,6 +1662,7 @@ def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes],
     leftovers: set[tuple[str, bytes]] = set()
     shown: dict[bytes, bool] = {}           # target lines: whether it was compared then
     differing: list[str] = []
+    policy: dict[str, Any] = {}
     for number, line in enumerate(reviewed, 1):
         key = line_key(line)
         if key in unapproved and not line.startswith(b'{"error"'):
@@ -1667,6 +1675,7 @@ def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes],
         if change is None:
             shown[key] = fields.get("error") is None
             unapproved.discard(key)
+            policy = fields if "login" not in fields else policy
         elif change.kind == "leftover":
             leftovers.add((fields["login"], change.path))
         elif change.entry:
@@ -1681,7 +1690,7 @@ def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes],
     if unapproved:                          # the policy comes first
         new = (json.loads(line) for line in plan_lines(shared.config, plans)
                if line_key(line) in unapproved)
-        differing = [*dict.fromkeys(name_line(fields) for fields in new
+        differing = [*dict.fromkeys(name_line(fields, policy) for fields in new
                                     if fields.get("login") not in unknown), *differing]
     if differing:
         raise OffsyncError(
@@ -1715,25 +1724,17 @@ def refuse_unknown(shared: Run, plans: Sequence[TargetPlan], shown: dict[bytes, 
 
 def not_in_source(source: Source, held: set[tuple[bytes, Entry]]) -> list[bytes]:
     """Return the paths of those entries that the source does not hold; hashes what is not yet."""
-    again = Source(os.fsdecode(source.root))        # what vanished is no error here
-    for path, _ in held:
-        if not source.entries.get(path):
-            again.want(path)
-    with contextlib.suppress(OffsyncError):
-        again.wait()
-    again.threads.close()
-    found = {**again.entries, **source.entries}
-
     def same(path: bytes, entry: Entry) -> bool:
-        now = found.get(path)
-        return now is not None and now._replace(md5=b"") == entry
+        now = source.entries.get(path)
+        return now._replace(md5=b"") == entry if now else source.is_as(path, entry)
 
     return sorted({path for path, entry in held if not same(path, entry)})
 
-def name_line(fields: dict[str, Any]) -> str:
+def name_line(fields: dict[str, Any], policy: dict[str, Any]) -> str:
     if "source" in fields:
-        return "the policy is now %s (give --source and --delete as for the plan)" % (
-            json.dumps(fields))
+        return "the policy is now another (give --source and --delete as for the plan): " + \
+            ", ".join("%s %s, not %s" % (key, json.dumps(fields[key]), json.dumps(policy.get(key)))
+                      for key in fields if fields[key] != policy.get(key))
     return "%s: %s is now %s" % (
         fields["login"], cut(show(read_json_name(fields))), fields["kind"])
 
@@ -1750,17 +1751,20 @@ def refusal(shared: Run, plans: Sequence[TargetPlan], reviewed: bool) -> str:
         if not kept:
             return "the source %s is empty (after the excludes), and an empty source never " \
                    "deletes; is it mounted and filled?" % source
+    forbidden = []
     for kind, (key, ways_out) in POLICIES.items():
         concerned = [plan for plan in plans if plan.of(kind)]
         if concerned and not getattr(config, key):
-            return refuse_kind(kind, key, ways_out, plans, concerned)
+            forbidden.append(refuse_kind(kind, key, ways_out, plans, concerned))
+    if forbidden:
+        return "; and ".join(forbidden)
     for plan in () if reviewed else deleting:
         gone, new = len(plan.of("missing", "leftover")), len(plan.of("added"))
         there = kept - new + gone           # what it has now; it will have what the source has
         if gone >= MANY_DELETIONS and 100 * kept < (100 - config.max_delete) * there:
             return "%s would shrink from %d to %d entries (max_delete: %d percent); is the " \
                    "source %s mounted and filled? If it is meant, review it: offsync plan, then " \
-                   "apply --plan ID, both with the same --source and --delete; or raise " \
+                   "offsync apply --plan ID, both with the same --source and --delete; or raise " \
                    "max_delete in the config" % (
                        plan.target.login, there, kept, config.max_delete, source)
     return ""
@@ -1770,7 +1774,7 @@ def refuse_kind(kind: str, key: str, ways_out: str, plans: Sequence[TargetPlan],
     """Return why a kind of change that the policy forbids stops the run, and the ways out."""
     if len(concerned) < len(plans) and len(concerned) <= LISTED:
         logins = shlex.join(word for plan in concerned for word in ("--except", plan.target.login))
-        ways_out += ", or leave those targets out: `%s`" % logins
+        ways_out += ", or leave those targets out: `offsync apply %s`" % logins
     named = ["%s: %s" % (plan.target.login, some_paths(change.path for change in plan.of(kind)))
              for plan in concerned]
     total = sum(len(plan.of(kind)) for plan in concerned)
@@ -1833,8 +1837,10 @@ class Delivery:
             self.verdict = Verdict({}, set())
         except Stopped:
             result, error = "interrupted", "apply again finishes the job"
-        except (OffsyncError, OSError) as problem:
-            result, error = "failed", getattr(problem, "why", str(problem))
+        except (OffsyncError, OSError, MemoryError) as problem:
+            result, error = "failed", getattr(problem, "text", str(problem) or "not enough memory")
+            if isinstance(problem, TargetError):
+                error = problem.why
             source_changed = getattr(problem, "kind", None) is Kind.SOURCE_CHANGED
             if self.begun and self.verdict is None and not source_changed:
                 self.find_out()             # else there is nothing to compare with
@@ -2135,40 +2141,43 @@ def find_twins(source: Source, missing: Sequence[bytes],
 
     Not where the one of the source is added: then the target tells them apart. What lies below a
     missing directory goes the way of that one. The third spelling is in neither list, and lies in
-    the same directory; None where there is none.
+    the same directory; None where there is none. Where the two differ in case, it does so alone:
+    a target may ignore case and not form (composed or not).
     """
     found: list[tuple[bytes, bytes, Optional[bytes]]] = []
-    listed: dict[bytes, dict[str, list[bytes]]] = {}
-    there = set(missing)
+    by_directory: dict[bytes, list[bytes]] = {}
     for path in missing:
-        directory, name = os.path.split(path)
-        if directory not in listed:
-            names: dict[str, list[bytes]] = {}
-            with contextlib.suppress(OSError):      # it is missing, too
-                for other in os.listdir(os.path.join(source.root, directory)):
-                    names.setdefault(folded(other), []).append(other)
-            listed[directory] = names
-        for twin in listed[directory].get(folded(name), ()):
-            kept = os.path.join(directory, twin)
-            if twin != name and kept not in added:
-                known = {one for names in listed[directory].values() for one in names}
-                others = sorted(one for one in known if os.path.join(directory, one) not in added)
-                spelt = (os.path.join(directory, spelling) for one in (twin, *others)
-                         for spelling in spellings(one, len(alike((name, twin))) == 2)
-                         if spelling not in known)
-                found.append((path, kept, next((one for one in spelt if one not in there), None)))
+        by_directory.setdefault(os.path.dirname(path), []).append(os.path.basename(path))
+    for directory, names in by_directory.items():
+        known: list[bytes] = []
+        with contextlib.suppress(OSError):  # it is missing, too
+            known = os.listdir(os.path.join(source.root, directory))
+        similar: dict[str, list[bytes]] = {}
+        for name in known:
+            similar.setdefault(folded(name), []).append(name)
+        taken = {*known, *names}
+        for name in names:
+            for twin in similar.get(folded(name), ()):
+                kept = os.path.join(directory, twin)
+                if twin != name and kept not in added:
+                    spelt: list[bytes] = []
+                    forms = len(alike((name, twin))) == 2
+                    for other in [twin, *known[:100]]:      # or of another name that is there
+                        if os.path.join(directory, other) not in added:
+                            spelt += spellings(other, forms)
+                    third = next((one for one in spelt if one not in taken), None)
+                    found.append((os.path.join(directory, name), kept,
+                                  third and os.path.join(directory, third)))
     return found
 
 def spellings(name: bytes, forms: bool) -> list[bytes]:
-    """Return other spellings of a name: composed and decomposed first, where forms; other cases.
-
-    They must differ as the two names differ of which it is asked whether a target tells them apart.
-    """
+    """Return other spellings of a name: composed and decomposed first, for forms; other cases."""
     text = name.decode("utf-8", "replace")
     changed = [text.swapcase(), text.upper(), text.lower(), text.title().swapcase(), text.title()]
     if forms:
         changed = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")] + changed
-    return [other.encode("utf-8") for other in changed if other != text and "\ufffd" not in text]
+    spelt = [other.encode("utf-8") for other in changed if other != text]
+    return [other for other in spelt if len(other) < 256 and b"\xef\xbf\xbd" not in other]
 
 
 # --- Trust core: record, status and lock --------------------------------------------------------
@@ -2187,7 +2196,7 @@ def take_lock(home: "Home", what: str, shared: bool = False) -> None:
         raise OffsyncError("%s is running and holds the lock %s; try again when it has finished",
                            holder, show_text(home.lock_file)) from None
     except OSError as error:
-        if shared and error.errno in (1, 13, 30):   # where nobody may write, nobody does
+        if shared and error.errno == 30:    # where nobody may write, nobody does
             return
         raise OffsyncError("lock %s: %s; nothing was sent or changed; mend that, then try again",
                            show_text(home.lock_file), error.strerror) from None
@@ -2208,8 +2217,8 @@ def open_log(home: "Home") -> int:
             os.write(log, b"\n")                            # follows stays readable
         return log
     except OSError as error:
-        raise OffsyncError("log %s: it cannot be written: %s; nothing was sent; mend that, then "
-                           "apply again", show_text(home.log), error.strerror) from None
+        raise OffsyncError("log %s: it cannot be written: %s; mend that, then apply again",
+                           show_text(home.log), error.strerror) from None
 
 def append_log(home: "Home", fields: dict[str, Any]) -> None:
     """Append one record with one write. Raises OffsyncError if it is not all there."""
@@ -2275,7 +2284,7 @@ class Log:
         lost, begun = "", bool(self.results)
         for login in [*self.open] if error else ():
             result = "interrupted" if isinstance(error, (Interrupted, Stopped)) else "refused"
-            why = str(error) if result == "refused" else "nothing was sent"
+            why = getattr(error, "text", str(error)) if result == "refused" else "nothing was sent"
             try:
                 self.finish(self.open[login]._replace(
                     result=result, error=why, files_changed=[], files_deleted=[], bytes_sent=0,
@@ -2288,7 +2297,8 @@ class Log:
             self.report(login, quiet=refused)
         for (result, _), logins in self.said.items():
             if len(logins) > 1:
-                emit("offsync: %s as %s: %s" % (result, logins[0], some_of(logins[1:])), error=True)
+                emit("offsync: %s for the same reason as %s: %s" % (
+                    result, logins[0], some_of(logins[1:])), error=True)
         if not refused and not self.as_json:
             words = ["%d %s" % (count, word)
                      for word, count in sorted(self.results.items(), reverse=True)]
@@ -2300,7 +2310,7 @@ class Log:
         self.open = {login: record._replace(plan=plan) for login, record in self.open.items()}
 
     def start(self, login: str) -> None:
-        write_status(self.home, self.open[login]._asdict())
+        write_status(self.home, self.open[login].fields)
 
     def finish(self, record: Record) -> None:
         """Log what became of a target, and keep its status. Raises OffsyncError if that fails.
@@ -2309,24 +2319,25 @@ class Log:
         """
         self.ended[record.login] = record
         self.open.pop(record.login, None)
-        append_log(self.home, record._asdict())
+        append_log(self.home, record.fields)
         if self.locked:
-            write_status(self.home, record._asdict())
+            write_status(self.home, record.fields)
 
     def report(self, login: str, quiet: bool = False) -> None:
         """Print what became of a target: an equal failure is counted, and named at the end."""
         record = self.ended.pop(login)
         self.results[record.result] += 1
         if self.as_json:
-            emit(json_line(record._asdict()))
+            emit(json_line(record.fields))
         if record.result == "ok":
             if not self.as_json:
-                emit(describe_ok(record))
+                emit(describe_ok(record), prose=True)
         elif not quiet:
-            key = (record.result, describe_failed(record))
-            if not self.said.setdefault(key, []):
-                emit("offsync: %s: %s: %s" % (login, *key), error=True)
-            self.said[key].append(login)
+            text = describe_failed(record)
+            logins = self.said.setdefault((record.result, without_words(text)), [])
+            if not logins:
+                emit("offsync: %s: %s: %s" % (login, record.result, text), error=True)
+            logins.append(login)
 
 def deliver(shared: Run, log: Log, plan: TargetPlan) -> None:
     """Carry out one target's plan and log it at once, whatever becomes of the others."""
@@ -2345,10 +2356,10 @@ def deliver(shared: Run, log: Log, plan: TargetPlan) -> None:
     try:
         log.finish(record)
     except OffsyncError as error:           # it belongs to this target alone
-        why = "%s; %s" % (record.error or "delivered and verified, but not logged", error)
+        why = "%s; %s" % (record.error or "delivered and verified, but not logged", error.text)
         log.ended[login] = record = record._replace(result="failed", error=why)
         with contextlib.suppress(OffsyncError):
-            write_status(log.home, record._asdict())        # it was not killed
+            write_status(log.home, record.fields)       # it was not killed
 
 
 # === The trust core ends here. The state directory ==============================================
@@ -2492,15 +2503,17 @@ def find_strangers(path: str, itself: bool = True) -> str:
             if os.lstat(below).st_uid in ours:
                 continue
         who = "everybody" if mode & 0o002 else "its group" if mode & 0o020 else ""
+        letters = {0o002: "o", 0o020: "g", 0o022: "go"}.get(mode & 0o022, "")
         if who:                             # /tmp and the like are meant to be so
             remedy = "choose another place" if mode & stat.S_ISVTX else compose(
-                "run: `chmod %s-w %s`", "o" if who == "everybody" else "g", quoted)
+                "run: `chmod %s-w %s`", letters, quoted)
             return "%s may write to %s (mode %04o); %s" % (who, show_text(place), mode, remedy)
     return ""
 
 def check_private(path: str) -> str:
     if not os.path.exists(path):
-        raise OffsyncError("%s: it does not exist; run: `offsync init`", show_text(path))
+        raise OffsyncError("%s: it does not exist; restore it, or make a new one, which is to be "
+                           "linked on each target again: `offsync init`", show_text(path))
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if mode & 0o077:
         raise OffsyncError("%s: others may read it (mode %04o); run: `chmod %o %s`",
@@ -2550,8 +2563,8 @@ class Home:
 
     def read_config(self) -> str:
         if not os.path.lexists(self.config):
-            raise UsageError("config %s: it does not exist; " + self.find_state(),
-                             show_text(self.config))
+            raise UsageError("config %s: it does not exist; %s", show_text(self.config),
+                             compose(self.find_state()))
         data = read_file(self.config, "config", "run: `offsync init --source DIR`")
         try:
             return data.decode("utf-8")
@@ -2572,7 +2585,7 @@ class Home:
             hidden = os.path.isdir(place) and not os.access(place, os.X_OK)
             if place != self.path and (hidden or os.path.exists(place + "/config.yaml")):
                 return "the account %s has a state directory here, %s: work as it: `sudo -iu %s " \
-                       "offsync ...`" % (user, show_text(place).replace("%", "%%"), user)
+                       "offsync ...`" % (user, show_text(place), user)
         return "run first: `offsync init --source DIR`"
 
     def load(self) -> Config:
@@ -2863,8 +2876,9 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
                          + choose, show_text(real), found)
     risks = list(link_risks(real, lies_in, contains))
     if risks and not accept_risk:
-        raise UsageError("path %s: %s; " + choose + ", or, if it is really meant: --accept-risk "
-                         "path", show_text(real), risks[0])
+        other = "or " if COPY in risks[0] else ""
+        raise UsageError("path %s: %s; " + other + choose + ", or, if it is really meant: "
+                         "--accept-risk path", show_text(real), risks[0])
     return real
 
 def login_accounts() -> dict[str, str]:
@@ -3036,7 +3050,9 @@ def login_problem(account: pwd.struct_passwd, sshd: dict[str, list[str]]) -> str
             groups.append(grp.getgrgid(gid).gr_name)
 
     def names(setting: str, known: Sequence[str]) -> bool:
-        patterns = [word.split("@")[0] for word in sshd.get(setting, ())]
+        words = sshd.get(setting, ())       # of "Deny user@host" only some hosts are kept out
+        patterns = [word.split("@")[0] for word in words
+                    if setting.startswith("allow") or word.partition("@")[2] in ("", "*")]
         return any(fnmatch.fnmatchcase(name, pattern) for name in known for pattern in patterns)
 
     for setting, known, wanted in (("DenyUsers", [user], False), ("AllowUsers", [user], True),
@@ -3069,9 +3085,11 @@ def link_warnings(account: pwd.struct_passwd, sshd: dict[str, list[str]], delive
     for path in (home, os.path.join(home, ".ssh"), keys.path):
         status = os.stat(path)
         if status.st_mode & 0o022 or status.st_uid not in (0, own):
+            remedy = "chown %s %s" % (account.pw_name, shlex.quote(path))
+            if status.st_uid in (0, own):
+                remedy = "chmod go-w " + shlex.quote(path)
             yield compose("%s is writable or owned by others: sshd may ignore the key then "
-                          "(StrictModes in sshd_config(5)); run: `chmod go-w %s`",
-                          path, shlex.quote(path))
+                          "(StrictModes in sshd_config(5)); run: `%s`", path, remedy)
     if not sshd:
         yield "sshd could not be asked what it reads and whom it lets in (sshd -T, which has to " \
               "read sshd_config): whether it uses this key is not known"
@@ -3082,8 +3100,9 @@ def link_warnings(account: pwd.struct_passwd, sshd: dict[str, list[str]], delive
             yield "another key may write below %s too (of a second controller?); an old one goes " \
                   "by: offsync unlink" % show_text(delivery)
     second = keys.path + "2"
-    if os.path.exists(second) and keys.key.blob.encode() in read_file(second, "keys", ""):
-        yield "the key stands in %s too, which some sshd read; remove it there" % second
+    with contextlib.suppress(OffsyncError):
+        if keys.key.blob.encode() in read_file(second, "keys", ""):
+            yield "the key stands in %s too, which some sshd read; remove it there" % second
     if sshd.get("authorizedkeyscommand", ["none"]) not in ([], ["none"]):
         yield "sshd asks AuthorizedKeysCommand before this file; it must not print this key"
     places = [os.path.join(account.pw_dir, place.replace("%h", account.pw_dir).replace(
@@ -3126,6 +3145,10 @@ def cmd_link(args: argparse.Namespace) -> int:
     forced = validate_forced_command(words, path, account.pw_shell, language, munge)
     key = read_key_argument(args)
     keys = AuthorizedKeys(key)
+    strangers = find_strangers(os.path.dirname(os.path.realpath(rrsync)))
+    if strangers and "rrsync" not in risks:
+        raise OffsyncError("rrsync %s: others could replace what this key runs: %s; or accept it: "
+                           "--accept-risk rrsync", rrsync, strangers)
     if "rrsync" in risks:
         warn("accepted: a thief of the key may get out of %s through a symlink", show_text(path))
     else:
@@ -3209,6 +3232,9 @@ def fetch_host_key(connection: Connection, family: str = "") -> str:
     if not os.path.exists(path):            # with a family, most likely: it has no such key
         raise failure(target, Kind.ALGORITHMS) if family else explain_login(asking, result, True)
     line = read_file(path, "host key", "").decode("utf-8", "replace").strip()
+    if not line:
+        raise OffsyncError("%s: ssh could not write its host key down; is %s full?",
+                           target.login, shared.scratch)
     for revoked, place in known_lines(shared, line.split()[0], "@revoked"):
         if blob(revoked) == blob(line):
             raise failure(target, Kind.REVOKED, "%s in %s" % (describe_keys([revoked]), place))
@@ -3320,8 +3346,7 @@ def store_host_key(shared: Run, line: str) -> None:
                 "try again (it said: %s)", show_text(shared.home.known_hosts),
                 quote_answer(removed.stderr))
         old = read_file(path, "known_hosts", "")
-    if old and not old.endswith(b"\n"):
-        old += b"\n"
+        old += b"\n" if old and not old.endswith(b"\n") else b""
     write_atomically(shared.home.known_hosts, [old, line.encode() + b"\n"], 0o600)
 
 def connect_trusted(shared: Run, target: Target,
@@ -3422,8 +3447,9 @@ def cmd_target_add(args: argparse.Namespace) -> int:
         raise UsageError("host key %s: it must be SHA256: and 43 characters, as 'offsync link' and "
                          "ssh-keygen -l print it", show_text(args.host_key))
     home = Home()
-    config = home.load()
+    home.load()                             # without one, there is nothing to lock
     take_lock(home, "target add")
+    config = home.load()
     others = [other for other in config.targets if other.login != target.login]
     known = [other for other in config.targets if other.login == target.login]
     if known and known != [target]:
@@ -3608,13 +3634,6 @@ YAML_FORBIDDEN = re.compile(
 # Plain words that some YAML parser takes for a boolean, a null or a merge.
 YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
-class YamlError(ValueError):
-    """config.yaml is not in our subset; line counts from 1."""
-
-    def __init__(self, line: int, message: str) -> None:
-        super().__init__(message)
-        self.line = line
-
 class Node(NamedTuple):
     """A value of config.yaml: a scalar, or a list or dict of nodes; the line where it begins."""
     value: Any
@@ -3639,26 +3658,20 @@ def parse_yaml_value(text: str, line: int) -> Any:
 
 def explain_yaml(line: str) -> str:
     """Return what is wrong with a line that is not in the subset, and what to write instead."""
-    bad = YAML_FORBIDDEN.search(line)
+    bad = (YAML_FORBIDDEN.search(line) or "?")[0]
     odd = next((c for c in line if c.isspace() and c not in " \t"), "")
     value = line.split("#")[0].strip().rpartition(": ")[2].lstrip("- ")
-    if "\t" in line:
-        return "a tab; write blanks instead"
-    if "\ufeff" in line:
-        return "a byte order mark (U+FEFF); save the file as UTF-8 without one"
-    if bad:
-        return "the character U+%04X is not allowed; remove it" % ord(bad[0])
-    if odd:
-        return "the character U+%04X looks like a blank; write a blank" % ord(odd)
-    if value.startswith("~"):
-        return "~ is not expanded here; write the whole path, from / on"
-    if value[:1] in ("*", "&", "!", "%", "@", "?"):
-        return 'text that begins with %s needs double quotes: "%s"' % (value[0], value)
-    if line.rstrip() == "---":
-        return "a second document; only the first line may be ---"
-    if re.search(r", *\]", value):
-        return "a comma before ]; remove it"
-    return "unsupported syntax or value; put text in double quotes, as JSON"
+    return next(why for wrong, why in (
+        ("\t" in line, "a tab; write blanks instead"),
+        (bad == "\ufeff", "a byte order mark (U+FEFF); save the file as UTF-8 without one"),
+        (bad != "?", "the character U+%04X is not allowed; remove it" % ord(bad)),
+        (odd, "the character U+%04X looks like a blank; write a blank" % ord(odd or " ")),
+        (value[:1] == "~", "~ is not expanded here; write the whole path, from / on"),
+        (value[:1] in ("*", "&", "!", "%", "@", "?"),
+         'text that begins with %s needs double quotes: "%s"' % (value[:1], value)),
+        (line.rstrip() == "---", "a second document; only the first line may be ---"),
+        (re.search(r", *\]", value), "a comma before ]; remove it"),
+        (True, "unsupported syntax or value; put text in double quotes, as JSON")) if wrong)
 
 def add_pair(mapping: dict[str, Node], key: str, node: Node) -> None:
     if key in mapping:
@@ -3671,7 +3684,7 @@ def yaml_lines(text: str) -> list[str]:
     return [*(line[:-1] if line.endswith("\r") else line for line in lines), last]
 
 def parse_yaml(text: str) -> dict[str, Node]:
-    """Return the nodes of a document. Raises YamlError for whatever is not in the subset."""
+    """Return a document's nodes. Raises ValueError(line, why) where it is not in the subset."""
     nodes: dict[str, Node] = {}
     opened: Optional[Node] = None           # the open list
     dash = keys = -1                        # the columns of its dashes, and of its last item's keys
@@ -3707,7 +3720,7 @@ def parse_yaml(text: str) -> dict[str, Node]:
             if node.value == [] and "[" not in lines[number - 1].split("#")[0]:
                 raise ValueError(key + ": has no value; write [] for an empty list")
     except ValueError as error:
-        raise YamlError(number, str(error)) from None
+        raise ValueError(number, str(error)) from None
     return nodes
 
 def format_yaml(value: Any) -> str:
@@ -3858,8 +3871,8 @@ def validate_config(text: str, filename: str) -> Config:
 
     try:
         nodes = parse_yaml(text)
-    except YamlError as error:
-        refuse(error.line, str(error))
+    except ValueError as error:
+        refuse(*error.args)
     values = values_of(nodes, TOP_KEYS, 1)
     for node in values["exclude"]:
         if type(node.value) is not str or node.value in ("", "!") or CONTROL.search(node.value):
@@ -3963,9 +3976,9 @@ def lay_out(text: str, columns: int) -> str:
         for number, part in enumerate(parts):
             if number % 2:
                 lines.append("    " + part)
-            elif part.strip(" ;,.") or len(parts) == 1:
+            elif part.strip(" ;:,.()") or len(parts) == 1:
                 lines += textwrap.wrap(
-                    part.lstrip(" ;,.") if number else part, columns - 1,
+                    part.lstrip(" ;:,.)") if number else part, columns - 1,
                     initial_indent="  " if number else "", subsequent_indent="  ",
                     break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines)
@@ -4005,7 +4018,8 @@ def print_table(rows: Sequence[Sequence[str]], columns: int = sys.maxsize) -> No
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = (printable(cell).ljust(width) for cell, width in zip(row, widths))
-        emit("  ".join(cells).rstrip()[:columns])
+        line = "  ".join(cells).rstrip()
+        emit(line if len(line) <= columns else line[:columns - 3] + "...")
 
 def print_cut(rows: Sequence[Sequence[str]]) -> None:
     """Print rows, each one line of the terminal, if there is one."""
@@ -4109,6 +4123,8 @@ def cmd_init(args: argparse.Namespace) -> int:
                  plural(len(home.load().targets), "target"))
         home.replace_in_config("source", ["source: " + format_yaml(source)])
     if not os.path.lexists(home.key):
+        if os.path.exists(home.key + ".pub"):
+            warn("the private key was gone: this is a new one, to be linked on each target again")
         make_key(home.key, "offsync@" + re.sub(r"[^A-Za-z0-9.-]", "", os.uname().nodename))
     check_private(home.key)
     public, path = read_public_key(home.key), home.key + ".pub"
@@ -4152,17 +4168,17 @@ def cmd_target_list(args: argparse.Namespace) -> int:
                    "last": last.get(target.login)} for target in targets]
         emit(json.dumps({"version": 1, "targets": listed}, sort_keys=True))
         return 0
-    rows = [["TARGET", "LAST RUN (UTC)", "RESULT", "PLAN", "PATH"]]
+    rows = [["TARGET", "LAST RUN (UTC)", "RESULT", "PLAN", "PATH, OR WHY NOT"]]
     for target in targets:
         record, where = last.get(target.login), show_text(target.remote_path)
         where += " port %d" % target.port if target.port else ""
-        rows.append([target.login, "", "never delivered (no record)", "", where])
+        rows.append([target.login, "", "none", "", where + ": never delivered (no record)"])
         if record:
-            other = record.get("source") or config.source
-            why = " from %s" % other if other != config.source else ""
-            why += ": %s" % record["error"] if record.get("error") else ""
+            other, why = record.get("source") or config.source, record.get("error")
+            where += " from %s" % other if other != config.source else ""
             rows[-1][1:] = [short_time(str(record.get("timestamp"))), str(record.get("result")),
-                            str(record.get("plan") or "-")[:12], where + why]
+                            str(record.get("plan") or "-")[:12], "%s (%s)" % (why, where)
+                            if why else where]
     print_cut(rows)
     if not targets:
         emit("no targets yet; on a target run: offsync link; then here: offsync target add", True)
@@ -4170,8 +4186,9 @@ def cmd_target_list(args: argparse.Namespace) -> int:
 
 def cmd_target_remove(args: argparse.Namespace) -> int:
     home = Home()
-    targets = home.load().targets
+    home.load()
     take_lock(home, "target remove")
+    targets = home.load().targets
     named = [target for target in targets if args.login in (target.login, target.host)]
     if len(named) != 1:
         raise UsageError(
@@ -4239,15 +4256,16 @@ def load_targets(home: Home, args: argparse.Namespace) -> tuple[Config, list[Tar
 
 # --- Commands: plan, apply, verify, log ---------------------------------------------------------
 
-def plan_summary(config: Config, plan: TargetPlan) -> str:
+def plan_summary(config: Config, plan: TargetPlan, planning: bool = True) -> str:
     if plan.error:
         return "not compared"
-    deletes = {"missing", "leftover"} if config.delete else set()
+    deletes = {"missing", "leftover"} if config.delete and planning else set()
     counts = ["%d %s%s" % (len(plan.of(kind)), kind, " (to delete)" if kind in deletes else "")
               for kind in KINDS if plan.of(kind)]
     if not counts:
         return "equal, nothing to do"
-    return "%s; %s to send" % (", ".join(counts), format_bytes(size_to_send(plan.changes)))
+    size = "; %s to send" % format_bytes(size_to_send(plan.changes)) if planning else ""
+    return ", ".join(counts) + size
 
 def change_line(change: Change, quoted: bool = False) -> str:
     """Return one entry of a plan: kind, reasons, size, path."""
@@ -4270,8 +4288,10 @@ def change_line(change: Change, quoted: bool = False) -> str:
 
 def print_plans(config: Config, plans: Sequence[TargetPlan], entries: int) -> None:
     groups: dict[Any, list[TargetPlan]] = {}
+    entries_wanted = entries
     for plan in plans:
-        groups.setdefault(plan.error.why if plan.error else plan.digest, []).append(plan)
+        key = without_words(plan.error.why) if plan.error else plan.digest
+        groups.setdefault(key, []).append(plan)
     emit("source %s" % show(os.fsencode(config.source)))
     for group in groups.values():
         plan = group[0]
@@ -4288,7 +4308,7 @@ def print_plans(config: Config, plans: Sequence[TargetPlan], entries: int) -> No
             emit("  ... and %d more" % more)
         entries = max(entries - len(plan.changes), 0)
         each = "" if len(group) == 1 else "%d targets, each: " % len(group)
-        emit("  " + each + plan_summary(config, plan))
+        emit("  " + each + plan_summary(config, plan, entries_wanted == sys.maxsize))
 
 def name_leftovers(plans: Sequence[TargetPlan]) -> None:
     """Say which targets hold files under rsync's own names: interrupted runs, or a hidden file."""
@@ -4313,12 +4333,14 @@ def cmd_plan(args: argparse.Namespace) -> int:
     config, targets = load_targets(home, args)
     with Run(home, config, args.jobs) as shared:
         plans = plan_all(shared, targets)
-        name, why = home.keep_plan(config, plans), ""
-        if not args.json:
-            why = refusal(shared, plans, False)
+        name, why = home.keep_plan(config, plans), refusal(shared, plans, False)
+        never = bool(why and refusal(shared, plans, True))
+    refuses = "apply will refuse" if never else "apply without --plan will refuse"
     name_leftovers(plans)
     if args.json:
         emit_lines(plan_lines(config, plans))
+        if why:
+            warn("%s: %s", refuses, why)
     else:
         named = {plan.target.login: plan_summary(config, plan) for plan in plans}
         if args.summary:
@@ -4328,11 +4350,11 @@ def cmd_plan(args: argparse.Namespace) -> int:
         else:
             print_plans(config, plans, sys.maxsize)
         if args.summary or len(plans) > 1:
-            print_table(list(named.items()))
+            print_cut(list(named.items()))
         if why:
-            emit("%s: %s" % (colour("failed", "apply will refuse"), why), prose=True)
+            emit("%s: %s" % (colour("failed", refuses), why), prose=True)
         emit("plan " + name)
-        if sys.stdout.isatty() and any(plan.of(*KINDS[:3]) for plan in plans) and not why:
+        if sys.stdout.isatty() and any(plan.of(*KINDS[:3]) for plan in plans) and not never:
             words = [*args.targets, *(["--source", args.source] if args.source is not None else []),
                      *(word for one in args.excepted for word in ("--except", one)),
                      *(["--delete"] if args.delete else []), "--plan", name]
@@ -4355,6 +4377,10 @@ def describe_ok(record: Record) -> str:
     return "%s: %s: %s, verified; %s sent in %.1f s" % (
         record.login, colour("ok", "ok"), counts, format_bytes(record.bytes_sent or 0),
         record.seconds or 0)
+
+def without_words(why: str) -> str:
+    """Return a failure without what a program said of it, which differs by host and port."""
+    return re.sub(r" \(it said: .*\)", "", why)
 
 def describe_failed(record: Record) -> str:
     known = counts_of(record.files_changed, record.files_deleted) or "nothing was delivered"
@@ -4434,6 +4460,18 @@ def unquoted(name: str) -> str:
     raw = re.sub(r'\\([0-7]{3}|[abtnvfr"\\])', byte, name[1:-1])
     return os.fsdecode(raw.encode("latin-1"))
 
+def print_log(rows: Sequence[Sequence[str]]) -> None:
+    """Print the log's rows; on a terminal why a run failed stands below its row, whole."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for *cells, why in rows:
+        line = "  ".join(printable(cell).ljust(width) for cell, width in zip(cells, widths))
+        if not sys.stdout.isatty():
+            emit((line + "  " + printable(why)).rstrip())
+            continue
+        emit(line.rstrip()[:terminal_size(sys.stdout)[0]])
+        if why:
+            emit("    " + printable(why), prose=True)
+
 def cmd_log(args: argparse.Namespace) -> int:
     home = Home()
     records = list(read_log(home))
@@ -4442,7 +4480,7 @@ def cmd_log(args: argparse.Namespace) -> int:
         known = {target.login for target in home.load().targets} if os.path.exists(
             home.config) else set()
         logins = match_targets(logins | known, args.targets)
-    rows, unknown = [["WHEN (UTC)", "TARGET", "RESULT", "PLAN", "BY", "WHAT"]], 0
+    rows, unknown = [["WHEN (UTC)", "TARGET", "RESULT", "PLAN", "BY", "WHAT", ""]], 0
     for line, fields in records:
         login = str(fields.get("login") or fields.get("host"))
         changed, deleted = fields.get("files_changed"), fields.get("files_deleted")
@@ -4458,14 +4496,16 @@ def cmd_log(args: argparse.Namespace) -> int:
             continue
         if args.json:
             emit(line if line.endswith(b"\n") else line + b"\n")
-        result, why = str(fields.get("result") or "ok"), str(fields.get("error") or "")
-        rows.append([short_time(fields["timestamp"]), login, result,
-                     str(fields.get("plan") or "-")[:12], str(fields.get("operator") or "-"),
-                     "; ".join(filter(None, (what, why))) or "equal, nothing to do"])
+            continue
+        why = str(fields.get("error") or "")
+        row = [short_time(fields["timestamp"]), login, str(fields.get("result") or "ok"),
+               str(fields.get("plan") or "-")[:12], str(fields.get("operator") or "-"),
+               what or ("" if why else "equal, nothing to do"), why]
+        rows.append(row)
     if not args.json and len(rows) > 1:
-        print_cut(rows)
+        print_log(rows)
     since = "the log begins at %s (UTC)" % short_time(records[0][1]["timestamp"]) if records else \
-        "the log is empty"
+        "it holds no record"
     emit("%s: %s%s; older records may have been rotated away" % (
         show_text(home.log), since, "; what %s changed is unknown" % plural(unknown, "run")
         if unknown else ""), error=True)
@@ -4566,20 +4606,6 @@ def cmd_manifest(args: argparse.Namespace) -> int:
 
 def check_controller(home: Home) -> bool:
     """Print what is right and wrong with this controller; return whether all is right."""
-    def rsync() -> str:
-        return "%s %d.%d.%d" % (find_rsync()[0], *find_rsync()[1])
-
-    def ssh() -> str:
-        return "%s %s" % (program("ssh"), quote_answer(run([program("ssh"), "-V"]).stderr))
-
-    def key() -> str:
-        check_private(home.key)
-        return "%s %s" % (show_text(home.key), check_own_key(home.key))
-
-    def config() -> str:
-        home.load()
-        return check_private(home.config)
-
     def source() -> str:
         loaded = home.load()
         scanned = Source(loaded.source, loaded.exclude)
@@ -4588,9 +4614,16 @@ def check_controller(home: Home) -> bool:
         return show_text(loaded.source)
 
     problems: set[str] = set()
-    for what, check in (("rsync", rsync), ("ssh", ssh), ("ssh-keygen", lambda: program(
-            "ssh-keygen")), ("state", lambda: check_private(home.path)), ("key", key),
-            ("config", config), ("source", source)):
+    checks: dict[str, Callable[[], Any]] = {
+        "rsync": lambda: "%s %d.%d.%d" % (find_rsync()[0], *find_rsync()[1]),
+        "ssh": lambda: "%s %s" % (
+            program("ssh"), quote_answer(run([program("ssh"), "-V"]).stderr)),
+        "ssh-keygen": lambda: program("ssh-keygen"),
+        "state": lambda: check_private(home.path),
+        "key": lambda: "%s %s" % (check_private(home.key), check_own_key(home.key)),
+        "config": lambda: home.load() and check_private(home.config),
+        "source": source}
+    for what, check in checks.items():
         try:
             emit("%s %-10s  %s" % (colour("ok", "ok      "), what, check()))
         except (OffsyncError, OSError) as error:
@@ -4626,9 +4659,10 @@ def examine_target(shared: Run, target: Target) -> tuple[list[str], bool]:
 
 def cmd_doctor(args: argparse.Namespace) -> int:
     home, healthy = Home(), 0
+    found: dict[Target, list[str]] = {}
     if not os.path.lexists(home.config) and not os.path.lexists(home.key):
         raise OffsyncError("doctor: %s holds no controller's state: %s", show_text(home.path),
-                           plain(compose(home.find_state())))
+                           compose(home.find_state()))
     if not check_controller(home):
         raise OffsyncError("doctor: this controller has problems; mend what is marked PROBLEM "
                            "above, then run it again")
@@ -4637,10 +4671,14 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     with Run(home, config, args.jobs) as shared:
         examined = shared.jobs.each(lambda target: examine_target(shared, target), targets)
         with contextlib.closing(examined):  # type: ignore[type-var]
-            for _, (lines, fine) in examined:
+            for target, (lines, fine) in examined:
                 healthy += fine
-                for line in lines:
-                    emit(line, prose=COPY in line)
+                if fine and len(targets) > 1:       # a line each; what is wrong comes last, whole
+                    emit("%s: %s: %d proofs" % (target.where, colour("ok", "ok"), len(lines) - 1))
+                else:
+                    found[target] = lines
+    for line in (line for target in sorted(found) for line in found[target]):
+        emit(line, prose=True)
     problems = len(targets) - healthy
     emit("%s: %d ok%s" % (plural(len(targets), "target"), healthy,
                           ", %d with problems" % problems if problems else ""))
@@ -4691,6 +4729,9 @@ def cmd_completion(args: argparse.Namespace) -> int:
 def next_step(home: Home) -> str:
     """Return where one stands: the last run, targets that failed, and what to do next."""
     if not os.path.exists(home.config) or not os.path.exists(home.key):
+        state = home.find_state()
+        if "run first" not in state and not os.path.exists(home.config):
+            return compose(state)
         return compose("Next: `offsync init --source DIR` (on the controller), or `offsync link "
                        "--path DIR` (on a target)")
     targets, last = home.load().targets, read_statuses(home)
@@ -4703,6 +4744,8 @@ def next_step(home: Home) -> str:
     if newest:
         results = collections.Counter(printable(fields["result"]) for fields in known)
         counts = ["%d %s" % (count, word) for word, count in sorted(results.items(), reverse=True)]
+        if len(known) < len(targets):
+            counts.append("%d never delivered" % (len(targets) - len(known)))
         said += "the last run began at %s (UTC), by %s; last outcomes: %s. " % (
             short_time(printable(str(newest.get("timestamp")))),
             printable(str(newest.get("operator"))), ", ".join(counts))
@@ -4916,13 +4959,14 @@ class Kind(Steering):
     # What only offsync finds
     OPEN = Failure(
         "", "the key is NOT restricted as the config says, so nothing is sent",
-        "run there: `offsync link --path {path}` and look for a line for it without "
-        "command=\"...\" in authorized_keys, or an IdentityFile with a shell in ~/.ssh/config here")
+        "remove a line for it without command=\"...\" from authorized_keys there, or an "
+        "IdentityFile with a shell from ~/.ssh/config here, then run there: `offsync link --path "
+        "{path}`")
     OTHER_PATH = Failure(
         "", "the key is for another path there, so nothing is sent",
-        "for a second tree use a state of its own (OFFSYNC_HOME), with a key of its own; else run "
-        "there: `offsync link --path {path}`, or here offsync target add with the path that it is "
-        "for")
+        "if that is the right one, say so here: `offsync target add {add}`; else link the key "
+        "there to the path that is meant; a second tree has a state of its own (OFFSYNC_HOME), "
+        "with a key of its own")
     NOT_RRSYNC = Failure(
         "", "the forced command of the key there is not rrsync (it accepts any command and does "
         "nothing), so nothing was sent", "run there: `offsync link --path {path}`")
@@ -5008,7 +5052,8 @@ class Kind(Steering):
         "init' prints here (and --from, if its line has one, for this controller's address); if "
         "that changes nothing, sshd there refuses the account: AllowUsers, DenyUsers, AllowGroups, "
         "DenyGroups or PermitRootLogin in its sshd_config, a locked account (as root: usermod -p "
-        "'*' {user}), an expired one, or one without a login shell")
+        "'*' {user}), an expired one, one without a login shell, or with a home that others may "
+        "write to (StrictModes)")
     EXPIRED = Failure(
         "account has expired|Password change required|password has expired|"
         "must change your password", "the account {user} there, or its password, has expired",
@@ -5122,9 +5167,11 @@ def failure(target: Target, kind: Failure, facts: str = "",
 
 def diagnose(target: Target, stderr: bytes) -> TargetError:
     """Return what a failed ssh or rsync meant: a sentence with its remedy, and its own words."""
-    lines = (stderr[:4096] + b"\n" + stderr[4096:][-4096:]).splitlines()
+    text = stderr[:4096] + b"\n" + stderr[4096:][-4096:]
+    lines = text.splitlines()
     kind = next((row for row in FAILURES for parts in row.words
-                 if any(all(part in line for part in parts) for line in lines)), Kind.OTHER)
+                 if all(part in text for part in parts)         # most end here: it costs nothing
+                 and any(all(part in line for part in parts) for line in lines)), Kind.OTHER)
     why = failure(target, kind).why
     if kind is not Kind.ENDED:              # those words are ours
         why += " (it said: %s)" % (quote_answer(stderr) or "nothing")

@@ -248,7 +248,7 @@ def check(text: str) -> bool:
     """Return whether the subset accepts a text; raise if PyYAML reads it otherwise."""
     try:
         nodes = offsync.parse_yaml(text)
-    except offsync.YamlError:
+    except ValueError:
         return False
     ours = {key: plain(node) for key, node in nodes.items()}
     try:

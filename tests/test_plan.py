@@ -374,7 +374,7 @@ class PlanIds(SharedLab):
         write(self.there + "/g", b"hhhh")
         os.unlink(self.there + "/f")
         self.lab.offsync("target", "remove", other.login, check=0)
-        self.refused(plan_id, "the policy is now", '"delete": true', args=["--delete"])
+        self.refused(plan_id, "the policy is now", "delete true, not false", args=["--delete"])
         self.assert_refused(
             self.lab.offsync("apply", "--plan", "f" * 64), 1, "not among the plans", "--plan FILE"
         )

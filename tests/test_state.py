@@ -47,11 +47,11 @@ class UserBeside(LabCase):
                         1,
                         "state directory",
                         "others could change",
-                        "chmod o-w",
+                        "chmod go-w" if mode == 0o777 else "chmod o-w",
                     )
         os.chmod(self.lab.state, 0o700)
         os.chmod(self.lab.home, 0o777)  # a parent
-        self.assert_refused(self.lab.offsync("plan"), 1, "chmod o-w " + self.lab.home)
+        self.assert_refused(self.lab.offsync("plan"), 1, "chmod go-w " + self.lab.home)
         os.chmod(self.lab.home, 0o755)
         self.lab.offsync("plan", check=0)
 

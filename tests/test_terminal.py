@@ -159,8 +159,8 @@ class ProgressLines(LabCase):
             if line.startswith(self.one.login) and " ok: " not in line:
                 self.assertLess(len(line), 40)
         left = self.screen(seen)
-        self.assertEqual((len(left), left[1]), (2, "1 target: 1 ok"), left)
-        self.assertIn("600 entries delivered", left[0])
+        self.assertEqual(left[-1], "1 target: 1 ok", left)
+        self.assertIn("600 entries delivered", " ".join(" ".join(left).split()))
 
     def test_nothing_is_left_when_several_targets_are_equal(self) -> None:
         self.lab.joined_by_hand("two")
