@@ -28,7 +28,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 247 to 2362, in the order in
+To audit it, read the trust core first: lines 247 to 2370, in the order in
 which data flows. What follows serves it: the state directory, link, host keys,
 packages, the config, output, commands; what failures mean comes last.
 """
@@ -2187,17 +2187,19 @@ def take_lock(home: "Home", what: str, shared: bool = False) -> None:
 
     The loser says who has it. A writer logs the runs that were killed.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_CREAT
+    if shared and not os.access(home.path, os.W_OK):
+        flags = os.O_RDONLY
     try:
-        descriptor = os.open(home.lock_file, flags, 0o600)
+        descriptor = os.open(home.lock_file, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = quote_answer(read_file(home.lock_file, "lock", "try again")) or "another offsync"
         raise OffsyncError("%s is running and holds the lock %s; try again when it has finished",
                            holder, show_text(home.lock_file)) from None
     except OSError as error:
-        if shared and error.errno == 30:    # where nobody may write, nobody does
-            return
+        if flags == os.O_RDONLY and isinstance(error, FileNotFoundError):
+            return                          # where nobody may write, nobody does
         raise OffsyncError("lock %s: %s; nothing was sent or changed; mend that, then try again",
                            show_text(home.lock_file), error.strerror) from None
     with contextlib.suppress(OSError):      # only words for others: the disk may be full
@@ -2272,6 +2274,7 @@ class Log:
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.open = {target.login: Record(when, operator, target.host, target.login, config.source)
                      for target in targets}
+        self.started: set[str] = set()      # something may have changed there
         self.ended: dict[str, Record] = {}  # by login, not printed yet
         self.results: collections.Counter[str] = collections.Counter()      # of those printed
         self.said: dict[tuple[str, str], list[str]] = {}    # failures that were printed, and whose
@@ -2283,12 +2286,16 @@ class Log:
         """End what has no end yet, for the reason that ended the run; say what all came to."""
         lost, begun = "", bool(self.results)
         for login in [*self.open] if error else ():
-            result = "interrupted" if isinstance(error, (Interrupted, Stopped)) else "refused"
-            why = getattr(error, "text", str(error)) if result == "refused" else "nothing was sent"
+            begun_here = login in self.started
+            nothing: Optional[list[str]] = None if begun_here else []       # None: unknown
+            result, why = "interrupted", (
+                "what was sent is unknown" if begun_here else "nothing was sent")
+            if not isinstance(error, (Interrupted, Stopped)):
+                result, why = "refused", getattr(error, "text", str(error))
             try:
                 self.finish(self.open[login]._replace(
-                    result=result, error=why, files_changed=[], files_deleted=[], bytes_sent=0,
-                    seconds=0.0))
+                    result=result, error=why, files_changed=nothing, files_deleted=nothing,
+                    bytes_sent=None if begun_here else 0, seconds=0.0))
             except OffsyncError as problem:
                 lost = problem.text
         expected = (OffsyncError, OSError, MemoryError)     # main() says why, once for all of them
@@ -2311,6 +2318,7 @@ class Log:
 
     def start(self, login: str) -> None:
         write_status(self.home, self.open[login].fields)
+        self.started.add(login)
 
     def finish(self, record: Record) -> None:
         """Log what became of a target, and keep its status. Raises OffsyncError if that fails.
@@ -4410,12 +4418,13 @@ def decide(shared: Run, targets: Sequence[Target], reviewed: Optional[str],
 
 def cmd_apply(args: argparse.Namespace) -> int:
     home = Home()
+    before = home.load()
     config, targets = load_targets(home, args)
     with Log(home, config, targets, args.json) as log:
         os.close(open_log(home))            # nothing is sent where that fails
         take_lock(home, "apply")
         log.locked = True
-        if load_targets(home, args) != (config, targets):
+        if home.load() != before:
             raise OffsyncError("config %s: it was changed at this moment; try again", home.config)
         with Run(home, config, args.jobs, with_md5=True) as shared:
             plans = decide(shared, targets, args.plan, log)

@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -57,6 +58,8 @@ def ensure_programs(words: list) -> list:
     """Make sure of the system programs through offsync itself, which asks or, for --yes, does not;
     return the other words.
     """
+    if not shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin"):
+        print("(An openssh-server of Debian or Ubuntu starts and enables the system's own sshd.)")
     answer = ["-y"] if "--yes" in words else []
     status = subprocess.call(
         [
