@@ -4021,17 +4021,16 @@ def emit_lines(lines: Iterable[bytes]) -> None:
     for batch in iter(lambda: b"".join(itertools.islice(lines, 1000)), b""):
         emit(batch)
 
-def print_table(rows: Sequence[Sequence[str]], columns: int = sys.maxsize) -> None:
-    """Print rows in columns, each cut to so many characters."""
+def print_table(rows: Sequence[Sequence[str]], below: Sequence[str] = ()) -> None:
+    """Print rows in columns, each cut to one line of the terminal, and what stands below it."""
+    columns = terminal_size(sys.stdout)[0] if sys.stdout.isatty() else sys.maxsize
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
+    for number, row in enumerate(rows):
         cells = (printable(cell).ljust(width) for cell, width in zip(row, widths))
         line = "  ".join(cells).rstrip()
         emit(line if len(line) <= columns else line[:columns - 3] + "...")
-
-def print_cut(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows, each one line of the terminal, if there is one."""
-    print_table(rows, terminal_size(sys.stdout)[0] if sys.stdout.isatty() else sys.maxsize)
+        if number < len(below) and below[number]:
+            emit("    " + printable(below[number]), prose=True)
 
 def warn(text: str, *values: object) -> None:
     emit("offsync: warning: " + compose(text, *values), error=True)
@@ -4187,7 +4186,7 @@ def cmd_target_list(args: argparse.Namespace) -> int:
             rows[-1][1:] = [short_time(str(record.get("timestamp"))), str(record.get("result")),
                             str(record.get("plan") or "-")[:12], "%s (%s)" % (why, where)
                             if why else where]
-    print_cut(rows)
+    print_table(rows)
     if not targets:
         emit("no targets yet; on a target run: offsync link; then here: offsync target add", True)
     return 0
@@ -4358,7 +4357,7 @@ def cmd_plan(args: argparse.Namespace) -> int:
         else:
             print_plans(config, plans, sys.maxsize)
         if args.summary or len(plans) > 1:
-            print_cut(list(named.items()))
+            print_table(list(named.items()))
         if why:
             emit("%s: %s" % (colour("failed", refuses), why), prose=True)
         emit("plan " + name)
@@ -4469,18 +4468,6 @@ def unquoted(name: str) -> str:
     raw = re.sub(r'\\([0-7]{3}|[abtnvfr"\\])', byte, name[1:-1])
     return os.fsdecode(raw.encode("latin-1"))
 
-def print_log(rows: Sequence[Sequence[str]]) -> None:
-    """Print the log's rows; on a terminal why a run failed stands below its row, whole."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for *cells, why in rows:
-        line = "  ".join(printable(cell).ljust(width) for cell, width in zip(cells, widths))
-        if not sys.stdout.isatty():
-            emit((line + "  " + printable(why)).rstrip())
-            continue
-        emit(line.rstrip()[:terminal_size(sys.stdout)[0]])
-        if why:
-            emit("    " + printable(why), prose=True)
-
 def cmd_log(args: argparse.Namespace) -> int:
     home = Home()
     records = list(read_log(home))
@@ -4512,7 +4499,9 @@ def cmd_log(args: argparse.Namespace) -> int:
                what or ("" if why else "equal, nothing to do"), why]
         rows.append(row)
     if not args.json and len(rows) > 1:
-        print_log(rows)
+        here = sys.stdout.isatty()          # there, why a run failed stands below its row, whole
+        print_table([row[:-1] for row in rows] if here else rows,
+                    [row[-1] for row in rows] if here else ())
     since = "the log begins at %s (UTC)" % short_time(records[0][1]["timestamp"]) if records else \
         "it holds no record"
     emit("%s: %s%s; older records may have been rotated away" % (
