@@ -2208,7 +2208,7 @@ def take_lock(home: "Home", what: str, shared: bool = False) -> None:
     if not shared:
         log_killed_runs(home)
 
-def open_log(home: "Home") -> int:
+def open_log(home: "Home", so_far: str = "") -> int:
     try:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         log = os.open(home.log, flags | os.O_NONBLOCK, 0o600)
@@ -2219,7 +2219,7 @@ def open_log(home: "Home") -> int:
             os.write(log, b"\n")                            # follows stays readable
         return log
     except OSError as error:
-        raise OffsyncError("log %s: it cannot be written: %s; mend that, then apply again",
+        raise OffsyncError("log %s: it cannot be written: %s; mend that, then apply again" + so_far,
                            show_text(home.log), error.strerror) from None
 
 def append_log(home: "Home", fields: dict[str, Any]) -> None:
@@ -4025,12 +4025,12 @@ def print_table(rows: Sequence[Sequence[str]], below: Sequence[str] = ()) -> Non
     """Print rows in columns, each cut to one line of the terminal, and what stands below it."""
     columns = terminal_size(sys.stdout)[0] if sys.stdout.isatty() else sys.maxsize
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for number, row in enumerate(rows):
+    for row, text in itertools.zip_longest(rows, below):
         cells = (printable(cell).ljust(width) for cell, width in zip(row, widths))
         line = "  ".join(cells).rstrip()
         emit(line if len(line) <= columns else line[:columns - 3] + "...")
-        if number < len(below) and below[number]:
-            emit("    " + printable(below[number]), prose=True)
+        if text:
+            emit("    " + printable(text), prose=True)
 
 def warn(text: str, *values: object) -> None:
     emit("offsync: warning: " + compose(text, *values), error=True)
@@ -4420,7 +4420,7 @@ def cmd_apply(args: argparse.Namespace) -> int:
     before = home.load()
     config, targets = load_targets(home, args)
     with Log(home, config, targets, args.json) as log:
-        os.close(open_log(home))            # nothing is sent where that fails
+        os.close(open_log(home, "; nothing was sent"))
         take_lock(home, "apply")
         log.locked = True
         if home.load() != before:

@@ -749,7 +749,8 @@ class ManyTargets(LabCase):
             **({full: "disk is full"} if small else {}),
         }
         said = dict(re.findall(r"(?m)^offsync: (\S+@\S+): failed: (.*)$", done.err))
-        for first, others in re.findall(r"(?m)^offsync: failed as (\S+): (.*)$", done.err):
+        for first, others in re.findall(
+            r"(?m)^offsync: failed for the same reason as (\S+): (.*)$", done.err):
             said.update((login, said[first]) for login in others.split(", "))
         for target, reason in reasons.items():
             self.assertRegex(said[target.login], reason)

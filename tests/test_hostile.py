@@ -188,14 +188,14 @@ class Deletions(Standing):
             ' "$SSH_ORIGINAL_COMMAND" | sed "s/--existing//; s/--ignore-existing//")";; esac; real'
         )
         fake = self.lab.program(
-            "lying",
+            "lying",  # and it tells what it did when the pass is over, too late to be stopped
             Hostile.MARKED
-            + 'case "$*" in *" -rlpt"*--delete*) %s "$@"; s=$?; echo "$m:*deleting   .git/";'
-            ' echo "$m:*deleting   .git/config"; exit $s;; esac\nexec %s "$@"\n'
-            % (require("rsync"), require("rsync")),
+            + 'case "$*" in *" -rlpt"*--delete*) %s "$@" || exit; echo "$m:*deleting   .git/";'
+            ' echo "$m:*deleting   .git/config"; exit;; *--existing*) said=$(%s "$@"); s=$?;'
+            ' echo "$said"; exit $s;; esac\nexec %s "$@"\n' % ((require("rsync"),) * 3),
         )
         done = self.lab.offsync("apply", "--delete", env={"OFFSYNC_RSYNC": fake}, check=1)
-        self.assertNotIn(b".git/config", snapshot(self.there))
+        self.assertEqual([p for p in snapshot(self.there) if b"config" in p], [])
         self.assertNotIn("ok:", done.out)
         self.assertFalse(self.lab.records()[-1]["files_deleted"])
 
