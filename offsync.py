@@ -3432,16 +3432,17 @@ def prove_all(connection: Connection) -> list[Proof]:
                  deadline=SESSION_DEADLINE, env=environment(rsync=True)).status
     above = connection.rsync(("-n", "-r"), path="../" + marker, **dry)
     climbs = above.status == 0 or marker.encode() + b'"' in above.stderr
-    # With a terminal the refusal would come back on stdout, since a terminal has one stream only.
-    terminal = connection.session(("-tt",), PROOF_COMMAND).stdout.strip()
     proofs = [Proof("run a command", True, "refused"),
               Proof("read a file with cat", not read, quote_answer(read) or "refused"),
               Proof("read files with rsync", None if pulled is None else pulled != 0,
                     {None: "it did not answer", 0: "it sends them"}.get(pulled, "refused")),
               Proof("write to a path outside", True, prove_path(connection)),
-              Proof("write to .. of the path", not climbs, "accepted" if climbs else "refused"),
-              Proof("get a terminal (PTY)", not terminal, "given" if terminal else "refused"),
-              *prove_forwarding(connection)]
+              Proof("write to .. of the path", not climbs, "accepted" if climbs else "refused")]
+    # With a terminal the refusal would come back on stdout, since a terminal has one stream only.
+    # Where sshd cannot make one (it is not root's), it ends the connection: the next pass reopens.
+    terminal = connection.session(("-tt",), PROOF_COMMAND).stdout.strip()
+    proofs += [Proof("get a terminal (PTY)", not terminal, "given" if terminal else "refused"),
+               *prove_forwarding(connection)]
     written = connection.rsync(("-n", "-r"), **dry)
     if written.status != 0:                 # a dead connection would have "refused" it all
         raise diagnose(connection.target, written.stderr)
