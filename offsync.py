@@ -1732,7 +1732,7 @@ def not_in_source(source: Source, held: set[tuple[bytes, Entry]]) -> list[bytes]
 
 def name_line(fields: dict[str, Any], policy: dict[str, Any]) -> str:
     if "source" in fields:
-        return "the policy is now another (give --source and --delete as for the plan): " + \
+        return "the policy is now another (config, --source and --delete as for the plan?): " + \
             ", ".join("%s %s, not %s" % (key, json.dumps(fields[key]), json.dumps(policy.get(key)))
                       for key in fields if fields[key] != policy.get(key))
     return "%s: %s is now %s" % (
@@ -4960,7 +4960,7 @@ class Kind(Steering):
         "", "the key is NOT restricted as the config says, so nothing is sent",
         "remove a line for it without command=\"...\" from authorized_keys there, or an "
         "IdentityFile with a shell from ~/.ssh/config here, then run there: `offsync link --path "
-        "{path}`")
+        "{path} --key '...'` with the key that 'offsync init' prints here")
     OTHER_PATH = Failure(
         "", "the key is for another path there, so nothing is sent",
         "if that is the right one, say so here: `offsync target add {add}`; else link the key "
