@@ -296,7 +296,8 @@ def environment(rsync: bool = False, strong: bool = False) -> dict[str, str]:
 
 def run(argv: Argv, *, stdin: Union[int, bytes, IO[bytes]] = subprocess.DEVNULL,
         shown: bool = False, env: Optional[dict[str, str]] = None, deadline: float = FOREVER,
-        greeting: float = FOREVER, on_line: Optional[Callable[[bytes], None]] = None) -> Result:
+        greeting: float = FOREVER, linger: float = 0,
+        on_line: Optional[Callable[[bytes], None]] = None) -> Result:
     """Run a program, the only place but clean_up(); return how it ended. argv is no shell's.
 
     stdin: PIPE stays open and silent; bytes (64 KiB at most, a pipe's room) are what it reads.
@@ -330,7 +331,7 @@ def run(argv: Argv, *, stdin: Union[int, bytes, IO[bytes]] = subprocess.DEVNULL,
             RUNNING.add(process)
             if STOP.is_set():               # the handler may have looked before it was added
                 kill(process)
-        late = output.read(process, deadline, greeting)
+        late = output.read(process, deadline, greeting, linger)
     except BaseException:
         kill(process)
         raise
@@ -380,20 +381,23 @@ class Output:
         self.head += chunk[:room]
         self.tail = (self.tail + chunk[room:])[-STDERR_KEPT:]
 
-    def read(self, process: "subprocess.Popen[bytes]", deadline: float, greeting: float) -> bool:
+    def read(self, process: "subprocess.Popen[bytes]", deadline: float, greeting: float,
+             linger: float = 0) -> bool:
         """Read both pipes until the program ends; return whether it was ended for being late.
 
         deadline is in seconds for all of it, greeting for its first byte on stdout. The end is
-        that of the program, not of its pipes: an ssh in the background may hold them open.
+        that of the program, not of its pipes: an ssh in the background may hold them open, and is
+        waited for as long as linger says.
         """
-        started, late = time.monotonic(), False
+        started, late, end = time.monotonic(), False, 0.0
         with selectors.DefaultSelector() as selector:
             for stream in filter(None, (process.stdout, process.stderr)):
                 os.set_blocking(stream.fileno(), False)
                 selector.register(stream, selectors.EVENT_READ)
             while selector.get_map():
                 ended = process.poll() is not None      # asked first: all that it wrote is there
-                ready = selector.select(0 if ended else 0.1)
+                end = end or ended * (time.monotonic() + linger)
+                ready = selector.select(max(end - time.monotonic(), 0) if ended else 0.1)
                 if ended and not ready:
                     break
                 for key, _ in ready:
@@ -936,9 +940,9 @@ SSH_MASTER = ("-f", "-N", "-o", "ControlMaster=yes")
 SSH_SESSION = ("-F", "/dev/null", "-o", "ControlMaster=no", "-o", "BatchMode=yes", *SSH_QUIET,
                "-o", "ProxyCommand=/nonexistent/offsync-connection-ended")
 MASTER_IDLE = 600                           # seconds until a forgotten connection ends itself
-# After an error rsync's server sleeps for 0.1 s (cleanup.c), under rrsync's lock; the seconds
-# until the next rrsync has started are taken off.
-LINGERING = 0.07
+# After an error rsync's server sleeps for 0.1 s (cleanup.c), under rrsync's lock: the end is that
+# of the session, which ssh tells by closing its stderr.
+LINGERING = 0.5                             # seconds it is waited for at most
 OTHER_LIMIT = 1 << 24                       # bytes beside items: a target can have rsync print any
 SILENT = b"rsync ended without a word"      # said for it
 
@@ -1029,7 +1033,6 @@ class Connection:
         self.restricted = False             # proved on this connection: no command
         self.path_proved = False            # proved on this connection: where it writes
         self.answered = False               # the last rsync was answered by one there
-        self.free_at = 0.0                  # when an rsync that failed there has ended (monotonic)
         self.pass_seconds = 0.0             # what the plan's pass took, and the proof of the path,
         self.session_seconds = 0.0          # which is a session that does nothing
 
@@ -1135,16 +1138,13 @@ class Connection:
         argv: list[Union[str, bytes]] = [self.shared.rsync, "-8", "--info=flist1", *options]
         argv += ["--timeout=%d" % (timeout or self.shared.config.timeout), out_format, *shell,
                  (source or self.shared.source.root).rstrip(b"/") + b"/", destination]
-        STOP.wait(max(self.free_at - time.monotonic(), 0))
         if stdin:
             os.lseek(stdin.fileno(), 0, os.SEEK_SET)
         result = run(argv, stdin=stdin or subprocess.DEVNULL, on_line=on_any_line,
-                     deadline=deadline, greeting=greeting,
+                     deadline=deadline, greeting=greeting, linger=LINGERING,
                      env=environment(rsync=True, strong=strong))
-        if result.status != 0:
-            self.free_at = time.monotonic() + LINGERING
-            if not result.stderr:           # the last words of a dying rsync may be lost
-                return result._replace(stderr=SILENT + b" (code %d)" % (result.status or 0))
+        if result.status != 0 and not result.stderr:    # the last words of a dying one may be lost
+            return result._replace(stderr=SILENT + b" (code %d)" % (result.status or 0))
         return result
 
     def rsync(self, options: Sequence[str], **more: Any) -> Result:
@@ -1234,7 +1234,7 @@ def prove_path(connection: Connection) -> str:
         started = time.monotonic()
         result = connection.run_rsync(("-n", "-r"), source=connection.shared.empty,
                                       path="/%s/x" % marker.decode(), deadline=SESSION_DEADLINE)
-        connection.session_seconds = time.monotonic() - started
+        connection.session_seconds = time.monotonic() - started - 0.1    # which it sleeps there
         if result.status == 0:
             raise failure(target, Kind.OPEN, "it writes anywhere")
         before, found, _ = printed_name(result.stderr).partition(marker)

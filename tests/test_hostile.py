@@ -152,8 +152,8 @@ class Hostile(SharedLab):
         write(self.source + "/f")
         fake = self.lab.program(
             "boasting",
-            '#!/bin/sh\n%s "$@"\nstatus=$?\ncase "$*" in *--delay-updates*)'
-            ' printf " %%05000d   5%%%%    1.00kB/s\\n" 0 | tr 0 1;; esac\nexit $status\n'
+            '#!/bin/sh\n%s "$@" || exit\ncase "$*" in *--delay-updates*)'
+            ' printf " %%05000d   5%%%%    1.00kB/s\\n" 0 | tr 0 1;; esac\n'
             % require("rsync"),
         )
         self.lab.offsync("apply", env={"OFFSYNC_RSYNC": fake}, check=0)
