@@ -1,6 +1,7 @@
-"""Run the suite: every test class in a process of its own, as many at once as there are cores.
+"""Run the suite: every test class in a process of its own, two more at once than there are cores,
+since all of them wait now and then.
 
-Beside these, one after another, run the classes with WAITS, which mostly wait for deadlines.
+Beside these, two at once, run the classes with WAITS, which mostly wait for deadlines.
 
 usage: run.py [--yes] [MODULE or MODULE.CLASS ...]; --yes installs missing system programs unasked.
 The last line is "N passed, M failed" (", K skipped" if any were).
@@ -123,8 +124,8 @@ def main(names: list) -> int:
         return name, done, time.monotonic() - begun
 
     with (
-        ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool,
-        ThreadPoolExecutor(max_workers=1) as beside,
+        ThreadPoolExecutor(max_workers=(os.cpu_count() or 1) + 2) as pool,
+        ThreadPoolExecutor(max_workers=2) as beside,
     ):
         for future in as_completed(
             [(beside if waits(name) else pool).submit(start, name) for name in classes(names)]

@@ -152,7 +152,7 @@ class Approval(Fleet):
         """Plans, partial applies, edits, kills and repeats under one approval, against an oracle.
         """
         rng = random.Random(int(os.environ.get("SEED", "1")))
-        for sequence in range(int(os.environ.get("SEQUENCES", "3"))):
+        for sequence in range(int(os.environ.get("SEQUENCES", "2"))):
             with self.subTest(sequence=sequence):
                 self.setUp()
                 for number in range(6):

@@ -690,6 +690,8 @@ class BadSurroundings(LabCase):
 class ManyTargets(LabCase):
     """Far-away targets, six of them dead in different ways (GOOD sets how many are not)."""
 
+    WAITS = True
+
     def test_the_dead_are_named_and_the_others_served(self) -> None:
         good_ones = int(os.environ.get("GOOD", "4"))
         lab = self.lab
