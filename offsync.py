@@ -28,7 +28,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 247 to 2370, in the order in
+To audit it, read the trust core first: lines 245 to 2368, in the order in
 which data flows. What follows serves it: the state directory, link, host keys,
 packages, the config, output, commands; what failures mean comes last.
 """
@@ -53,7 +53,6 @@ import contextlib
 import fcntl
 import fnmatch
 import glob
-import hashlib
 import itertools
 import json
 import os
@@ -65,7 +64,6 @@ import shlex
 import shutil
 import stat
 import subprocess
-import tempfile
 import threading
 import time
 import unicodedata
@@ -396,7 +394,8 @@ class Output:
                 selector.register(stream, selectors.EVENT_READ)
             while selector.get_map():
                 ended = process.poll() is not None      # asked first: all that it wrote is there
-                end = end or ended * (time.monotonic() + linger)
+                if ended and not end:
+                    end = time.monotonic() + linger
                 ready = selector.select(max(end - time.monotonic(), 0) if ended else 0.1)
                 if ended and not ready:
                     break
@@ -520,6 +519,7 @@ def clean_up(scratch: str, ssh: str) -> None:
 # What str.isprintable() lets pass, and is drawn as nothing all the same.
 UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
                     "\U0001d159\U000e0100-\U000e01ef]")
+LETTERS = {7: "a", 8: "b", 9: "t", 10: "n", 11: "v", 12: "f", 13: "r", 34: '"', 92: "\\"}
 MISLEADING = re.compile(r'["\\]|^ | $| {3}| -> ')
 
 def show(name: bytes, quoted: bool = False) -> str:
@@ -535,9 +535,8 @@ def show(name: bytes, quoted: bool = False) -> str:
     seen = text.isprintable() and not MISLEADING.search(text) and not UNSEEN.search(text)
     if text and seen and not quoted and not unicodedata.combining(text[0]):
         return text
-    named = {7: "\\a", 8: "\\b", 9: "\\t", 10: "\\n", 11: "\\v", 12: "\\f", 13: "\\r",
-             34: '\\"', 92: "\\\\"}
-    letters = (named.get(byte, chr(byte) if 32 <= byte < 127 else "\\%03o" % byte) for byte in name)
+    letters = ("\\" + LETTERS[byte] if byte in LETTERS else chr(byte) if 32 <= byte < 127 else
+               "\\%03o" % byte for byte in name)
     return '"' + "".join(letters) + '"'
 
 def show_text(text: str) -> str:
@@ -612,8 +611,7 @@ def printable(text: str) -> str:
 def quote_answer(output: bytes) -> str:
     """Return the end of what a program said: one line, safe for a terminal, 300 characters."""
     lines = [line.strip() for line in output[-4096:].decode("utf-8", "replace").splitlines()]
-    text = " | ".join([line for line in lines if line.strip("^~ \t")][-4:])     # not Python's ^^^
-    text = printable(text)
+    text = printable(" | ".join([line for line in lines if line.strip("^~ \t")][-4:]))  # no "^^^"
     return text if len(text) <= 300 else "..." + text[-297:]
 
 def format_bytes(size: float) -> str:
@@ -640,8 +638,9 @@ def quote_for_rsync(word: str) -> str:
     plain = re.fullmatch(r"[A-Za-z0-9_./=@:,~-]+", word)
     return word if plain else "'" + word.replace("'", "''") + "'"
 
-def name_list(scratch: str, names: Iterable[bytes]) -> BinaryIO:
-    """Return an open file with the NUL-terminated names, at its beginning."""
+def scratch_file(scratch: str, names: Iterable[bytes] = ()) -> BinaryIO:
+    """Return an open file that has no name, with the NUL-terminated names, at its beginning."""
+    import tempfile                         # here: slow to import
     stream = tempfile.TemporaryFile(dir=scratch)
     stream.writelines(name + b"\0" for name in names)
     stream.seek(0)
@@ -667,12 +666,14 @@ def open_directory(root: bytes, directory: bytes) -> int:
         descriptor = below
     return descriptor
 
+def new_digest(data: bytes = b"", name: str = "sha256") -> Any:
+    import hashlib                          # here: slow to import
+    return hashlib.new(name, data, usedforsecurity=False)       # MD5 is there under FIPS, too
+
 def hash_file(path: bytes, with_md5: bool = False,
               parent: Optional[int] = None) -> tuple[bytes, int]:
     """Return (SHA-256, then MD5 if wanted; size in bytes) of a file, never through a symlink."""
-    digests = [hashlib.sha256()]
-    if with_md5:
-        digests.append(hashlib.md5(usedforsecurity=False))      # there under FIPS, too
+    digests = [new_digest(name=name) for name in ("sha256", "md5")[:1 + with_md5]]
     size, flags = 0, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags, dir_fd=parent)
     try:
@@ -814,8 +815,7 @@ def symlink_offence(root: bytes, real_root: bytes, path: bytes) -> str:
         return "it is a symlink that cannot be read: %s" % error.strerror
     within = (real + b"/").startswith(real_root.rstrip(b"/") + b"/")
     if link.startswith(b"/"):
-        relative = "ln -srfn %s %s" % (shlex.quote(os.fsdecode(link)), shlex.quote(
-            os.fsdecode(place)))
+        relative = "ln -srfn " + shlex.join([os.fsdecode(link), os.fsdecode(place)])
         return "it is a symlink to an absolute path" + (
             ", within the source; make it relative: " + printable(relative) if within else "")
     if leaves(path, link) or not within:
@@ -1425,13 +1425,13 @@ def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iter
         if not change:
             return
         found.append(change)
-        if change.kind == "missing" and paths is not None:
-            raise failure(target, Kind.ELSEWHERE, "a deletion", [change.path])
-        if change.kind == "missing":
-            room -= len(change.path) + ENTRY_COST
-        else:
+        if change.kind != "missing":
             most -= 1                       # it can ask for an entry again and again
             want(change.path)
+        elif paths is not None:
+            raise failure(target, Kind.ELSEWHERE, "a deletion", [change.path])
+        else:
+            room -= len(change.path) + ENTRY_COST
         if room < 0 or most < 0:            # a hostile target shall not fill our memory
             raise failure(target, Kind.ELSEWHERE, "too many entries")
 
@@ -1440,7 +1440,7 @@ def itemize(connection: Connection, options: Sequence[str], paths: Optional[Iter
         more.setdefault("greeting", SESSION_DEADLINE)
         result = connection.rsync((*options, *excludes), on_item=on_item, **more)
     else:
-        with name_list(shared.scratch, map(listed_name, paths)) as names:
+        with scratch_file(shared.scratch, map(listed_name, paths)) as names:
             result = connection.rsync(options, stdin=names, on_item=on_item, **more)
     if result.status is None:
         raise failure(target, Kind.SILENT)
@@ -1539,7 +1539,7 @@ def share(shared: Run, target: Target, changes: list[Change]) -> tuple[list[Chan
     """Return (the changes, or the same ones of another target; their digest)."""
     if shared.targets == 1:
         return changes, target.login.encode()
-    digest = hashlib.sha256()
+    digest = new_digest()
     for change in changes:
         digest.update(repr(change).encode())
     with shared.source.lock:
@@ -1598,7 +1598,7 @@ def plan_lines(config: Config, plans: Sequence[TargetPlan]) -> Iterator[bytes]:
 
 def identify_plan(config: Config, plans: Sequence[TargetPlan]) -> tuple[str, int]:
     """Return (the plan ID, the sha256 of the plan's lines; their size in bytes)."""
-    digest, size = hashlib.sha256(), 0
+    digest, size = new_digest(), 0
     for line in plan_lines(config, plans):
         digest.update(line)
         size += len(line)
@@ -1647,7 +1647,7 @@ def line_key(line: bytes) -> bytes:
     One that cannot be reached now fails alone. "error" is the first of a target's sorted keys.
     """
     line = re.sub(rb'\A\{"error": (?:null|"[a-z-]*"), ', b"{", line)
-    return hashlib.blake2b(line, digest_size=16).digest()
+    return bytes(new_digest(line).digest())
 
 def approve(shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes], name: str) -> None:
     """Raise, naming the differences, unless a reviewed plan approves the plan of now.
@@ -1917,12 +1917,11 @@ class Delivery:
         has both, they would overwrite each other in turn.
         """
         added = {c.path for c in self.plan.of("added")}
-        names = self.taken_for_one([*self.deletable], added)
-        if names:
-            raise self.failure(Kind.TWINS, names)
-        names = self.taken_for_one([c.path for c in self.plan.of("modified")], added)
-        if names:
-            raise self.failure(Kind.SAME_NAME, names)
+        modified = [c.path for c in self.plan.of("modified")]
+        for kind, paths in (Kind.TWINS, [*self.deletable]), (Kind.SAME_NAME, modified):
+            names = self.taken_for_one(paths, added)
+            if names:
+                raise self.failure(kind, names)
 
     def taken_for_one(self, paths: Sequence[bytes], added: set[bytes]) -> set[bytes]:
         """Return these paths and those of the source that the target may take for the same.
@@ -1965,7 +1964,7 @@ class Delivery:
         PROGRESS.update(self.login, "sending %s" % format_bytes(total))
         self.begun = True
         before, self.bytes_sent = self.bytes_sent or 0, None    # unknown where rsync fails
-        with name_list(self.shared.scratch, (listed_name(c.path) for c in changes)) as names:
+        with scratch_file(self.shared.scratch, (listed_name(c.path) for c in changes)) as names:
             try:
                 result = self.connection.rsync(
                     options, stdin=names, on_item=report.take, item_format=RSYNC_SENT, strong=True,
@@ -2077,7 +2076,6 @@ class Delivery:
         if surprises:
             raise self.failure(Kind.APPEARED, surprises)
         PROGRESS.update(self.login, "deleting %s" % plural(len(paths), "entry", "entries"))
-
         may_go = {*paths, *(c.path for c in self.sent
                             if "type" in c.reasons and not c.directory)}
 
@@ -2094,7 +2092,7 @@ class Delivery:
                 path = os.path.dirname(path)
                 rules[include_rule(path, True)] = None
         self.begun = True
-        with name_list(self.shared.scratch, rules) as stream:
+        with scratch_file(self.shared.scratch, rules) as stream:
             result = self.connection.rsync(RSYNC_DELETE, stdin=stream, on_item=judge)
         if result.status != 0:
             raise self.explain(result)
@@ -2390,6 +2388,7 @@ def make_scratch() -> str:
     The only place where scratch is made. sun_path has 104 bytes on macOS; ssh appends 17 to a
     socket's name while it binds it. Nobody else may be able to put another directory in its place.
     """
+    import tempfile
     for parent in map(os.path.realpath, (tempfile.gettempdir(), "/tmp", "/var/tmp")):
         plain_name = re.fullmatch(r"[A-Za-z0-9/._+-]+", parent) and len(parent) + 24 < 104 - 17
         if plain_name and os.access(parent, os.W_OK | os.X_OK):
@@ -2585,7 +2584,7 @@ class Home:
         keys = os.path.join(os.path.expanduser("~"), ".ssh", "authorized_keys")
         with contextlib.suppress(OffsyncError, OSError):
             lines = read_file(keys, "authorized_keys", "").decode("utf-8", "replace").splitlines()
-            if any(OUR_LINE.fullmatch(line.strip()) for line in lines):
+            if any(re.fullmatch(OUR_LINE, line.strip()) for line in lines):
                 return "this account is a target, which receives: plan, apply and doctor run on " \
                        "its controller"
         for home, user in sorted(login_accounts().items()):
@@ -2636,7 +2635,7 @@ class Home:
             raise UsageError("plan %s: give all 64 digits of the ID, since fewer can be forged; "
                              "copy the line that 'offsync plan' ends with", named)
         try:
-            digest, copy = hashlib.sha256(), tempfile.TemporaryFile(dir=scratch)    # of a pipe, too
+            digest, copy = new_digest(), scratch_file(scratch)  # of a pipe, too
             with open(path, "rb") as stream:
                 if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):     # it may have no end
                     raise OSError(22, "it is a device")
@@ -2682,8 +2681,8 @@ SSHD_PATHS = ("authorizedkeysfile", "trustedusercakeys", "hostkey", "hostcertifi
 POSIX_SHELLS = ("sh", "bash", "dash", "ash", "ksh", "ksh93", "mksh", "zsh", "busybox", "rbash")
 NO_LOGIN_SHELLS = ("nologin", "false", "true", "sync")
 RESTRICTED_SHELLS = ("rbash", "rksh", "rzsh", "git-shell", "scponly", "rssh")
-OUR_LINE = re.compile(r'(?:from="[^"]*",)?command="(?:\\"|[^"])*-wo (?:\\"|[^"])*",'
-                      + re.escape(KEY_RESTRICTIONS) + r" \S+ (\S+)(?: .*)?")
+OUR_LINE = (r'(?:from="[^"]*",)?command="(?:\\"|[^"])*-wo (?:\\"|[^"])*",' + KEY_RESTRICTIONS
+            + r" \S+ (\S+)(?: .*)?")
 
 def format_forced_command(rrsync: Sequence[str], path: str, munge: bool = False) -> str:
     """Return the shell command of the forced command: rrsync, write-only, below path."""
@@ -2704,7 +2703,7 @@ def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -
     new = b"" if new_line is None else os.fsencode(new_line) + b"\n"
     for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", text), 1):
         decoded = line.decode("utf-8", "surrogateescape").strip()
-        written = OUR_LINE.fullmatch(decoded)
+        written = re.fullmatch(OUR_LINE, decoded)
         if decoded.startswith("#") or key.blob not in decoded.replace("\0", " ").split():
             kept.append(line)
         elif written and written[1] != key.blob:        # ours for another key; this is its comment
@@ -2735,7 +2734,7 @@ def validate_public_key(text: str) -> PublicKey:
     if len(lines) != 1:
         raise UsageError("key: %s instead of one; " + give, plural(len(lines), "line"))
     match = re.fullmatch(r"(\S+)[ \t]+([A-Za-z0-9+/]+=*)(?:[ \t]+(.*))?", lines[0].strip())
-    if not match or match[1] not in KEY_TYPES or CONTROL.search(match[3] or ""):
+    if not match or match[1] not in KEY_TYPES or re.search(CONTROL, match[3] or ""):
         raise UsageError("key: it is not a public key of a known type (%s, ...); " + give,
                          KEY_TYPES[0])
     key = PublicKey(match[1], match[2], (match[3] or "").strip())
@@ -3193,16 +3192,14 @@ def report_link(keys: AuthorizedKeys, line: str, path: str) -> None:
     if before not in ("", after):
         warn("this key was linked in another way before, which is replaced: what it could write to "
              "then can no longer be delivered to: %s", show_text(before))
-    done = "already linked" if keys.line == line else "linked"
     emit("%s in %s: the key may write below %s, nothing else" % (
-        done, keys.path, show_text(path)), error=True)
+        "already linked" if keys.line == line else "linked", keys.path, show_text(path)), True)
 
 def cmd_unlink(args: argparse.Namespace) -> int:
     own_account()
     keys = AuthorizedKeys(read_key_argument(args))
     keys.write(None)
-    what = "removed the key from" if keys.line else "the key has no entry in"
-    emit("%s %s" % (what, keys.path), error=True)
+    emit(("removed the key from " if keys.line else "the key has no entry in ") + keys.path, True)
     return 0
 
 
@@ -3632,14 +3629,13 @@ def cmd_install_deps(args: argparse.Namespace) -> int:
 # top-level "key: value", lists of scalars, lists of mappings, comments. In double quotes, the
 # escapes that JSON and every YAML share; no surrogates.
 YAML_TEXT = r'"(?:[^"\\\t]|\\["\\bfnrt]|\\u(?![dD][89A-Fa-f])[0-9A-Fa-f]{4})*"'
-YAML_LINE = re.compile(
+YAML_LINE = (
     r"(?P<indent> *)(?P<dash>- +)?"
     r"(?:(?!(?i:y|n|yes|no|on|off|true|false|null):)(?P<key>[A-Za-z_][A-Za-z0-9_]*):(?: +|$))?"
     r"(?P<value>" + YAML_TEXT + r"|'(?:[^'\t]|'')*'"
     r"|\[ *(?:" + YAML_TEXT + r"(?: *, *" + YAML_TEXT + r")*)? *\]"
     r"|[A-Za-z0-9/][A-Za-z0-9_./@+-]*)?(?:(?:^|(?<= )| +)#.*)? *")
-YAML_FORBIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]")
+YAML_FORBIDDEN = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]"
 # Plain words that some YAML parser takes for a boolean, a null or a merge.
 YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
@@ -3667,7 +3663,7 @@ def parse_yaml_value(text: str, line: int) -> Any:
 
 def explain_yaml(line: str) -> str:
     """Return what is wrong with a line that is not in the subset, and what to write instead."""
-    bad = (YAML_FORBIDDEN.search(line) or "?")[0]
+    bad = (re.search(YAML_FORBIDDEN, line) or "?")[0]
     odd = next((c for c in line if c.isspace() and c not in " \t"), "")
     value = line.split("#")[0].strip().rpartition(": ")[2].lstrip("- ")
     return next(why for wrong, why in (
@@ -3684,7 +3680,7 @@ def explain_yaml(line: str) -> str:
 
 def add_pair(mapping: dict[str, Node], key: str, node: Node) -> None:
     if key in mapping:
-        raise ValueError("the key %s stands here for the second time; remove one" % key)
+        raise ValueError("the key %s stands in line %d, too; remove one" % (key, mapping[key].line))
     mapping[key] = node
 
 def yaml_lines(text: str) -> list[str]:
@@ -3702,8 +3698,8 @@ def parse_yaml(text: str) -> dict[str, Node]:
         for number, line in enumerate(lines, 1):
             if number == 1 and line == "---":
                 continue
-            match = YAML_LINE.fullmatch(line)
-            if YAML_FORBIDDEN.search(line) or not match:
+            match = re.fullmatch(YAML_LINE, line)
+            if re.search(YAML_FORBIDDEN, line) or not match:
                 raise ValueError(explain_yaml(line))
             indent, key, value = len(match["indent"]), match["key"], match["value"]
             node = None if value is None else Node(parse_yaml_value(value, number), number)
@@ -3762,21 +3758,20 @@ def replace_block(text: str, key: str, block: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-LOGIN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@+\\-]*\$?@"
-                   r"(?:\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?\]|[A-Za-z0-9_][A-Za-z0-9_.-]*)",
-                   re.ASCII)
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
+LOGIN = (r"(?a)[A-Za-z0-9_.][A-Za-z0-9_.@+\\-]*\$?@"
+         r"(?:\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?\]|[A-Za-z0-9_][A-Za-z0-9_.-]*)")
+CONTROL = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]"
 
 def validate_login(login: str) -> str:
     """Return a login: user@host, an IPv6 address in brackets."""
-    if not LOGIN.fullmatch(login) or len(login) > 200:      # it is the name of a file, too
+    if not re.fullmatch(LOGIN, login) or len(login) > 200:      # it is the name of a file, too
         raise UsageError("login %s: it is not of the form user@host (user@[address] for IPv6; a "
                          "port goes into --port)", show_text(login))
     return login
 
 def validate_absolute_path(path: str, what: str) -> str:
     """Return the path normalised; absolute, without control characters and undecodable bytes."""
-    if not path.startswith("/") or CONTROL.search(path) or len(os.fsencode(path)) > 4000:
+    if not path.startswith("/") or re.search(CONTROL, path) or len(os.fsencode(path)) > 4000:
         raise UsageError("%s %s: it must be an absolute path in UTF-8, of at most 4000 bytes, "
                          "without control characters", what, show_text(path))
     return posixpath.normpath("/" + path.lstrip("/"))
@@ -3884,7 +3879,7 @@ def validate_config(text: str, filename: str) -> Config:
         refuse(*error.args)
     values = values_of(nodes, TOP_KEYS, 1)
     for node in values["exclude"]:
-        if type(node.value) is not str or node.value in ("", "!") or CONTROL.search(node.value):
+        if type(node.value) is not str or node.value in ("", "!") or re.search(CONTROL, node.value):
             refuse(node.line, "exclude takes rsync patterns as text")
     targets: dict[str, Target] = {}
     for node in values["targets"]:
@@ -4182,7 +4177,8 @@ def cmd_target_list(args: argparse.Namespace) -> int:
         where += " port %d" % target.port if target.port else ""
         rows.append([target.login, "", "none", "", where + ": never delivered (no record)"])
         if record:
-            other, why = record.get("source") or config.source, record.get("error")
+            other, why = record.get("source") or config.source, str(record.get("error") or "")
+            why = why.removeprefix("refused, nothing was sent: ")       # RESULT says it, too
             where += " from %s" % other if other != config.source else ""
             rows[-1][1:] = [short_time(str(record.get("timestamp"))), str(record.get("result")),
                             str(record.get("plan") or "-")[:12], "%s (%s)" % (why, where)
@@ -4459,10 +4455,10 @@ def cmd_verify(args: argparse.Namespace) -> int:
 
 def unquoted(name: str) -> str:
     """Return the name that show() quoted, as text."""
-    letters = {"a": 7, "b": 8, "t": 9, "n": 10, "v": 11, "f": 12, "r": 13, '"': 34, "\\": 92}
+    letters = {letter: chr(byte) for byte, letter in LETTERS.items()}
 
     def byte(match: "re.Match[str]") -> str:
-        return chr(letters.get(match[1]) or int(match[1], 8) & 255)
+        return letters.get(match[1]) or chr(int(match[1], 8) & 255)
 
     if not re.fullmatch(r'"(?:[ -!#-\[\]-~]|\\[abtnvfr"\\]|\\[0-7]{3})*"', name):
         return name
@@ -4558,7 +4554,7 @@ def manifest_files(root: str, exclude: Sequence[str], manifest: Optional[str]) -
 def print_manifest(root: str, exclude: Sequence[str]) -> None:
     found = manifest_files(root, exclude, None)
     manifest = b"".join(format_manifest_line(path, digest) for path, digest in found.items())
-    digest = hashlib.sha256(manifest).hexdigest()
+    digest = new_digest(manifest).hexdigest()
     if sys.stdout.isatty():                 # names must not write to the terminal
         text = manifest.decode("utf-8", "replace")
         manifest = "".join(c if c.isprintable() or c == "\n" else "?" for c in text).encode()
@@ -4678,9 +4674,8 @@ def cmd_doctor(args: argparse.Namespace) -> int:
                     found[target] = lines
     for line in (line for target in sorted(found) for line in found[target]):
         emit(line, prose=True)
-    problems = len(targets) - healthy
-    emit("%s: %d ok%s" % (plural(len(targets), "target"), healthy,
-                          ", %d with problems" % problems if problems else ""))
+    problems = ", %d with problems" % (len(targets) - healthy) if healthy < len(targets) else ""
+    emit("%s: %d ok%s" % (plural(len(targets), "target"), healthy, problems))
     if problems:
         raise OffsyncError("doctor: there are problems; see what is marked PROBLEM or OPEN above")
     return 0
@@ -4853,7 +4848,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
                    "completion bash > /etc/bash_completion.d/offsync",
                    {"shell": {"choices": ("bash",)}})}
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(argv: Optional[Sequence[str]] = None) -> argparse.ArgumentParser:
+    """Return the parser of a command line, which knows other commands by name only; of all."""
     about = {name: text for name, (_, text, _, _) in COMMANDS.items() if " " not in name}
     about["target"] = "controller: add, list or remove targets"
     about = {**dict(list(about.items())[:3]), "target": about["target"], **about}
@@ -4881,16 +4877,17 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("-v", "--verbose", **verbose, default=argparse.SUPPRESS)
         command.set_defaults(function=function, prog=command.prog)
         only_one = command.add_mutually_exclusive_group() if "--key" in arguments else command
-        for argument, words in arguments.items():
+        typed = argv is None or name.split(" ")[0] in argv
+        for argument, words in arguments.items() if typed else ():
             place = only_one if argument in KEY_OPTIONS else command
             place.add_argument(*argument.split(), **words)
     return parser
 
-def run_command(argv: Optional[Sequence[str]]) -> int:
+def run_command(argv: Sequence[str]) -> int:
     """Carry out a command line; return the exit status. Raises OffsyncError."""
     if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
         raise UsageError("locale: file names are not UTF-8 here; run it with PYTHONUTF8=1")
-    args, unknown = build_parser().parse_known_args(argv)
+    args, unknown = build_parser(argv).parse_known_args(argv)
     if unknown:
         raise UsageError("unrecognized arguments: %s; see: `%s --help`",
                          show_text(" ".join(unknown)), args.prog)
@@ -4920,7 +4917,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             signal.signal(signum, stop_all)
     status = 1
     try:
-        status = run_command(argv)
+        status = run_command(sys.argv[1:] if argv is None else argv)
     except SystemExit:                      # --help
         status = 0
     except OffsyncError as error:

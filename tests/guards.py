@@ -261,7 +261,7 @@ GUARDS = [
     (
         "names that may be one there",
         "Delivery.check_twins",
-        "if names:\n    raise self.failure(Kind.TWINS, names)",
+        "if names:\n    raise self.failure(kind, names)",
         "pass",
         "test_filesystems.Case.test_a_target_that_may_take_two_names_for_one",
         FEW,

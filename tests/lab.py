@@ -27,6 +27,8 @@ import termios
 import time
 import unittest
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell in the background has it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 HERE = os.path.dirname(os.path.abspath(__file__))
 OFFSYNC = os.path.join(os.path.dirname(HERE), "offsync.py")
 USER = pwd.getpwuid(os.geteuid()).pw_name

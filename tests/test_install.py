@@ -148,7 +148,7 @@ class InstallDeps(LabCase):
         os.unlink(self.bin + "/sudo")
         self.assertRegex(
             self.run_deps("-y", check=1).err,
-            r"have root run: (offsync|python3 \S+/offsync\.py) install-deps --role both -y",
+            r"have root run: (offsync|python3 \S+\.py) install-deps --role both -y",
         )
 
     def test_no_package_manager(self) -> None:
