@@ -28,7 +28,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 245 to 2368, in the order in
+To audit it, read the trust core first: lines 245 to 2363, in the order in
 which data flows. What follows serves it: the state directory, link, host keys,
 packages, the config, output, commands; what failures mean comes last.
 """
@@ -591,14 +591,15 @@ def listed_name(path: bytes) -> bytes:
     """
     return b"/" + path
 
-def include_rule(path: bytes, directory: bool) -> bytes:
+def include_rule(path: bytes, end: bytes = b"") -> bytes:
     """Return the anchored rsync pattern that matches only this path (rsync(1), PATTERN MATCHING).
 
-    A backslash escapes only in a pattern that has a wildcard character; else it is a plain byte.
+    end: "/" for a directory, "/***" for one and all that is in it. A backslash escapes only in a
+    pattern that has a wildcard character; else it is a plain byte.
     """
-    if re.search(rb"[*?\[]", path):
+    if re.search(rb"[*?\[]", path + end):
         path = re.sub(rb"([*?\[\\])", rb"\\\1", path)
-    return b"/" + path + (b"/" if directory else b"")
+    return b"/" + path + end
 
 def printed_name(name: bytes) -> bytes:
     r"""Return the exact bytes of a name that rsync printed: it writes control bytes as \#ooo."""
@@ -1913,31 +1914,43 @@ class Delivery:
         """Raise if a deletion could take along what the source has under a similar name.
 
         Where a target takes README for Readme, it reports README as only there and Readme as equal.
-        It tells the two apart if the one of the source is added in the same pass. Where the source
-        has both, they would overwrite each other in turn.
+        Where the source has both, they would overwrite each other in turn.
         """
-        added = {c.path for c in self.plan.of("added")}
         modified = [c.path for c in self.plan.of("modified")]
         for kind, paths in (Kind.TWINS, [*self.deletable]), (Kind.SAME_NAME, modified):
-            names = self.taken_for_one(paths, added)
+            names = self.taken_for_one(paths)
             if names:
                 raise self.failure(kind, names)
 
-    def taken_for_one(self, paths: Sequence[bytes], added: set[bytes]) -> set[bytes]:
-        """Return these paths and those of the source that the target may take for the same.
+    def taken_for_one(self, paths: Iterable[bytes]) -> set[bytes]:
+        """Return these paths and those of the source that the target takes for the same.
 
-        Not where rsync finds that a third spelling of the name does not exist there.
+        Such a name is found there when it is asked for, and is not in the list of its directory:
+        that shows what a dry run would delete where the source has none of them.
         """
-        twins = find_twins(self.source, paths, added)
+        twins = find_twins(self.source, paths)
+        names, listed = {name for pair in twins for name in pair}, set()
+        if not names:
+            return names
         place = os.path.join(self.shared.scratch, "twins-%d" % next(self.shared.numbers))
-        asked = sorted({third for _, _, third in twins if third})
-        for third in asked:
-            name = os.path.join(os.fsencode(place), third)
-            os.makedirs(os.path.dirname(name), exist_ok=True)
-            os.close(os.open(name, os.O_CREAT | os.O_WRONLY, 0o600))
-        absent = {change.path for change in itemize(
-            self.connection, RSYNC_ABSENT, asked, source=os.fsencode(place))} if asked else set()
-        return {name for path, twin, third in twins if third not in absent for name in (path, twin)}
+        for name in names:
+            above = os.path.join(os.fsencode(place), os.path.dirname(name))
+            os.makedirs(above, exist_ok=True)
+
+        def note(line: bytes) -> None:
+            name = printed_name(line[12:]).rstrip(b"/")
+            if line.startswith(b"*deleting") and name in names:
+                listed.add(name)
+
+        rules = [include_rule(name, end) for name in names for end in (b"", b"/***")]
+        result = self.run_deleting(rules, names, note, "-n", source=os.fsencode(place))
+        if result.status != 0:
+            raise diagnose(self.plan.target, result.stderr)
+        asked = sorted(name for name in names - listed
+                       if os.path.lexists(os.path.join(self.source.root, name)))
+        absent = {c.path for c in itemize(self.connection, RSYNC_ABSENT, asked)} if asked else set()
+        same = set(asked) - absent
+        return {name for pair in twins for name in pair if not same.isdisjoint(pair)}
 
     def make_way(self, changes: Sequence[Change]) -> None:
         """Delete the planned entries below the directories that give way to these."""
@@ -1993,7 +2006,7 @@ class Delivery:
             return failure(self.plan.target, Kind.SILENT)
         error = diagnose(self.plan.target, result.stderr)
         if error.kind is Kind.OTHER:
-            names = self.taken_for_one([change.path for change in self.sent], set())
+            names = self.taken_for_one([change.path for change in self.sent])
             error = self.failure(Kind.SAME_NAME, names) if names else error
         return error
 
@@ -2053,7 +2066,7 @@ class Delivery:
         only_modes = all(change.reasons == ("mode",) for change in verdict.differs.values())
         if only_modes and not verdict.only_there:
             return self.failure(Kind.NO_MODES, different)
-        names = self.taken_for_one(different, set())
+        names = self.taken_for_one(different)
         return self.failure(Kind.SAME_NAME if names else Kind.DIFFERS, names or different)
 
     def precedes(self, path: bytes) -> bool:
@@ -2086,16 +2099,23 @@ class Delivery:
             if not gone and not code.startswith(b".d"):
                 raise failure(self.plan.target, Kind.ELSEWHERE, "in a deletion", [name])
 
-        rules = {include_rule(path, directory): None for path, directory in paths.items()}
+        self.begun = True
+        rules = [include_rule(path, b"/" if is_one else b"") for path, is_one in paths.items()]
+        result = self.run_deleting(rules, paths, judge)
+        if result.status != 0:
+            raise self.explain(result)
+
+    def run_deleting(self, rules: Iterable[bytes], paths: Iterable[bytes],
+                     judge: Callable[[bytes], None], *options: str, **more: Any) -> Result:
+        """Run the pass that deletes what these rules match; they are for these paths."""
+        rules = dict.fromkeys(rules)
         for path in paths:                  # rsync must be let into the directories above
             while b"/" in path:
                 path = os.path.dirname(path)
-                rules[include_rule(path, True)] = None
-        self.begun = True
+                rules[include_rule(path, b"/")] = None
         with scratch_file(self.shared.scratch, rules) as stream:
-            result = self.connection.rsync(RSYNC_DELETE, stdin=stream, on_item=judge)
-        if result.status != 0:
-            raise self.explain(result)
+            return self.connection.rsync((*options, *RSYNC_DELETE), stdin=stream, on_item=judge,
+                                         **more)
 
     def delete_verified(self, extraneous: set[bytes]) -> Verdict:
         """Delete all that may go, and return how the tree compares then.
@@ -2133,49 +2153,24 @@ class Delivery:
 def staged(path: bytes) -> bytes:
     return os.path.join(os.path.dirname(path), STAGING, os.path.basename(path))
 
-def find_twins(source: Source, missing: Sequence[bytes],
-               added: set[bytes]) -> list[tuple[bytes, bytes, Optional[bytes]]]:
-    """Return (missing path, similar path of the source, third spelling) where both may be one.
+def find_twins(source: Source, paths: Iterable[bytes]) -> list[tuple[bytes, bytes]]:
+    """Return (path, similar path of the source) where a file system may take the two for one.
 
-    Not where the one of the source is added: then the target tells them apart. What lies below a
-    missing directory goes the way of that one. The third spelling is in neither list, and lies in
-    the same directory; None where there is none. Where the two differ in case, it does so alone:
-    a target may ignore case and not form (composed or not).
+    What lies below a missing directory goes the way of that one.
     """
-    found: list[tuple[bytes, bytes, Optional[bytes]]] = []
+    found: list[tuple[bytes, bytes]] = []
     by_directory: dict[bytes, list[bytes]] = {}
-    for path in missing:
+    for path in paths:
         by_directory.setdefault(os.path.dirname(path), []).append(os.path.basename(path))
     for directory, names in by_directory.items():
-        known: list[bytes] = []
-        with contextlib.suppress(OSError):  # it is missing, too
-            known = os.listdir(os.path.join(source.root, directory))
         similar: dict[str, list[bytes]] = {}
-        for name in known:
-            similar.setdefault(folded(name), []).append(name)
-        taken = {*known, *names}
+        with contextlib.suppress(OSError):  # it is missing, too
+            for name in os.listdir(os.path.join(source.root, directory)):
+                similar.setdefault(folded(name), []).append(name)
         for name in names:
-            for twin in similar.get(folded(name), ()):
-                kept = os.path.join(directory, twin)
-                if twin != name and kept not in added:
-                    spelt: list[bytes] = []
-                    forms = len(alike((name, twin))) == 2
-                    for other in [twin, *known[:100]]:      # or of another name that is there
-                        if os.path.join(directory, other) not in added:
-                            spelt += spellings(other, forms)
-                    third = next((one for one in spelt if one not in taken), None)
-                    found.append((os.path.join(directory, name), kept,
-                                  third and os.path.join(directory, third)))
+            found += [(os.path.join(directory, name), os.path.join(directory, twin))
+                      for twin in similar.get(folded(name), ()) if twin != name]
     return found
-
-def spellings(name: bytes, forms: bool) -> list[bytes]:
-    """Return other spellings of a name: composed and decomposed first, for forms; other cases."""
-    text = name.decode("utf-8", "replace")
-    changed = [text.swapcase(), text.upper(), text.lower(), text.title().swapcase(), text.title()]
-    if forms:
-        changed = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")] + changed
-    spelt = [other.encode("utf-8") for other in changed if other != text]
-    return [other for other in spelt if len(other) < 256 and b"\xef\xbf\xbd" not in other]
 
 
 # --- Trust core: record, status and lock --------------------------------------------------------
@@ -5175,4 +5170,4 @@ def diagnose(target: Target, stderr: bytes) -> TargetError:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())                        # all is flushed; taking Python apart takes 10 ms

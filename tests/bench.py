@@ -143,7 +143,7 @@ class Bench:
         self.offsync("apply")
         self.measure(
             "%d files, equal" % count,
-            "1.2",
+            "1.15/1.2",
             {
                 "rsync": self.rsync,
                 "plan": lambda: self.offsync("plan"),
@@ -253,11 +253,13 @@ class Bench:
             report = self.lab.base + "/usage"
             # VmHWM, since ru_maxrss holds what this process had before exec, too: our own peak.
             code = (
-                "import atexit, resource, runpy, sys\ndef say():\n u ="
+                "import os, resource, runpy, sys\ndef say():\n u ="
                 " resource.getrusage(resource.RUSAGE_SELF)\n peak ="
                 " open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n open(%r,"
                 " 'w').write('%%f %%s' %% (u.ru_utime + u.ru_stime,"
-                " peak))\natexit.register(say)\nsys.argv = ['offsync', 'plan']\nrunpy.run_path(%r,"
+                " peak))\nme, leave = os.getpid(), os._exit\nos._exit = lambda status:"
+                " (os.getpid() == me and say(), leave(status))\nsys.argv = ['offsync',"
+                " 'plan']\nrunpy.run_path(%r,"
                 " run_name='__main__')\n" % (report, OFFSYNC)
             )
             subprocess.run(

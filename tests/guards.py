@@ -267,11 +267,18 @@ GUARDS = [
         FEW,
     ),
     (
-        "a twin that is added is told apart",
-        "find_twins",
-        "kept not in added",
-        "True",
-        "test_filesystems.Case",
+        "a twin that is absent is told apart",
+        "Delivery.taken_for_one",
+        "set(asked) - absent",
+        "set(asked)",
+        "test_filesystems.Case.test_a_rename_in_case_only_needs_one_run",
+    ),
+    (
+        "twins that are both listed are told apart",
+        "Delivery.taken_for_one",
+        "names - listed",
+        "names",
+        "test_filesystems.Case.test_both_there_and_one_here",
     ),
     (
         "what a deletion took along",
