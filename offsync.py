@@ -28,7 +28,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 245 to 2363, in the order in
+To audit it, read the trust core first: lines 245 to 2396, in the order in
 which data flows. What follows serves it: the state directory, link, host keys,
 packages, the config, output, commands; what failures mean comes last.
 """
@@ -244,8 +244,22 @@ class Result(NamedTuple):
 
 # === Trust core: running programs ===============================================================
 
-STOP = threading.Event()                    # all is stopping: no program starts, nothing waits
-SIGNALLED = threading.Event()               # by the handler: a second signal ends it all
+class Flag:
+    """What the signal handler sets: without a lock, which the code that it interrupts may hold."""
+
+    def __init__(self) -> None:
+        self.value = False
+
+    def is_set(self) -> bool:
+        return self.value
+
+    def wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self.value and time.monotonic() < end:
+            time.sleep(0.05)
+
+STOP = Flag()                               # all is stopping: no program starts, nothing waits
+SIGNALLED = Flag()                          # by the handler: a second signal ends it all
 RUNNING: set["subprocess.Popen[bytes]"] = set()     # the programs that the signal handler ends
 VERBOSE = threading.Event()                 # -v
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -268,9 +282,7 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
 
 def stop_all(signum: int, _: object) -> NoReturn:
     """Handle a signal: end every program; the first one stops the run, a second one ends it."""
-    again = SIGNALLED.is_set()
-    SIGNALLED.set()
-    STOP.set()
+    again, SIGNALLED.value, STOP.value = SIGNALLED.value, True, True
     for process in list(RUNNING):
         kill(process)
     if again:
@@ -409,7 +421,7 @@ class Output:
                         greeting = deadline
                         self.take(chunk)
                 PROGRESS.tick()
-                if not late and time.monotonic() - started > min(deadline, greeting):
+                if not late and not end and time.monotonic() - started > min(deadline, greeting):
                     late = True
                     kill(process)
         if self.rest and self.on_line:
@@ -591,15 +603,14 @@ def listed_name(path: bytes) -> bytes:
     """
     return b"/" + path
 
-def include_rule(path: bytes, end: bytes = b"") -> bytes:
+def include_rule(path: bytes, directory: bool) -> bytes:
     """Return the anchored rsync pattern that matches only this path (rsync(1), PATTERN MATCHING).
 
-    end: "/" for a directory, "/***" for one and all that is in it. A backslash escapes only in a
-    pattern that has a wildcard character; else it is a plain byte.
+    A backslash escapes only in a pattern that has a wildcard character; else it is a plain byte.
     """
-    if re.search(rb"[*?\[]", path + end):
+    if re.search(rb"[*?\[]", path):
         path = re.sub(rb"([*?\[\\])", rb"\\\1", path)
-    return b"/" + path + end
+    return b"/" + path + (b"/" if directory else b"")
 
 def printed_name(name: bytes) -> bytes:
     r"""Return the exact bytes of a name that rsync printed: it writes control bytes as \#ooo."""
@@ -1011,13 +1022,13 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         """Leave nothing behind, nor anything at work; the guard cleans up, or we do without it."""
-        STOP.set()
+        STOP.value = True
         for process in list(RUNNING):
             kill(process)
         for threads in (self.jobs, self.provers, self.source.threads):
             threads.close()
         if not SIGNALLED.is_set():
-            STOP.clear()
+            STOP.value = False
         pid, pipe = self.guard
         os.close(pipe)
         if os.waitpid(pid, 0)[1] != 0:
@@ -1914,43 +1925,38 @@ class Delivery:
         """Raise if a deletion could take along what the source has under a similar name.
 
         Where a target takes README for Readme, it reports README as only there and Readme as equal.
-        Where the source has both, they would overwrite each other in turn.
+        It tells the two apart if the one of the source is added in the same pass. Where the source
+        has both, they would overwrite each other in turn.
         """
+        added = {c.path for c in self.plan.of("added")}
         modified = [c.path for c in self.plan.of("modified")]
         for kind, paths in (Kind.TWINS, [*self.deletable]), (Kind.SAME_NAME, modified):
-            names = self.taken_for_one(paths)
+            names = self.taken_for_one(paths, added, doubted=kind is Kind.TWINS)
             if names:
                 raise self.failure(kind, names)
 
-    def taken_for_one(self, paths: Iterable[bytes]) -> set[bytes]:
+    def taken_for_one(self, paths: Sequence[bytes], added: set[bytes],
+                      doubted: bool = True) -> set[bytes]:
         """Return these paths and those of the source that the target takes for the same.
 
-        Such a name is found there when it is asked for, and is not in the list of its directory:
-        that shows what a dry run would delete where the source has none of them.
+        Not where the one of the source is added, nor where rsync finds that a third spelling does
+        not exist there: then the target tells them apart. doubted: also where there is none.
         """
-        twins = find_twins(self.source, paths)
-        names, listed = {name for pair in twins for name in pair}, set()
-        if not names:
-            return names
+        twins = [pair for pair in find_twins(self.source, paths) if pair[1] not in added]
+        there = self.source.included(self.shared.rsync) - added if twins else set()
+        thirds = third_spellings(twins, there, {*there, *added, *paths})
         place = os.path.join(self.shared.scratch, "twins-%d" % next(self.shared.numbers))
-        for name in names:
-            above = os.path.join(os.fsencode(place), os.path.dirname(name))
-            os.makedirs(above, exist_ok=True)
-
-        def note(line: bytes) -> None:
-            name = printed_name(line[12:]).rstrip(b"/")
-            if line.startswith(b"*deleting") and name in names:
-                listed.add(name)
-
-        rules = [include_rule(name, end) for name in names for end in (b"", b"/***")]
-        result = self.run_deleting(rules, names, note, "-n", source=os.fsencode(place))
-        if result.status != 0:
-            raise diagnose(self.plan.target, result.stderr)
-        asked = sorted(name for name in names - listed
-                       if os.path.lexists(os.path.join(self.source.root, name)))
-        absent = {c.path for c in itemize(self.connection, RSYNC_ABSENT, asked)} if asked else set()
-        same = set(asked) - absent
-        return {name for pair in twins for name in pair if not same.isdisjoint(pair)}
+        asked = sorted({third for third in thirds.values() if third})
+        for third in asked:
+            name = os.path.join(os.fsencode(place), third)
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+            os.close(os.open(name, os.O_CREAT | os.O_WRONLY, 0o600))
+        absent = {change.path for change in itemize(
+            self.connection, RSYNC_ABSENT, asked, source=os.fsencode(place))
+                  if change.kind == "added"} if asked else set()
+        same = [pair for pair, third in thirds.items()
+                if third not in absent and (third or doubted)]
+        return {name for pair in same for name in pair}
 
     def make_way(self, changes: Sequence[Change]) -> None:
         """Delete the planned entries below the directories that give way to these."""
@@ -2006,7 +2012,7 @@ class Delivery:
             return failure(self.plan.target, Kind.SILENT)
         error = diagnose(self.plan.target, result.stderr)
         if error.kind is Kind.OTHER:
-            names = self.taken_for_one([change.path for change in self.sent])
+            names = self.taken_for_one([change.path for change in self.sent], set())
             error = self.failure(Kind.SAME_NAME, names) if names else error
         return error
 
@@ -2066,7 +2072,7 @@ class Delivery:
         only_modes = all(change.reasons == ("mode",) for change in verdict.differs.values())
         if only_modes and not verdict.only_there:
             return self.failure(Kind.NO_MODES, different)
-        names = self.taken_for_one(different)
+        names = self.taken_for_one(different, set())
         return self.failure(Kind.SAME_NAME if names else Kind.DIFFERS, names or different)
 
     def precedes(self, path: bytes) -> bool:
@@ -2099,23 +2105,16 @@ class Delivery:
             if not gone and not code.startswith(b".d"):
                 raise failure(self.plan.target, Kind.ELSEWHERE, "in a deletion", [name])
 
-        self.begun = True
-        rules = [include_rule(path, b"/" if is_one else b"") for path, is_one in paths.items()]
-        result = self.run_deleting(rules, paths, judge)
-        if result.status != 0:
-            raise self.explain(result)
-
-    def run_deleting(self, rules: Iterable[bytes], paths: Iterable[bytes],
-                     judge: Callable[[bytes], None], *options: str, **more: Any) -> Result:
-        """Run the pass that deletes what these rules match; they are for these paths."""
-        rules = dict.fromkeys(rules)
+        rules = {include_rule(path, directory): None for path, directory in paths.items()}
         for path in paths:                  # rsync must be let into the directories above
             while b"/" in path:
                 path = os.path.dirname(path)
-                rules[include_rule(path, b"/")] = None
+                rules[include_rule(path, True)] = None
+        self.begun = True
         with scratch_file(self.shared.scratch, rules) as stream:
-            return self.connection.rsync((*options, *RSYNC_DELETE), stdin=stream, on_item=judge,
-                                         **more)
+            result = self.connection.rsync(RSYNC_DELETE, stdin=stream, on_item=judge)
+        if result.status != 0:
+            raise self.explain(result)
 
     def delete_verified(self, extraneous: set[bytes]) -> Verdict:
         """Delete all that may go, and return how the tree compares then.
@@ -2153,12 +2152,14 @@ class Delivery:
 def staged(path: bytes) -> bytes:
     return os.path.join(os.path.dirname(path), STAGING, os.path.basename(path))
 
-def find_twins(source: Source, paths: Iterable[bytes]) -> list[tuple[bytes, bytes]]:
+Twins = tuple[bytes, bytes]
+
+def find_twins(source: Source, paths: Iterable[bytes]) -> list[Twins]:
     """Return (path, similar path of the source) where a file system may take the two for one.
 
     What lies below a missing directory goes the way of that one.
     """
-    found: list[tuple[bytes, bytes]] = []
+    found: list[Twins] = []
     by_directory: dict[bytes, list[bytes]] = {}
     for path in paths:
         by_directory.setdefault(os.path.dirname(path), []).append(os.path.basename(path))
@@ -2171,6 +2172,38 @@ def find_twins(source: Source, paths: Iterable[bytes]) -> list[tuple[bytes, byte
             found += [(os.path.join(directory, name), os.path.join(directory, twin))
                       for twin in similar.get(folded(name), ()) if twin != name]
     return found
+
+def third_spellings(twins: Sequence[Twins], there: set[bytes],
+                    taken: set[bytes]) -> dict[Twins, Optional[bytes]]:
+    """Return for each pair a name that is not taken, None where there is none.
+
+    A name of the same directory that is there (best the twin's), spelt in another way: in the way
+    in which the two differ, since a target may ignore case and not form (composed or not).
+    """
+    names: dict[bytes, list[bytes]] = {}
+    for path in sorted(there) if twins else ():
+        names.setdefault(os.path.dirname(path), []).append(path)
+    found: dict[Twins, Optional[bytes]] = {}
+    spare: dict[tuple[bytes, bool], Optional[bytes]] = {}
+    for pair in twins:
+        forms, directory = len(alike(pair)) == 2, os.path.dirname(pair[1])
+        found[pair] = next((p for p in spellings(pair[1], forms) if p not in taken), None)
+        if not found[pair]:
+            if (directory, forms) not in spare:
+                spelt = (p for name in names.get(directory, ()) for p in spellings(name, forms))
+                spare[directory, forms] = next((p for p in spelt if p not in taken), None)
+            found[pair] = spare[directory, forms]
+    return found
+
+def spellings(path: bytes, forms: bool) -> list[bytes]:
+    """Return a path with its name in other cases, or for forms composed and decomposed."""
+    directory, name = os.path.split(path)
+    text = name.decode("utf-8", "replace")
+    spelt = [text.swapcase(), text.upper(), text.lower(), text.title()]
+    if forms:
+        spelt = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    return [os.path.join(directory, other.encode("utf-8")) for other in spelt
+            if other != text and "\ufffd" not in other and len(other.encode("utf-8")) < 256]
 
 
 # --- Trust core: record, status and lock --------------------------------------------------------

@@ -225,6 +225,29 @@ class Kills(SharedLab):
         process.communicate(timeout=60)
         self.assert_clean()
 
+    def test_a_signal_within_the_handler_of_another(self) -> None:
+        """What it sets takes no lock, or the second one would wait for the first for ever."""
+        code = (
+            "import importlib.util, os, signal, sys\n"
+            "spec = importlib.util.spec_from_file_location('offsync', %r)\n"
+            "offsync = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(offsync)\n"
+            "signal.signal(signal.SIGTERM, offsync.stop_all)\n"
+            "def trace(frame, event, arg):\n"
+            "    inside = event == 'line' and frame.f_code.co_name == 'set'\n"
+            "    if inside and frame.f_locals['self']._cond._lock.locked():\n"
+            "        sys.settrace(None)\n"
+            "        os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    return trace\n"
+            "try:\n"
+            "    sys.settrace(trace)\n"
+            "    os.kill(os.getpid(), signal.SIGTERM)\n"
+            "except offsync.Interrupted as interrupted:\n"
+            "    os._exit(interrupted.status)\n" % OFFSYNC
+        )
+        done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, timeout=20)
+        self.assertEqual(done.returncode, 143, done.stderr)
+
     def test_two_signals_at_once(self) -> None:
         for pair in (
             (signal.SIGTERM, signal.SIGINT),

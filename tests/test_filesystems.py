@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import unittest
 
-from lab import Standing, can_mount, read, require, snapshot, write
+from lab import Standing, can_mount, offsync, read, require, snapshot, write
 
 CAN_EXFAT = (
     can_mount()
@@ -30,7 +30,9 @@ class Case(Standing):
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_both_there_and_one_here(self) -> None:
-        """The twin is not added in this pass: the list of the directory there has both."""
+        """The twin is not added in this pass: a third spelling tells, also that of another name."""
+        for root in (self.source, self.there):
+            write(root + "/\u00fcber", "its form tells")
         for name in ("README", "A", "caf\u00e9", "D*\\/x", "E/below/x", b"\xffX", "odd\nX"):
             write(os.path.join(os.fsencode(self.there), os.fsencode(name)), name)
         for name in ("Readme", "a", "cafe\u0301", "d*\\/x", "e/x", b"\xffx", "odd\nx"):
@@ -40,6 +42,25 @@ class Case(Standing):
         self.lab.offsync("apply", "--delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
+    def test_the_third_spelling_differs_as_the_two_names_do(self) -> None:
+        """Else a target that tells cases apart, but not forms, would be called one that does."""
+        names = ["d/caf\u00e9", "d/p", "e/\u00fcber", b"d/\xffX"]
+        for name in names:
+            write(os.path.join(os.fsencode(self.source), os.fsencode(name)), "x")
+        there = set(map(os.fsencode, names))
+        for theirs, allowed in (
+            ("d/CAF\u00c9", {"d/cAF\u00c9", "d/Caf\u00e9"}),
+            ("d/P", {"d/CAF\u00c9", "d/Caf\u00e9"}),  # of another name in that directory
+            ("d/cafe\u0301", {None}),
+            ("e/u\u0308ber", {None}),
+        ):
+            twins = offsync.find_twins(offsync.Source(self.source), [theirs.encode()])
+            ((pair, third),) = offsync.third_spellings(
+                twins, there, {*there, theirs.encode()}
+            ).items()
+            self.assertEqual(pair[0], theirs.encode())
+            self.assertIn(third and third.decode(), allowed)
+
     def blind(self) -> dict:
         """Return an environment whose rsync finds here what is there in any case."""
         return self.here_runs(
@@ -48,7 +69,12 @@ class Case(Standing):
         )
 
     def test_a_target_that_may_take_two_names_for_one(self) -> None:
-        for ours, theirs in (("Readme", "README"), ("docs/a", "DOCS/a"), ("n\u00e9", "ne\u0301")):
+        for ours, theirs in (
+            ("Readme", "README"),
+            ("docs/a", "DOCS/a"),
+            ("n\u00e9", "ne\u0301"),
+            ("p", "P"),
+        ):
             with self.subTest(ours=ours):
                 self.setUp()
                 write(self.source + "/" + ours, "the only copy")
@@ -59,6 +85,30 @@ class Case(Standing):
                     self.assertIn(name if name.isascii() else "\\", done.err)
                 self.assertEqual(read(self.there + "/" + theirs), "the only copy")
                 self.assertEqual(self.lab.records()[-1]["files_deleted"], [])
+
+    def test_both_here_and_both_there(self) -> None:
+        """Where nothing tells whether they are one, what was sent is verified, as ever."""
+        for name in ("x", "X"):
+            write(self.source + "/d/" + name, name)
+        self.lab.offsync("apply", check=0)
+        for name in ("x", "X"):
+            write(self.source + "/d/" + name, "new " + name)
+        os.chmod(self.source + "/d", 0o700)
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_what_is_excluded_shows_nothing(self) -> None:
+        """Its other spelling is not there, of course, since it is not there itself."""
+        self.lab.configure(exclude=["skipped"])
+        for name in ("p", "skipped"):
+            write(self.source + "/" + name, "the only copy")
+        write(self.there + "/P", "the only copy")
+        env = self.here_runs(
+            'case "$*" in *" -rlptc "*) real | grep -v "+++++"; exit 0;; esac; real'
+        )
+        done = self.lab.offsync("apply", "--delete", env=env, check=1)
+        self.assertIn("names that it may take for one", done.err)
+        self.assertEqual(read(self.there + "/P"), "the only copy")
 
     def test_what_a_deletion_took_along_is_sent_again(self) -> None:
         write(self.source + "/kept/f", "kept", 0o640)

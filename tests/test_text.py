@@ -21,7 +21,7 @@ from lab import OFFSYNC, offsync, read
 
 # What is to be audited, at most: lines in all and of the trust core, statements, expression nodes
 # a statement.
-LINES, CORE, STATEMENTS, NODES = 5173, 2119, 3560, 6.67
+LINES, CORE, STATEMENTS, NODES = 5206, 2152, 3580, 6.69
 CONFIG = """version: 1
 source: "/srv/app-data"
 delete: false
@@ -514,9 +514,8 @@ class Names(unittest.TestCase):
             (b"[x]?", b"/\\[x]\\?"),
             (b"+ x", b"/+ x"),
         ):
-            self.assertEqual(offsync.include_rule(path), rule)
-        self.assertEqual(offsync.include_rule(b"d", b"/"), b"/d/")
-        self.assertEqual(offsync.include_rule(b"a\\b", b"/***"), rb"/a\\b/***")
+            self.assertEqual(offsync.include_rule(path, False), rule)
+        self.assertEqual(offsync.include_rule(b"d", True), b"/d/")
 
     def test_words_for_rsync(self) -> None:
         self.assertEqual(offsync.quote_for_rsync("ControlPath=/tmp/x"), "ControlPath=/tmp/x")
@@ -1030,7 +1029,9 @@ class Audit(unittest.TestCase):
         self.assertEqual(
             len(re.findall(r"subprocess\.(?:Popen|run|call|check_output|check_call)\(", text)), 1
         )
-        self.assertNotRegex(text, r"shell=True|os\.system|\.sleep\(")
+        self.assertNotIn("shell=True", text)
+        self.assertNotIn("os.system", text)
+        self.assertEqual(text.count(".sleep("), 1)  # in what waits for a signal, too
 
 
 class AsPeopleWriteIt(unittest.TestCase):
