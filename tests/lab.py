@@ -58,7 +58,10 @@ def require(name: str) -> str:
 
 
 def snapshot(root) -> dict:
-    """Return {path: (type, mode, content or link)} of a tree; modes of symlinks do not count."""
+    """Return {path: (type, mode, content or link)} of a tree; modes of symlinks do not count.
+
+    Looks again where something vanishes meanwhile: a killed rsync there ends a moment later.
+    """
     found = {}
     root = os.fsencode(root)
 
@@ -78,7 +81,14 @@ def snapshot(root) -> dict:
             else:
                 found[path] = ("special", mode, b"")
 
-    walk(b"")
+    for last in [False] * 9 + [True]:
+        found.clear()
+        try:
+            walk(b"")
+            break
+        except FileNotFoundError:
+            if last:
+                raise
     return found
 
 
