@@ -28,7 +28,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 245 to 2396, in the order in
+To audit it, read the trust core first: lines 245 to 2402, in the order in
 which data flows. What follows serves it: the state directory, link, host keys,
 packages, the config, output, commands; what failures mean comes last.
 """
@@ -2157,12 +2157,18 @@ Twins = tuple[bytes, bytes]
 def find_twins(source: Source, paths: Iterable[bytes]) -> list[Twins]:
     """Return (path, similar path of the source) where a file system may take the two for one.
 
-    What lies below a missing directory goes the way of that one.
+    Also of the directories above: it would merge these. What lies below a missing directory goes
+    the way of that one.
     """
     found: list[Twins] = []
+    seen: set[bytes] = set()
     by_directory: dict[bytes, list[bytes]] = {}
     for path in paths:
-        by_directory.setdefault(os.path.dirname(path), []).append(os.path.basename(path))
+        while path and path not in seen:
+            seen.add(path)
+            directory, name = os.path.split(path)
+            by_directory.setdefault(directory, []).append(name)
+            path = directory
     for directory, names in by_directory.items():
         similar: dict[str, list[bytes]] = {}
         with contextlib.suppress(OSError):  # it is missing, too

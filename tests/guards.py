@@ -274,6 +274,13 @@ GUARDS = [
         "test_filesystems.Case.test_a_rename_in_case_only_needs_one_run",
     ),
     (
+        "directories above may be one, too",
+        "find_twins",
+        "path = directory",
+        "path = b''",
+        "test_filesystems.ExFat.test_two_directories_that_are_one_there",
+    ),
+    (
         "what is excluded shows nothing",
         "Delivery.taken_for_one",
         "self.source.included(self.shared.rsync)",

@@ -97,6 +97,15 @@ class Case(Standing):
         self.lab.offsync("apply", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
+    def test_both_directories_here_and_there(self) -> None:
+        for root in (self.source, self.there):
+            for name in ("docs/a", "Docs/b", "Docs/deep/er/c"):
+                write(root + "/" + name, name)
+        write(self.there + "/Docs/deep/er/gone", "x")
+        write(self.there + "/docs/gone", "x")
+        self.lab.offsync("apply", "--delete", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
+
     def test_what_is_excluded_shows_nothing(self) -> None:
         """Its other spelling is not there, of course, since it is not there itself."""
         self.lab.configure(exclude=["skipped"])
@@ -229,6 +238,19 @@ class ExFat(Standing):
         done = self.lab.offsync("apply", check=1)  # before anything is sent
         self.assertIn("takes these names for one", done.err)
         self.assertEqual(snapshot(self.there), before)
+
+    def test_two_directories_that_are_one_there(self) -> None:
+        """They are merged there: what is in the one is missing in the other, and the only copy."""
+        for name in ("docs/a", "Docs/b"):
+            write(self.source + "/" + name, name, 0o755)
+        done = self.lab.offsync("apply", check=1)
+        self.assertIn("takes these names for one", done.err)
+        self.assertIn("Docs, docs", done.err)
+        done = self.lab.offsync("apply", "--delete", check=1)
+        self.assertIn("names that it may take for one", done.err)
+        self.assertIn("Docs, docs", done.err)
+        self.assertEqual(read(self.there + "/docs/a"), "docs/a")
+        self.assertEqual(read(self.there + "/docs/b"), "Docs/b")
 
     def test_modes_symlinks_and_colons(self) -> None:
         write(self.source + "/plain", "x", 0o644)
