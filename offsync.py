@@ -256,7 +256,7 @@ class Flag:
     def wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while not self.value and time.monotonic() < end:
-            time.sleep(0.05)
+            time.sleep(0.05)                # so late is the end seen, at most
 
 STOP = Flag()                               # all is stopping: no program starts, nothing waits
 SIGNALLED = Flag()                          # by the handler: a second signal ends it all
@@ -282,7 +282,8 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
 
 def stop_all(signum: int, _: object) -> NoReturn:
     """Handle a signal: end every program; the first one stops the run, a second one ends it."""
-    again, SIGNALLED.value, STOP.value = SIGNALLED.value, True, True
+    again = SIGNALLED.value
+    SIGNALLED.value = STOP.value = True
     for process in list(RUNNING):
         kill(process)
     if again:
@@ -1246,7 +1247,7 @@ def prove_path(connection: Connection) -> str:
         started = time.monotonic()
         result = connection.run_rsync(("-n", "-r"), source=connection.shared.empty,
                                       path="/%s/x" % marker.decode(), deadline=SESSION_DEADLINE)
-        connection.session_seconds = time.monotonic() - started - 0.1    # which it sleeps there
+        connection.session_seconds = time.monotonic() - started - 0.1   # see LINGERING
         if result.status == 0:
             raise failure(target, Kind.OPEN, "it writes anywhere")
         before, found, _ = printed_name(result.stderr).partition(marker)
@@ -1954,9 +1955,8 @@ class Delivery:
         absent = {change.path for change in itemize(
             self.connection, RSYNC_ABSENT, asked, source=os.fsencode(place))
                   if change.kind == "added"} if asked else set()
-        same = [pair for pair, third in thirds.items()
-                if third not in absent and (third or doubted)]
-        return {name for pair in same for name in pair}
+        return {name for pair, third in thirds.items()
+                if third not in absent and (third or doubted) for name in pair}
 
     def make_way(self, changes: Sequence[Change]) -> None:
         """Delete the planned entries below the directories that give way to these."""
@@ -4883,7 +4883,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
                    {"shell": {"choices": ("bash",)}})}
 
 def build_parser(argv: Optional[Sequence[str]] = None) -> argparse.ArgumentParser:
-    """Return the parser of a command line, which knows other commands by name only; of all."""
+    """Return the parser. Of commands that argv does not name it knows only the name."""
     about = {name: text for name, (_, text, _, _) in COMMANDS.items() if " " not in name}
     about["target"] = "controller: add, list or remove targets"
     about = {**dict(list(about.items())[:3]), "target": about["target"], **about}
