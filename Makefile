@@ -23,6 +23,7 @@ test:
 
 lint: $(DEV)/ready
 	$(DEV)/bin/ruff check --config tests/ruff.toml offsync.py tests
+	$(DEV)/bin/ruff format --check --config tests/ruff.toml offsync.py tests
 	$(DEV)/bin/mypy --strict --cache-dir $(DEV)/mypy offsync.py
 	$(DEV)/bin/vermin --quiet --target=3.9- --violations --no-tips offsync.py
 	$(DEV)/bin/shellcheck install.sh .ci/run

@@ -223,8 +223,7 @@ class Bench:
             target.stop()
 
     def row_million(self) -> None:
-        """1,000,000 entries: own peak memory and CPU, and rsync's CPU, nothing to do and all new.
-        """
+        """1,000,000 entries: own peak memory and CPU, rsync's CPU; nothing to do, and all new."""
         count = 20000 if QUICK else 1_000_000
         self.fresh(count, 1)
         subprocess.run(["cp", "-a", self.lab.source + "/.", self.target.path], check=True)
@@ -350,9 +349,7 @@ class Bench:
             " subprocess.Popen\ndef popen(argv, **more):\n    words = ' '.join(map(str, argv))\n   "
             " print('%.3f %s' % (time.monotonic() - begun, words), file=sys.stderr)\n    return"
             " real(argv, **more)\nsubprocess.Popen = popen\nsys.argv = ['offsync',"
-            " 'apply']\nrunpy.run_path("
-            + repr(OFFSYNC)
-            + ", run_name='__main__')\n"
+            " 'apply']\nrunpy.run_path(" + repr(OFFSYNC) + ", run_name='__main__')\n"
         )
         started = time.monotonic()
         done = subprocess.run(

@@ -75,8 +75,7 @@ def main() -> None:
         show(lab, "apply")
         say(
             "A drift: somebody edits a delivered file on %s, keeping its size, and drops another"
-            " beside it."
-            % one.login
+            " beside it." % one.login
         )
         write(one.path + "/app.conf", "colour = wrong\n"[:15])
         write(one.path + "/notes.txt", "mine\n")

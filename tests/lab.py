@@ -43,7 +43,7 @@ def risk() -> tuple:
     accepted for scratch directories.
     """
     try:
-        offsync.probe_rrsync(offsync.find_rrsync(None)[1], False)
+        offsync.probe_rrsync(offsync.find_rrsync(None), False)
     except offsync.OffsyncError as error:
         return ("--accept-risk", "rrsync") if "--accept-risk rrsync" in str(error) else ()
     return ()
@@ -324,7 +324,8 @@ class Lab:
         self.env = {
             key: value
             for key, value in os.environ.items()
-            if key not in (
+            if key
+            not in (
                 "OFFSYNC_HOME",
                 "OFFSYNC_RSYNC",
                 "SSH_CONNECTION",
@@ -608,8 +609,7 @@ def pam(*lines: str) -> str:
     """Return the words that make these sshd's PAM configuration."""
     return (
         "copy=$(mktemp) && printf '%%s\\n' %s > $copy && mount --bind $copy /etc/pam.d/sshd && rm"
-        " $copy\n"
-        % " ".join("'%s'" % line for line in lines)
+        " $copy\n" % " ".join("'%s'" % line for line in lines)
     )
 
 
@@ -689,8 +689,7 @@ class Fleet(LabCase):
 
 
 class Standing(SharedLab):
-    """Stand-ins for rsync here and rrsync there: they act at one step, and call the real program.
-    """
+    """Stand-ins for rsync here and rrsync there: they act at one step and call the real one."""
 
     def there_runs(self, script: str) -> None:
         """Wrap the target's rrsync; $SSH_ORIGINAL_COMMAND is its command, "real" calls the real

@@ -59,11 +59,27 @@ class Approval(Fleet):
                 ],
             ),
             ("no target", lines[:1]),
-            ("no policy", lines[1:]),
         ):
             with self.subTest(name=name):
                 write(self.lab.base + "/edited", "".join(kept))
                 self.refused(self.lab.base + "/edited")
+        for name, kept in (("no policy", lines[1:]), ("two policies", [*lines[:1], *lines])):
+            with self.subTest(name=name):
+                write(self.lab.base + "/edited", "".join(kept))
+                done = self.lab.offsync("apply", "--plan", self.lab.base + "/edited")
+                self.assert_refused(done, 2, "no line of a plan")
+                self.assertEqual([snapshot(target.path) for target in self.targets], [{}] * 3)
+        for old, new in (
+            ('"delete": false', '"delete": 0'),
+            ('"overwrite": true', '"overwrite": 1.0'),
+            ('"version": ', '"version": 0.0e1'),
+        ):
+            with self.subTest(new=new):
+                self.assertIn(old, lines[0])
+                write(self.lab.base + "/edited", lines[0].replace(old, new) + "".join(lines[1:]))
+                done = self.lab.offsync("apply", "--plan", self.lab.base + "/edited")
+                self.assertIn(done.returncode, (1, 2))
+                self.assertEqual([snapshot(target.path) for target in self.targets], [{}] * 3)
         write(self.lab.base + "/edited", "".join(li for li in lines if "127.0.0.3" not in li))
         done = self.lab.offsync("apply", "--plan", self.lab.base + "/edited", check=1)
         self.assertIn("%s: failed: it was not reviewed" % self.targets[2].login, done.err)
@@ -149,8 +165,7 @@ class Approval(Fleet):
         self.lab.offsync("target", "list", check=0)
 
     def test_random_sequences_apply_nothing_that_was_not_approved(self) -> None:
-        """Plans, partial applies, edits, kills and repeats under one approval, against an oracle.
-        """
+        """Plans, partial applies, edits, kills, repeats under one approval, against an oracle."""
         rng = random.Random(int(os.environ.get("SEED", "1")))
         for sequence in range(int(os.environ.get("SEQUENCES", "2"))):
             with self.subTest(sequence=sequence):

@@ -62,8 +62,7 @@ class SymlinksLast(Standing):
     def test_a_switched_link_is_never_live_before_its_files(self) -> None:
         self.there_runs(
             'real; s=$?; echo "$(readlink current) $(cat v2/app 2>/dev/null | wc -c)" >> %s/seen;'
-            " exit $s"
-            % self.lab.base
+            " exit $s" % self.lab.base
         )
         self.lab.offsync("apply", check=0)
         seen = read(self.lab.base + "/seen").split("\n")[:-1]
@@ -249,9 +248,7 @@ class SourceChanges(Standing):
 
     def test_what_changes_after_the_sending_is_the_sources_doing_too(self) -> None:
         write(self.source + "/f", "planned")
-        write(self.source + "/equal", "same", when=1_600_000_000)
-        write(self.there + "/equal", "same", when=1_600_000_000)
-        for change in ("echo later > f", "echo grown >> equal", "rm equal"):
+        for change in ("echo later > f", "rm f"):
             with self.subTest(change=change):
                 once = self.lab.base + "/once"
                 shutil.rmtree(once, ignore_errors=True)
@@ -297,6 +294,16 @@ class Unknown(Standing):
             ("failed", None, None),
         )
 
+    def test_what_somebody_else_deleted_is_not_logged_as_ours(self) -> None:
+        write(self.source + "/f", "x")
+        write(self.there + "/gone", "z")
+        env = self.here_runs(
+            'case "$*" in *--delay-updates*) rm -f %s/gone; exit 23;; esac; real' % self.there
+        )
+        self.lab.offsync("apply", "--delete", env=env, check=1)
+        record = self.lab.records()[-1]
+        self.assertEqual((record["files_changed"], record["files_deleted"]), ([], []))
+
     def test_a_target_with_nothing_to_do_is_not_interrupted(self) -> None:
         other = self.lab.joined_by_hand("busy")
         self.addCleanup(self.lab.offsync, "target", "remove", other.login, check=0)
@@ -308,8 +315,9 @@ class Unknown(Standing):
             lambda: any(name.startswith(".big") for name in os.listdir(other.path)), "the transfer"
         )
         wait_for(
-            lambda: len(self.lab.records())
-            and self.lab.records()[-1]["login"] == self.target.login,
+            lambda: (
+                len(self.lab.records()) and self.lab.records()[-1]["login"] == self.target.login
+            ),
             "the first target's record",
         )
         process.send_signal(signal.SIGINT)
@@ -322,19 +330,6 @@ class Unknown(Standing):
 
 
 class Converges(Standing):
-    def test_modes_that_would_lock_the_user_out(self) -> None:
-        for path, mode in (("f", 0o000), ("d", 0o300), ("e", 0o400)):
-            if path == "f":
-                write(self.source + "/f", "x", mode)
-            else:
-                os.mkdir(self.source + "/" + path, mode)
-        os.mkdir(self.source + "/fine", 0o555)
-        user = self.target.login.split("@")[0]
-        write(self.lab.state + "/config.yaml", self.config.replace("'%s" % user, "'deploy"))
-        done = self.lab.offsync("plan")
-        self.assert_refused(done, 1, "3 entries cannot be delivered", "d: it", "e: it", "f: it")
-        self.assertNotIn("fine:", done.err)
-
     def test_two_names_of_one_inode_there_with_two_modes_here(self) -> None:
         for name, mode in (("one", 0o644), ("two", 0o600)):
             write(self.source + "/" + name, "same", mode, 1_600_000_000)
@@ -502,8 +497,7 @@ class Manifest(Standing):
         self.assert_refused(
             self.lab.offsync("manifest", self.source, "--check", self.lab.base + "/z"),
             2,
-            "/z:1: a NUL byte",
-            "without -z",
+            "/z:1: this is no line as sha256sum writes it (without -z)",
         )
 
 
@@ -514,8 +508,8 @@ class SourceWriter(Standing):
         write(secret, "secret", when=1_600_000_000)
         write(self.source + "/d/f", "public", when=1_600_000_000)
         env = self.here_runs(
-            'case "$*" in *--delete*--out-format*) real; s=$?; mv d ../d; ln -s ../secret d; exit'
-            " $s;; esac; real"
+            'case "$*" in *--delete*--out-format*) real > ../items; s=$?; mv d ../d;'
+            " ln -s ../secret d; cat ../items; exit $s;; esac; real"
         )
         done = self.lab.offsync("apply", env=env, check=1)
         self.assertNotIn("ok:", done.out)
@@ -527,6 +521,16 @@ class SourceWriter(Standing):
         os.unlink(self.source + "/d")
         os.rename(self.lab.base + "/d", self.source + "/d")
         self.lab.offsync("apply", check=0)
+
+
+class Replaced(Standing):
+    def test_a_file_in_place_of_a_directory_survives_the_deletions_after_it(self) -> None:
+        """The rule that lets rsync into the directory must not match the file of its name."""
+        write(self.source + "/d", "now a file")
+        write(self.there + "/d/x", "x")
+        write(self.there + "/gone", "x")
+        self.lab.offsync("apply", "--delete", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
 
 
 class Excluded(Standing):

@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -17,60 +17,30 @@ import unittest
 from lab import OFFSYNC, LabCase, read, require, type_on_terminal, write
 
 TOP = os.path.dirname(OFFSYNC)
-EXPECTED = {  # manager: {role: the commands as an ordinary user, in order}
-    "apt-get": {
-        "controller": [
-            "sudo apt-get update",
-            (
-                "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends"
-                " openssh-client rsync"
-            ),
-        ],
-        "target": [
-            "sudo apt-get update",
-            (
-                "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends"
-                " openssh-server rsync python3"
-            ),
-        ],
-        "both": [
-            "sudo apt-get update",
-            (
-                "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends"
-                " openssh-client rsync openssh-server python3"
-            ),
-        ],
-    },
-    "dnf": {
-        "controller": ["sudo dnf -y install openssh-clients rsync"],
-        "target": [
-            "sudo dnf -y install openssh-server rsync python3",
-            "sudo dnf -y install rsync-rrsync",
-        ],
-    },
-    "yum": {
-        "both": [
-            "sudo yum -y install openssh-clients rsync openssh-server python3",
-            "sudo yum -y install rsync-rrsync",
-        ]
-    },
-    "pacman": {
-        "controller": ["sudo pacman -S --needed --noconfirm openssh rsync"],
-        "target": ["sudo pacman -S --needed --noconfirm openssh rsync python"],
-    },
-    "zypper": {
-        "target": [
-            "sudo zypper --non-interactive install --no-recommends openssh-server rsync python3",
-            "sudo zypper --non-interactive install --no-recommends openssh rsync python3",
-        ]
-    },
-    "apk": {
-        "both": [
-            "sudo apk add --no-cache openssh-client openssh-keygen rsync openssh-server rrsync"
-        ]
-    },
-    "brew": {"controller": ["brew install rsync"]},
+# How an ordinary user installs a package, and what each role needs: a command for each package, so
+# that a name which a release of the system does not know fails alone.
+INSTALL = {
+    "apt-get": "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends",
+    "dnf": "sudo dnf -y install",
+    "yum": "sudo yum -y install",
+    "pacman": "sudo pacman -S --needed --noconfirm",
+    "zypper": "sudo zypper --non-interactive install --no-recommends",
+    "apk": "sudo apk add --no-cache",
+    "brew": "brew install",
 }
+EXPECTED = """
+apt-get controller: openssh-client rsync
+apt-get target: openssh-server rsync python3
+apt-get both: openssh-client rsync openssh-server python3
+dnf controller: openssh-clients rsync
+dnf target: openssh-server rsync python3 rsync-rrsync
+yum both: openssh-clients rsync openssh-server python3 rsync-rrsync
+pacman controller: openssh rsync
+pacman target: openssh rsync python
+zypper target: openssh rsync python3
+apk both: openssh-client openssh-keygen rsync openssh-server rrsync
+brew controller: rsync
+"""
 
 
 class InstallDeps(LabCase):
@@ -103,31 +73,23 @@ class InstallDeps(LabCase):
         return self.lab.offsync("install-deps", *args, env={"PATH": self.bin}, check=check)
 
     def test_the_commands_of_every_package_manager(self) -> None:
-        for manager, roles in EXPECTED.items():
-            for role, commands in roles.items():
-                with self.subTest(manager=manager, role=role):
-                    calls = self.fake(manager, succeed=False)
-                    done = self.run_deps("--role", role, "-y", check=1)
-                    shown = [
-                        line.strip().replace("or, if that fails: ", "")
-                        for line in done.err.splitlines()
-                        if line.startswith("  ")
-                    ]
-                    if os.geteuid() == 0:
-                        commands = [command.replace("sudo ", "") for command in commands]
-                    self.assertEqual(shown, commands)
-                    self.assertEqual(
-                        read(calls).splitlines(),
-                        [
-                            c.replace("sudo ", "").replace(
-                                "env DEBIAN_FRONTEND=noninteractive ", ""
-                            )
-                            for c in commands
-                        ],
-                    )
-                    self.assertIn("still missing", done.err)
-                    os.unlink(calls)
-                    os.unlink(self.bin + "/" + manager)
+        for row in EXPECTED.strip().splitlines():
+            manager, role = row.split(":")[0].split()
+            commands = ["%s %s" % (INSTALL[manager], p) for p in row.split(":")[1].split()]
+            if manager == "apt-get":
+                commands.insert(0, "sudo apt-get update")
+            with self.subTest(manager=manager, role=role):
+                calls = self.fake(manager, succeed=False)
+                done = self.run_deps("--role", role, "-y", check=1)
+                shown = [line.strip() for line in done.err.splitlines() if line[:2] == "  "]
+                if os.geteuid() == 0:
+                    commands = [command.replace("sudo ", "") for command in commands]
+                self.assertEqual(shown, commands)
+                plain = [re.sub("sudo |env DEBIAN_FRONTEND=[a-z]+ ", "", c) for c in commands]
+                self.assertEqual(read(calls).splitlines(), plain)
+                self.assertIn("still missing", done.err)
+                os.unlink(calls)
+                os.unlink(self.bin + "/" + manager)
 
     def test_it_asks_first_and_is_content_with_what_is_there(self) -> None:
         calls = self.fake("apt-get")
@@ -135,21 +97,19 @@ class InstallDeps(LabCase):
         self.assertIn("offsync install-deps --role controller -y", done.err)
         self.assertFalse(os.path.exists(calls))
         self.run_deps("--role", "controller", "-y", check=0)
-        self.assertEqual(len(read(calls).splitlines()), 2)
+        self.assertEqual(len(read(calls).splitlines()), 3)
         self.assertIn(
             "everything for the role controller is here",
             self.run_deps("--role", "controller", check=0).err,
         )
-        self.assertEqual(len(read(calls).splitlines()), 2)
+        self.assertEqual(len(read(calls).splitlines()), 3)
 
     @unittest.skipIf(os.geteuid() == 0, "root needs no sudo")
     def test_an_ordinary_user_without_sudo(self) -> None:
         self.fake("apt-get")
         os.unlink(self.bin + "/sudo")
-        self.assertRegex(
-            self.run_deps("-y", check=1).err,
-            r"have root run: (offsync|python3 \S+\.py) install-deps --role both -y",
-        )
+        done = self.run_deps("-y", check=1)
+        self.assertIn("have root run these commands without sudo", done.err)
 
     def test_no_package_manager(self) -> None:
         self.assert_refused(self.run_deps("-y"), 1, "no known package manager")
@@ -241,7 +201,7 @@ class InstallScript(unittest.TestCase):
         )
         self.assertIn(".TH OFFSYNC 1", read(prefix + "/share/man/man1/offsync.1"))
         words = read(prefix + "/share/bash-completion/completions/offsync")
-        self.assertIn("complete -o default -F _offsync offsync", words)
+        self.assertIn("complete -o default -C 'offsync completion bash' offsync", words)
         self.install("sh", "--uninstall", PREFIX=prefix)
         self.assertEqual([names for _, _, names in os.walk(prefix) if names], [])
 
@@ -316,28 +276,9 @@ class InstallScript(unittest.TestCase):
 class FirstSteps(LabCase):
     def test_the_next_step_from_where_one_stands(self) -> None:
         self.assertIn("offsync init", self.lab.offsync(check=2).err)
-        self.lab.init()
         self.assertIn("offsync link", self.lab.offsync(check=2).err)
         self.lab.joined_by_hand("one")
         self.assertIn("offsync plan", self.lab.offsync(check=2).err)
-        os.rename(self.lab.state + "/id_ed25519", self.lab.state + "/away")
-        self.assertIn("offsync init", self.lab.offsync(check=2).err)
-        os.rename(self.lab.state + "/away", self.lab.state + "/id_ed25519")
-        login = self.lab.targets[0].login
-        for result, word in (
-            ("started", "did not finish"),
-            ("failed", "failed"),
-            ("refused", "refused"),
-        ):
-            write(self.lab.state + "/last/" + login, json.dumps({"login": login, "result": result}))
-            write(
-                self.lab.state + "/last/gone@example.org",
-                json.dumps({"login": "gone@example.org", "result": "failed"}),
-            )
-            self.assertIn(
-                "The last apply was not ok for: %s (%s). Next: offsync plan" % (login, word),
-                self.lab.offsync(check=2).err,
-            )
 
     def test_init_says_whether_the_key_is_one(self) -> None:
         key = self.lab.init()
@@ -455,7 +396,7 @@ class Asking(InstallDeps):
 
     def test_the_word_of_the_option(self) -> None:
         self.run_deps("--role", "controller", "--yes", check=0)
-        self.assertEqual(len(read(self.calls).splitlines()), 2)
+        self.assertEqual(len(read(self.calls).splitlines()), 3)
 
     def test_a_package_manager_that_does_not_start(self) -> None:
         write(self.bin + "/apt-get", "#!/nowhere/python\n", 0o755)

@@ -87,7 +87,7 @@ class Job(LabCase):
             read(self.lab.state + "/config.yaml"), config.replace(self.lab.source, other)
         )
         self.assert_refused(
-            self.lab.offsync("init", "--source", other + "/none"), 2, "not a directory"
+            self.lab.offsync("init", "--source", other + "/none"), 1, "not a readable directory"
         )
 
     def test_init_under_any_umask_and_without_the_public_half(self) -> None:

@@ -4,11 +4,9 @@ found.
 
 from __future__ import annotations
 
-import grp
 import gzip
 import os
 import pwd
-import re
 import shutil
 import stat
 import subprocess
@@ -18,10 +16,8 @@ from unittest import mock
 
 from lab import (
     OFFSYNC,
-    USER,
     Lab,
     LabCase,
-    can_mount,
     offsync,
     read,
     require,
@@ -62,7 +58,7 @@ class Linking(LabCase):
         self.assertIn("somebody else", read(self.keys))
         self.assertRegex(
             first.out,
-            r"\Aoffsync target add \S+@\S+ --path %s( --host-key SHA256:\S{43})?\n\Z" % self.path,
+            r"\Aoffsync target add \S+@\S+ --path %s( --host-key SHA256:\S{43})*\n\Z" % self.path,
         )
 
     def test_modes_and_symlink_of_authorized_keys_stay(self) -> None:
@@ -106,7 +102,7 @@ class Linking(LabCase):
 
     @unittest.skipIf(os.geteuid() == 0, "root may create it anywhere")
     def test_a_path_that_only_root_may_create(self) -> None:
-        self.assert_refused(self.link(path="/srv/offsync-test/x"), 1, "run as root: install -d -o")
+        self.assert_refused(self.link(path="/srv/offsync-test/x"), 1, "it cannot be created")
         self.assertFalse(os.path.exists(self.keys))
 
     def test_paths_that_would_be_a_shell(self) -> None:
@@ -144,9 +140,7 @@ class Linking(LabCase):
             self.lab.base + "/alias/.ssh",
             self.target_home + "/x/../.ssh",
             self.lab.base + "/tool",
-            self.lab.base + "/tool/__pycache__",
             controller,
-            controller + "/plans/x",
             "relative",
             "/a\nb",
             "/a\x1b",
@@ -184,7 +178,7 @@ class Linking(LabCase):
     def test_what_is_no_regular_file_is_left_alone(self) -> None:
         os.makedirs(os.path.dirname(self.keys))
         os.mkfifo(self.keys)
-        self.assert_refused(self.link(), 2, "not a regular file")
+        self.assert_refused(self.link(), 1, "no regular file")
         self.assertTrue(stat.S_ISFIFO(os.stat(self.keys).st_mode))
 
     def test_unlink_touches_no_other_line(self) -> None:
@@ -198,11 +192,6 @@ class Linking(LabCase):
         self.assertIn("no entry", done.err)
 
     def test_keys_that_are_refused(self) -> None:
-        weak = self.lab.base + "/weak"
-        subprocess.run(
-            [require("ssh-keygen"), "-q", "-t", "rsa", "-b", "1024", "-N", "", "-f", weak],
-            check=True,
-        )
         strong = self.lab.base + "/strong"
         subprocess.run(
             [require("ssh-keygen"), "-q", "-t", "rsa", "-b", "3072", "-N", "", "-f", strong],
@@ -219,7 +208,7 @@ class Linking(LabCase):
             'command="id" ' + self.key,
             read(self.lab.state + "/id_ed25519"),
             self.key + "\x1b[31m",
-            read(weak + ".pub").strip(),
+            self.key.rsplit(" ", 1)[0] + " " * 20_000 + "\nx",
         ):
             with self.subTest(key=key[:40]):
                 self.assert_refused(
@@ -258,8 +247,7 @@ class Linking(LabCase):
         )
 
     def test_the_key_is_asked_for_on_the_terminal(self) -> None:
-        """As curl ... | python3 - does: the program comes on stdin, the question goes to /dev/tty.
-        """
+        """As curl ... | python3 - does: the program is on stdin, the question goes to /dev/tty."""
         env = dict(self.lab.env, HOME=self.target_home)
         status, seen = type_on_terminal(
             [sys.executable, "-", "link", "--path", self.path, *risk()],
@@ -285,7 +273,7 @@ class Linking(LabCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertRegex(
             done.stdout,
-            r"\Aoffsync target add \S+ --path %s( --port \d+)?( --host-key \S+)?\n\Z" % self.path,
+            r"\Aoffsync target add \S+ --path %s( --port \d+)?( --host-key \S+)*\n\Z" % self.path,
         )
 
     def test_where_only_stdin_leads_to_the_terminal(self) -> None:
@@ -347,22 +335,16 @@ class Linking(LabCase):
 
 
 class Rrsync(Linking):
-    """Where rrsync is, and what can be done with it; the tests of linking itself are not repeated.
-    """
+    """Where rrsync is, what can be done with it; the tests of linking itself are not repeated."""
 
-    def test_not_executable_runs_through_its_interpreter(self) -> None:
-        target = self.lab.target("t")
+    def test_not_executable_is_refused_with_the_command_that_makes_it_so(self) -> None:
         script = self.lab.base + "/doc/rrsync"
         write(script, read(require("rrsync")), 0o644)
-        self.lab.link(target, "--rrsync", script)
-        self.assertIn(
-            'command="/usr/bin/python3 %s -wo %s"' % (script, target.path), read(target.keys)
-        )
-        self.lab.add(target, "--rrsync", script)
-        write(self.lab.source + "/f")
-        self.lab.offsync("apply", check=0)
-        self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
-        self.assertIn('rrsync: "%s"' % script, read(self.lab.state + "/config.yaml"))
+        done = self.link("--rrsync", script)
+        self.assert_refused(done, 1, "not executable", "install -m 755 %s /usr/local/bin" % script)
+        self.assertFalse(os.path.exists(self.keys))
+        os.chmod(script, 0o755)
+        self.link("--rrsync", script, check=0)
 
     def test_gzipped_absent_and_odd(self) -> None:
         packed = self.lab.base + "/rrsync.gz"
@@ -372,11 +354,6 @@ class Rrsync(Linking):
         self.assert_refused(self.link("--rrsync", self.lab.base + "/none"), 2, "does not exist")
         write(self.lab.base + "/odd", "#!/usr/bin/tclsh\n", 0o644)
         self.assert_refused(self.link("--rrsync", self.lab.base + "/odd"), 1, "not executable")
-        write(self.lab.base + "/perl", "#!/usr/bin/perl\n", 0o755)
-        self.path += " blank"
-        self.assert_refused(
-            self.link("--rrsync", self.lab.base + "/perl"), 2, "Perl rrsync cannot take it"
-        )
         self.assertFalse(os.path.exists(self.keys))
 
     def test_a_path_that_contains_rrsync(self) -> None:
@@ -402,14 +379,7 @@ class Quoting(unittest.TestCase):
         write(lab.source + "/f", "content")
         target = lab.target("t")
         base = target.path
-        for name in (
-            "with space it's",
-            'q"\\"',
-            "$HOME `id`; *",
-            "back\\slash-tail\\",
-            "-n",
-            "\u00e9 per%cent a'\"b",
-        ):
+        for name in ("with space", 'q"', "$HOME `id`; *", "-n", '\u00e9 per%cent a"b'):
             with self.subTest(name=name):
                 target.path = "%s/%s" % (base, name)
                 lab.link(target)
@@ -417,19 +387,10 @@ class Quoting(unittest.TestCase):
                 lab.offsync("apply", check=0)
                 self.assertEqual(snapshot(target.path), snapshot(lab.source))
 
-    def test_a_shell_that_quotes_otherwise_gets_only_plain_paths(self) -> None:
-        for shell in ("/bin/bash", "/bin/sh", "/usr/bin/zsh"):
-            self.assertEqual(
-                offsync.validate_forced_command(["/usr/bin/rrsync"], "/a b", shell),
-                "/usr/bin/rrsync -wo '/a b'",
-            )
-        for shell in ("/usr/bin/fish", "/bin/tcsh", "/bin/csh"):
-            with self.assertRaises(offsync.UsageError):
-                offsync.validate_forced_command(["/usr/bin/rrsync"], "/a b", shell)
-            self.assertEqual(
-                offsync.validate_forced_command(["/usr/bin/rrsync"], "/a_b", shell),
-                "/usr/bin/rrsync -wo /a_b",
-            )
+    def test_what_login_shells_read_in_different_ways_is_refused(self) -> None:
+        for path in ("/srv/it's", "/srv/back\\slash"):
+            with self.assertRaisesRegex(offsync.UsageError, "an apostrophe or a backslash"):
+                offsync.validate_link_path(path, (), True)
 
 
 class Provisioning(LabCase):
@@ -531,9 +492,7 @@ class KeyThief(LabCase):
     def test_no_symlinks_with_an_rrsync_that_knows_none_of_it(self) -> None:
         write(self.rrsync, "#!/bin/sh\necho 'unknown option' >&2\nexit 1\n", 0o755)
         done = self.link("--rrsync", self.rrsync, "--no-symlinks")
-        self.assert_refused(
-            done, 1, "older than 3.2.4 and knows no -munge", "without --no-symlinks"
-        )
+        self.assert_refused(done, 1, "does not work here", "3.2.4 for --no-symlinks")
 
     def test_no_symlinks(self) -> None:
         target = self.lab.target("one")
@@ -701,18 +660,17 @@ class Paths(LabCase):
                     [0o755] * 3,
                 )
 
-    def test_no_directory_is_made_through_a_symlink(self) -> None:
-        os.mkdir(self.lab.base + "/elsewhere")
-        os.symlink(self.lab.base + "/elsewhere", self.lab.base + "/planted")
-        with self.assertRaisesRegex(offsync.OffsyncError, "cannot be created"):
-            offsync.make_directory(self.lab.base + "/planted/x", 0o755)
-        self.assertEqual(os.listdir(self.lab.base + "/elsewhere"), [])
-        offsync.make_directory(self.lab.base + "/real/x", 0o700)
-        self.assertEqual(stat.S_IMODE(os.stat(self.lab.base + "/real/x").st_mode), 0o700)
+    def test_directories_that_two_threads_make_at_once(self) -> None:
+        made = [self.lab.base + "/real/%d/x" % number for number in range(20)]
+        threads = offsync.Threads(4)
+        list(threads.each(lambda path: offsync.make_directory(path, 0o700), made * 4))
+        threads.close()
+        self.assertEqual({stat.S_IMODE(os.stat(path).st_mode) for path in made}, {0o700})
+        self.assertEqual(stat.S_IMODE(os.stat(self.lab.base + "/real").st_mode), 0o755)
 
 
 class SshdSays(LabCase):
-    """What sshd -T tells decides what link refuses and warns of; a stand-in prints it."""
+    """What sshd -T tells decides what link warns of; a stand-in prints it."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -730,70 +688,12 @@ class SshdSays(LabCase):
             "link", "--path", path, "--key", self.key, *risk(), *args, home=self.home
         )
 
-    def test_what_sshd_names_is_no_place_to_deliver_to(self) -> None:
-        base = self.lab.base + "/keys"
-        data = self.lab.base + "/data"
-        for setting, path in (
-            ("authorizedkeysfile .ssh/authorized_keys %s/%%u" % base, base),
-            ("authorizedkeysfile %s/%%u/keys" % base, base + "/deploy"),
-            ("authorizedkeysfile %s/users.%%u" % base, base),
-            ("authorizedkeysfile %h/.ssh/authorized_keys %h/more/keys", self.home + "/more"),
-            ("authorizedkeysfile more/keys", self.home + "/more"),
-            ("authorizedkeysfile %h/%u/ak", self.home + "/" + USER),
-            ("authorizedkeysfile keys-%u/ak", self.home + "/keys-x"),
-            ("authorizedkeysfile %s-%%u/keys" % base, base + "-x"),
-            ("trustedusercakeys %s/ca.pub" % base, base),
-            ("hostkey %s/host_key" % base, base),
-            ("authorizedkeyscommand %s/command %%u data" % base, base),
-            ("authorizedprincipalsfile %s/%%u" % base, base),
-        ):
-            with self.subTest(setting=setting):
-                done = self.link(path, setting, args=("--accept-risk", "path"))
-                self.assert_refused(done, 2, "as good as a shell")
-                self.assertFalse(os.path.exists(path))
-                self.assertEqual(self.link(data, setting).returncode, 0)
-
-    def test_a_pattern_of_homes_forbids_no_home(self) -> None:
-        """Every path below /home would be refused, with no way out."""
-        known = offsync.sshd_paths({"authorizedkeysfile": ["/home/%u/.ssh/authorized_keys"]})
-        self.assertEqual(
-            offsync.validate_link_path("/home/deploy-x/data", known, False), "/home/deploy-x/data"
-        )
-        for path in ("/home/deploy-x/.ssh", "/home/deploy-x", "/home"):
-            with self.assertRaisesRegex(offsync.UsageError, "as good as a shell"):
-                offsync.validate_link_path(path, known, True)
-
-    def test_whom_sshd_keeps_out(self) -> None:
-        data = self.lab.base + "/data"
-        group = grp.getgrgid(os.getegid()).gr_name
-        for setting, warned in (
-            ("allowusers somebody@10.0.0.*", "AllowUsers"),
-            ("allowusers somebody\nallowusers " + USER, ""),
-            ("denyusers %s@*" % USER, "DenyUsers"),
-            ("allowgroups nobodies", "AllowGroups"),
-            ("allowgroups " + group, ""),
-            ("denygroups " + group, "DenyGroups"),
-            ("permitrootlogin no", "PermitRootLogin" if os.geteuid() == 0 else ""),
-            ("permitrootlogin forced-commands-only", ""),
-            ("pubkeyauthentication no", "PubkeyAuthentication"),
-            ("", "sshd could not be asked"),
-        ):
-            with self.subTest(setting=setting):
-                err = self.link(data, setting).err
-                said = re.findall(
-                    "AllowUsers|DenyUsers|AllowGroups|DenyGroups|PermitRootLogin"
-                    "|PubkeyAuthentication|sshd could not be asked",
-                    err,
-                )
-                self.assertEqual(said, [warned] if warned else [])
-
     def test_ordinary_places_are_accepted_and_others_are_not(self) -> None:
-        known = offsync.sshd_paths({"authorizedkeysfile": [".ssh/authorized_keys"]})
         for path in ("/srv/app-data", "/var/lib/app", "/opt/app/data", "/var/www/html"):
-            self.assertEqual(offsync.validate_link_path(path, known, False), path)
+            self.assertEqual(offsync.validate_link_path(path, (), False), path)
         for path in ("/opt/cni/bin", "/var/lib/extensions/x", "/var/lib/confexts"):
             with self.assertRaisesRegex(offsync.UsageError, "--accept-risk path"):
-                offsync.validate_link_path(path, known, False)
+                offsync.validate_link_path(path, (), False)
 
     def test_a_directory_that_looks_like_a_home(self) -> None:
         """A thief of the key can make .ssh, and must not keep its owner from linking again."""
@@ -802,21 +702,6 @@ class SshdSays(LabCase):
         self.assert_refused(self.link(data, "port 22"), 2, "an entry .ssh", "--accept-risk path")
         done = self.link(data, "port 22", args=("--accept-risk", "path"))
         self.assertEqual(done.returncode, 0, done.err)
-
-    @unittest.skipUnless(can_mount(), "a bind mount needs root")
-    def test_the_same_directory_under_another_name(self) -> None:
-        os.makedirs(self.home + "/.ssh")
-        other = self.lab.base + "/other"
-        os.mkdir(other)
-        for place in (self.home + "/.ssh", self.home):
-            for below in ("", "/be low"):
-                os.makedirs(other + below, exist_ok=True)
-                subprocess.run(["mount", "--bind", place, other + below], check=True)
-                try:
-                    done = self.link(other, "port 22", args=("--accept-risk", "path"))
-                    self.assert_refused(done, 2, "as good as a shell")
-                finally:
-                    subprocess.run(["umount", other + below], check=True)
 
     def test_a_web_root_that_is_written_by_its_group(self) -> None:
         """The remedy for others' access must not take away the key's own."""

@@ -52,8 +52,7 @@ def subparser(*words: str):
 
 class Claims(LabCase):
     def test_the_quick_start_as_it_stands(self) -> None:
-        """Every line of it is typed, the names of the example replaced by those of the laboratory.
-        """
+        """Every line of it is typed, its names replaced by those of the laboratory."""
         lines = [
             line.strip()
             for _, text in re.findall(r"(?ms)^ *```(sh)\n(.*?)^ *```$", section("Quick start"))
@@ -181,8 +180,7 @@ class Claims(LabCase):
             self.assertIn("`%s`" % key, section("Log"))
 
     def test_the_first_screen_is_what_is_printed(self) -> None:
-        """The block of real output: the same tree on two targets, the laboratory's names replaced.
-        """
+        """The block of real output: the same tree on two targets, with other names."""
         lab = self.lab
         one, two = lab.joined("one"), lab.joined("two")
         write(lab.source + "/app.conf", "colour = green\n")
@@ -279,7 +277,7 @@ class Claims(LabCase):
 
     def test_the_line_for_a_target_without_python(self) -> None:
         line = self.block("restrict ssh-ed25519").strip()
-        command = offsync.format_forced_command(["/usr/bin/rrsync"], "/srv/app-data")
+        command = offsync.format_forced_command("/usr/bin/rrsync", "/srv/app-data")
         key = offsync.PublicKey("ssh-ed25519", "AAAA...", "offsync@controller")
         self.assertEqual(line, offsync.format_authorized_key(command, key))
         self.lab.init()

@@ -331,7 +331,7 @@ class Way(SentenceCase):
                 write(jump.keys, keys)
                 write(known, hosts)
                 write(self.lab.ssh_config, config)
-                self.said("the way to it failed", "Proxy", words, never=never)
+                self.said("the jump host or ProxyCommand failed", words, never=never)
 
     def test_the_key_and_the_name(self) -> None:
         write(self.target.keys, 'from="10.9.9.9",' + self.keys)
