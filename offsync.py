@@ -311,7 +311,7 @@ class Flag:
     def wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while not self.value and time.monotonic() < end:
-            # How late the flag is noticed, at most.
+            # A signal is noticed this late at most.
             time.sleep(0.05)
 
 
@@ -553,7 +553,7 @@ class Threads:
     """
 
     def __init__(self, threads: int) -> None:
-        # Here, since it is slow to import.
+        # Imported on first use, since it is slow to import.
         from concurrent import futures
 
         self.futures, self.executor = futures, futures.ThreadPoolExecutor(max_workers=threads)
@@ -1138,10 +1138,10 @@ def open_directory(root: bytes, directory: bytes) -> int:
 
 
 def new_digest(data: bytes = b"", name: str = "sha256") -> Any:
-    # Here, since it is slow to import.
+    # Imported on first use, since it is slow to import.
     import hashlib
 
-    # usedforsecurity: MD5 is there under FIPS, too.
+    # usedforsecurity=False: rsync's checksum is MD5, which FIPS forbids for security.
     return hashlib.new(name, data, usedforsecurity=False)
 
 
@@ -1461,7 +1461,7 @@ SSH_ALONE = "-o ControlMaster=no -o ControlPath=none".split()  # for one questio
 # ssh takes the first value of each option.
 SSH_MASTER = "-f -N -o ControlMaster=yes -o ControlPersist=no -o LogLevel=VERBOSE".split()
 # A session goes over the open connection or nowhere: were the master gone, ssh would connect
-# afresh, unproved. It is sent to a program that is not there, and whose name says what happened.
+# afresh, unproved. So its ProxyCommand does not exist; an error with that name tells the cause.
 # Nothing of ~/.ssh/config is for a session (RemoteCommand, SendEnv).
 SSH_SESSION = (
     "-F /dev/null -o ControlMaster=no -o BatchMode=yes -o LogLevel=ERROR"
@@ -1615,7 +1615,7 @@ class Connection:
 
         stdin is an open file, read from its beginning. sends: it is a pass that sends, and reports
         MD5 sums. limit: seconds for all of it; without one, the server must answer in time, and
-        then there may be "timeout" of the config between two outputs.
+        then may stay silent for "timeout" of the config, in seconds.
         """
         shared, config = self.shared, self.shared.config
         out_format, on_line = marked(item_format, on_item, on_other)
@@ -2005,8 +2005,8 @@ def classify(connection: Connection, found: dict[bytes, Change]) -> list[Change]
     """Return the sorted changes of a target, from what rsync itemized.
 
     rsync shows an entry that replaces one of another type as new. So the new entries whose parent
-    is not new (below a new directory all is new) are looked up on the target; what exists there is
-    "modified" by type.
+    is not new (below a new directory all is new) are looked up on the target; those that exist
+    on the target become "modified", with "type" as the reason.
     """
     new = {path for path, change in found.items() if change.kind == "added"}
     replaced = {path for path in new if os.path.dirname(path) not in new}
@@ -2192,11 +2192,11 @@ def approve(
 ) -> list[TargetPlan]:
     """Return the plans as far as a reviewed plan approves them.
 
-    A target counts as reviewed if its line stands there, compared without an error; another one
-    fails alone. Every entry of a reviewed target must stand there, byte for byte, but for
-    leftovers, which are only not deleted then. Whatever the review lists besides must be on the
-    targets already: so the source must hold all that it adds or modifies, and lack all that it
-    deletes. Raises OffsyncError that names the differences, UsageError for what is no plan.
+    A target is reviewed if the reviewed plan compared it without an error; any other target fails
+    alone. Each change of a reviewed target must be in the reviewed plan, byte for byte; leftovers
+    that are not in it are kept. A change that is only in the reviewed plan must be done already:
+    the source must hold all that the plan adds or modifies, and lack all that it deletes.
+    Raises OffsyncError that names the differences, UsageError for what is no plan.
     """
     compared = [plan for plan in plans if not plan.error]
     # What is not approved yet, by the digests of its lines: there may be millions.
@@ -2440,8 +2440,8 @@ class Delivery:
             result, error = "failed", getattr(problem, "text", str(problem) or "not enough memory")
             if isinstance(problem, TargetError):
                 error = problem.why
-            # If the source changed, there is nothing to compare with. Nothing is asked of a
-            # connection whose proofs failed, either.
+            # If the source changed, a comparison would mean nothing. A connection whose proofs
+            # failed is asked nothing more.
             known = getattr(problem, "kind", None) is not Kind.SOURCE_CHANGED
             known = known and self.connection.restricted and self.connection.path_proved
             if self.begun and not self.outcome and known:
@@ -3155,7 +3155,7 @@ def check_home() -> str:
         own = pwd.getpwuid(os.geteuid()).pw_dir
         owner = os.stat(home).st_uid
     except KeyError:
-        return home  # without an account there is nothing to compare with
+        return home  # an unknown user ID has no directory to compare HOME with
     except OSError as error:
         raise OffsyncError(
             "HOME %s: %s; set it to the home of %s", show_text(home), error.strerror, user
@@ -3528,7 +3528,7 @@ def login_homes() -> set[str]:
 
 
 def link_risks(real: str) -> Iterator[str]:
-    """Yield what is a risk about a path for a key, unless its user knows what is done there."""
+    """Yield why it is risky to give a key this path; "--accept-risk path" waives these reasons."""
     for place in sorted({*SYSTEM_TREES, *map(os.path.realpath, SYSTEM_TREES)}):
         if within(place, real) or within(real, place):
             yield "it lies in or contains %s, where the system keeps what it runs and reads" % place
@@ -3885,7 +3885,7 @@ def prove_forwarding(connection: Connection) -> list[Proof]:
     """Try to reach the target's own network through a connection of its own; return what is told.
 
     ssh -v shows what sshd says of the key's options when it authenticates (auth_debug in OpenSSH):
-    agent forwarding leaves no other trace that can be seen from here. dropbear says nothing of it.
+    nothing else tells the controller of agent forwarding. dropbear's sshd does not report it.
     """
     argv = [connection.shared.ssh, *SSH_ALONE, "-v", "-o", "LogLevel=DEBUG1", *connection.options()]
     argv += ["-W", "127.0.0.1:%d" % (connection.target.port or 22), *connection.destination()]
@@ -4100,9 +4100,9 @@ def install_dependencies(role: str, assume_yes: bool = False) -> None:
 
 
 def require_programs(role: str) -> None:
-    """Make sure of what a role needs, asking to install what is not here; raise for the rest.
+    """Require a role's programs; ask to install those that are missing, or raise.
 
-    Not of rrsync: find_rrsync() says more of that.
+    rrsync is left to find_rrsync(), which says more about it.
     """
     missing = missing_programs(role)
     if missing and set(missing) != {"rrsync"}:
@@ -5407,7 +5407,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         examined = shared.jobs.each(lambda target: examine_target(shared, target), targets)
         for target, (lines, passed) in examined:
             healthy += passed > 0
-            # A line each where there are many; what is wrong is told whole.
+            # Of several targets, a healthy one gets one line; failed proofs are printed in full.
             if passed and len(targets) > 1:
                 lines = ["%s: %s: %d proofs" % (target.where, colour("ok", "ok"), passed)]
             for line in lines:
