@@ -28,7 +28,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 295 to 2851, in the order in
+To audit it, read the trust core first: lines 334 to 3044, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -53,6 +53,7 @@ import argparse
 import base64
 import collections
 import contextlib
+import enum
 import errno
 import fcntl
 import fnmatch
@@ -203,11 +204,22 @@ class Target(NamedTuple):
         return "%s:%s" % (self.login, show(os.fsencode(self.remote_path)))
 
 
+class Deletion(enum.Enum):
+    """What is done with entries that exist only on a target: "delete" of config.yaml.
+
+    Every one of them is true in a condition: compare with "is".
+    """
+
+    REFUSE = False  # an apply is refused where there are any
+    ALLOW = True
+    KEEP = "keep"  # they are left alone
+
+
 class Config(NamedTuple):
     """config.yaml, validated."""
 
     source: str
-    delete: bool
+    delete: Deletion
     overwrite: bool
     verify: str  # "hash", "strong" or "quick"
     exclude: tuple[str, ...]
@@ -242,7 +254,7 @@ class Change(NamedTuple):
     """One difference between source and target: one line of a plan."""
 
     path: bytes
-    kind: str  # one of KINDS
+    kind: str  # one of KINDS, or "kept": what is missing, and is left alone
     directory: bool  # of what only the target has rsync tells no more
     reasons: tuple[str, ...] = ()  # of modified: "content", "mode", "type", "link"
     entry: Optional[Entry] = None  # of added and modified, once the source is described
@@ -282,6 +294,33 @@ class Record(NamedTuple):
     def fields(self) -> dict[str, Any]:
         """Return it as JSON has it: no mark of a command in the error."""
         return {**self._asdict(), "error": self.error and plain(self.error)}
+
+
+class Typed(NamedTuple):
+    """What was typed, for the hints: a command in a hint is this one with one thing changed."""
+
+    command: str
+    configured: Config  # what the file says
+    targets: Sequence[str] = ()
+    excepted: Sequence[str] = ()
+    source: Optional[str] = None
+    deletion: Optional[Deletion] = None
+    plan: Optional[str] = None
+
+    def again(self, **changed: Any) -> str:
+        """Return the command line with some of these fields changed."""
+        typed = self._replace(**changed)
+        words = ["offsync", typed.command, *typed.targets]
+        for pattern in typed.excepted:
+            words += ["--except", pattern]
+        if typed.source is not None:
+            words += ["--source", typed.source]
+        if typed.deletion:
+            words.append("--keep" if typed.deletion is Deletion.KEEP else "--delete")
+        if typed.plan is not None:
+            words += ["--plan", typed.plan]
+        home = os.environ.get("OFFSYNC_HOME")
+        return ("OFFSYNC_HOME=%s " % shlex.quote(home) if home else "") + shlex.join(words)
 
 
 class Result(NamedTuple):
@@ -442,7 +481,32 @@ def run(
             stream.close()
     if STOP.is_set():
         raise Stopped("interrupted")
-    return Result(None if late else status, bytes(output.stdout), output.stderr)
+    result = Result(None if late else status, bytes(output.stdout), output.stderr)
+    if cannot_start(argv[0], result):
+        raise OffsyncError(
+            "%s: this program cannot start on this host: %s; install it again, or what it names",
+            show(os.fsencode(argv[0])),
+            quote_answer(result.stderr),
+        )
+    return result
+
+
+def cannot_start(program: Union[str, bytes], result: Result) -> bool:
+    """Return whether a local program failed before it began, by the words of its loader.
+
+    The loader names the program. What a target says in such a case has other names in it, or comes
+    with the words of our rsync.
+    """
+    loader = (
+        b"error while loading shared libraries|Error loading shared library|Error relocating"
+        b"|Library not loaded|symbol lookup error|version `.*' not found"
+    )
+    first, named = result.stderr.split(b"\n")[0], os.path.basename(os.fsencode(program))
+    if not result.status or b"rsync error: " in result.stderr:
+        return False
+    if first.startswith(b"OpenSSL version mismatch"):
+        return True
+    return named in result.stderr and bool(re.search(loader, first))
 
 
 class Output:
@@ -769,7 +833,9 @@ class Kind:
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
         "its host key CHANGED, somebody else may answer there",
         "compare with its own console: `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`, and "
-        "only if it is the new one, trust it: `offsync target add {add} --host-key SHA256:...`",
+        "only if it is the new one, trust it: `offsync target add {add} --host-key SHA256:...`; "
+        "where two machines answer to this name in turn, put the keys of both into "
+        "~/.ssh/known_hosts",
     )
     HOST_KEY_UNKNOWN = Failure(
         "host key is known for|Host key verification failed",
@@ -778,8 +844,10 @@ class Kind:
     )
     LOCKED = Failure(
         "Another instance of rrsync is already accessing",
-        "another rsync is using {path} there",
-        "try again when it has finished",
+        "another rsync session holds the lock on {path}",
+        'try again when it has ended; rsync of a connection that was lost holds it until "timeout" '
+        "of the config has passed: on the target, see which one it is, then end it with kill: "
+        "`pgrep -u {user} -fl rsync`",
         retry=True,
     )
     SESSION_REFUSED = Failure(
@@ -795,9 +863,10 @@ class Kind:
     )
     BUSY_SSHD = Failure(
         "kex_exchange_identification|ssh_exchange_identification|Not allowed at this time",
-        "sshd closed the connection before logging in; it is overloaded (MaxStartups), punishes "
-        "logins that failed (PerSourcePenalties), or blocks us",
-        "wait a minute, then try again",
+        "the target closed the connection before login: too many connections (MaxStartups), a "
+        "penalty for failed logins (PerSourcePenalties), or this address is blocked",
+        "wait a minute, then try again; if it stays so, check that sshd answers at this port, and "
+        "no other service",
         retry=True,
     )
     # What only offsync finds
@@ -807,6 +876,12 @@ class Kind:
         'remove a line for it without command="..." from authorized_keys there, or an '
         "IdentityFile with a shell from ~/.ssh/config here, then run there: `offsync link --path "
         "{path} --key '...'` with the key that 'offsync init' prints here",
+    )
+    NO_KEY_ASKED = Failure(
+        "",
+        "the target's sshd lets anybody log in as {user} without a key, so nothing was sent",
+        "give the account a password, or set PermitEmptyPasswords no in sshd_config; an ssh server "
+        "of another kind (of a VPN, say) must not answer at this port",
     )
     OTHER_PATH = Failure(
         "",
@@ -828,12 +903,17 @@ class Kind:
         "make the shell start files of {user} there (.bashrc and the like) read and wait for "
         "nothing, then look at that host's disks; raise the timeout where they are only slow",
     )
+    STALLED = Failure(
+        "",
+        "the target answered, and then fell silent: the connection was lost, or its disk hangs",
+        "apply again finishes the job",
+    )
     PRINTS = Failure(
         "is your shell clean|unexpected tag |protocol incompatibility",
         "the login prints text where rrsync must be alone, so nothing was sent",
         "make the shell start files of {user} there silent (.bashrc and the like; at its top: case "
-        "$- in *i*) ;; *) return;; esac), take a ForceCommand for {user} out of its sshd_config, "
-        "or link the key again: `offsync link --path {path}`",
+        "$- in *i*) ;; *) return;; esac), and /etc/ssh/sshrc, take a ForceCommand for {user} out "
+        "of its sshd_config, or link the key again: `offsync link --path {path}`",
     )
     MUTE = Failure(
         "",
@@ -913,7 +993,7 @@ class Kind:
         "that matches wins",
     )
     NAME = Failure(
-        "Could not resolve hostname|Name or service not known",
+        "Could not resolve host|Name or service not known",
         "the name {host} does not resolve",
         "check the name and DNS",
     )
@@ -942,11 +1022,16 @@ class Kind:
         "the account {user} there, or its password, has expired",
         "run there as root: `chage -E -1 -d -1 -M -1 {user}`",
     )
+    BOOTING = Failure(
+        "System is booting up|System is going down|System is shutting down|nologin(8)",
+        "the target is booting, shutting down, or closed for logins (/etc/nologin)",
+        "wait, or remove /etc/nologin on the target, then try again",
+    )
     CLOSED = Failure(
         "Connection closed by&port|Connection reset by&port",
         "sshd closed the connection while logging in",
-        "has the account {user} expired, does PAM refuse it, or does sshd itself fail? Its log "
-        "there tells",
+        "has the account {user} expired, does PAM refuse it (/etc/nologin, pam_access), or does "
+        "sshd itself fail? Its log there tells",
     )
     NOLOGIN = Failure(
         "account is currently not available|not allowed to login|This account is not available|"
@@ -963,11 +1048,25 @@ class Kind:
         "real login shell: `chsh -s /bin/sh {user}`",
     )
     # rrsync and rsync there
+    CHROOT = Failure(
+        "Changed root directory to",
+        "sshd puts {user} into a directory of its own (ChrootDirectory), in which the shell, "
+        "rrsync or rsync is missing",
+        "take ChrootDirectory for {user} out of sshd_config: rrsync keeps the key below its path",
+    )
+    BROKEN = Failure(
+        "error while loading shared libraries|Error loading shared library|symbol lookup error|"
+        "ModuleNotFoundError|ImportError|No module named|Can't locate&@INC|SyntaxError: |"
+        "env: &python&No such file|env: &perl&No such file|bad interpreter|libc.so&not found",
+        "rrsync or rsync on the target cannot start: a library, a module or its interpreter is "
+        "missing",
+        "on the target, install what it names, then: `offsync link --path {path}`",
+    )
     NO_RRSYNC = Failure(
         "rrsync&not found|rrsync: No such file|rrsync: Permission denied|"
-        "bash: line 1: /&: No such file|sh: 1: /&: not found|can't open file&rrsync|"
-        "Can't open perl script|rrsync: cannot execute|Unknown command&rrsync|"
-        "rrsync: inaccessible|rrsync&bad interpreter",
+        "bash: line 1: /&: No such file|sh: 1: /&: not found|sh: 1: exec: /&: not found|"
+        "sh: line 1: /&: No such file|can't open file&rrsync|Can't open perl script|"
+        "rrsync: cannot execute|Unknown command&rrsync|rrsync: inaccessible",
         "rrsync, or its interpreter, is not at {rrsync} there",
         "run there: `offsync install-deps --role target`, then: `offsync link --path {path}`",
     )
@@ -1006,15 +1105,37 @@ class Kind:
         "{path} -name .~tmp~)? Remove it, or free some inodes, then apply again",
     )
     SPACE = Failure(
-        "No space left on device|Disk quota exceeded|(code 11)",
+        "No space left on device|Disk quota exceeded",
         "the disk is full there, or a quota used up",
         "free some space, then apply again",
     )
     SOURCE_UNREADABLE = Failure(
         "[sender]&Permission denied|[sender]&No such file or directory|"
-        "send_files failed to open|file has vanished|link_stat&failed|readlink_stat",
+        "[sender]&Input/output error|[sender]&Stale file handle|send_files failed to open|"
+        "file has vanished|link_stat&failed|readlink_stat",
         "the source changed while it was read",
         "plan again",
+    )
+    NAME_TOO_LONG = Failure(
+        "File name too long|ENAMETOOLONG",
+        "a name is too long for the target's file system",
+        "rename it, or exclude it, then plan again",
+    )
+    FILE_TOO_LARGE = Failure(
+        "File too large",
+        "a file is larger than the target's file system, or a limit of {user} (ulimit -f), allows",
+        "exclude it, or raise that limit, then plan again",
+    )
+    DISK_ERROR = Failure(
+        "Input/output error|Structure needs cleaning",
+        "the target's disk has errors",
+        "check the disk: on the target, run: `dmesg`",
+    )
+    STALE = Failure(
+        "Stale file handle|Stale NFS file handle|Transport endpoint is not connected|"
+        "Host is down (112)",
+        "what is mounted at or below {path} on the target has gone away",
+        "mount it again, then plan again",
     )
     IN_THE_WAY = Failure(
         "could not make way for|cannot delete non-empty directory|Device or resource busy",
@@ -1040,6 +1161,11 @@ class Kind:
         "{user} may not change everything below {path} there",
         "mend owner and modes (as root: chown {user} {path}), or what is immutable or append-only "
         "(lsattr, chattr -ia), then apply again",
+    )
+    FILE_ERROR = Failure(
+        "(code 11)",
+        "rsync on the target cannot read or write a file",
+        "on the target, fix what it names, then apply again",
     )
     TIMEOUT = Failure(
         "timed out|Timeout, server|not responding|io timeout after|No route to host|"
@@ -1121,7 +1247,9 @@ def diagnose(target: Target, result: Result, kinds: Sequence[Failure] = FAILURES
 HASHERS = 4  # threads that hash source entries, outside the interpreter's lock
 STAGING = b".~tmp~"  # where --delay-updates collects files
 # A killed receiver leaves .NAME.XXXXXX beside NAME, one dot for names that have one (receiver.c).
-TEMPORARY_NAME = re.compile(rb"\.(.+)\.[A-Za-z0-9]{6}", re.DOTALL)
+# Six characters of one kind are a word or a number, such as .env.backup: of rsync's, one in a
+# hundred is so, and it counts as a user's, to be safe.
+TEMPORARY_NAME = re.compile(rb"\.(.+)\.(?![a-z]{6}$|[A-Z]{6}$|[0-9]{6}$)[A-Za-z0-9]{6}", re.DOTALL)
 
 
 def open_directory(root: bytes, directory: bytes) -> int:
@@ -1476,10 +1604,15 @@ class Run:
     """What all targets of one command share: config, programs, threads, the scratch directory."""
 
     def __init__(
-        self, home: "Home", config: Config, jobs: Optional[int] = None, with_md5: bool = False
+        self,
+        home: "Home",
+        config: Config,
+        typed: Typed,
+        jobs: Optional[int] = None,
+        with_md5: bool = False,
     ) -> None:
         check_private(home.key)
-        self.home, self.config = home, config
+        self.home, self.config, self.typed = home, config, typed
         self.ssh = program("ssh")
         self.targets = 1  # how many are planned
         # Equal plans are one object. Written by the threads of all targets.
@@ -1530,6 +1663,7 @@ class Connection:
         self.socket = os.path.join(shared.scratch, "%d" % next(shared.numbers))
         self.restricted = False  # proved: no command
         self.path_proved = False  # proved: where it writes
+        self.answered = False  # an rsync pass has succeeded
         # What the plan's pass took, and the proof of the path: a session that does nothing.
         self.pass_seconds = self.session_seconds = 0.0
 
@@ -1569,10 +1703,13 @@ class Connection:
             with scratch_file(self.shared.scratch) as stderr:
                 result = self.run(argv, stderr=stderr, limit=CONNECT_DEADLINE)
             if result.status == 0:
-                return
+                break
             error = explain_login(self, result)
             if last or not error.kind.retry:
                 raise error
+        # A banner could look like this line: then that host alone is refused.
+        if re.search(rb'(?m)^Authenticated to .* using "none"\.\r?$', result.stderr):
+            raise failure(self.target, Kind.NO_KEY_ASKED)
 
     def session(self, options: Sequence[str], command: str) -> Result:
         argv = [self.shared.ssh, *self.session_options(), *options, *self.destination(), command]
@@ -1628,7 +1765,7 @@ class Connection:
         room = LISTING_ROOM // shared.targets if "--delete" in options else PASS_ROOM
         if stdin:
             os.lseek(stdin.fileno(), 0, os.SEEK_SET)
-        return self.run(
+        result = self.run(
             argv,
             stdin=stdin or subprocess.DEVNULL,
             on_line=on_line,
@@ -1637,6 +1774,17 @@ class Connection:
             room=room + ENTRY_ROOM * shared.source.count,
             env=environment(rsync=True, strong=sends or config.verify == "strong"),
         )
+        self.answered = self.answered or result.status == 0
+        return result
+
+    def explain(self, result: Result) -> TargetError:
+        """Return what a failed pass meant. Where one has succeeded before, login and start files
+        are as they must be: it is the connection that was lost.
+        """
+        error = diagnose(self.target, result)
+        if self.answered and error.kind in (Kind.SILENT, Kind.NO_ANSWER):
+            error = failure(self.target, Kind.STALLED)
+        return error
 
     def rsync(self, options: Sequence[str], **more: Any) -> Result:
         """Run one rsync as rsync_once() does; again where it did not even begin on the target.
@@ -1962,7 +2110,7 @@ def itemize(
         with scratch_file(shared.scratch, map(listed_name, paths)) as names:
             result = connection.rsync(options, stdin=names, on_item=on_item, **more)
     if result.status != 0:
-        raise diagnose(target, result)
+        raise connection.explain(result)
     return found
 
 
@@ -2017,6 +2165,12 @@ def classify(connection: Connection, found: dict[bytes, Change]) -> list[Change]
     for path, change in found.items():
         if change.kind == "missing" and is_leftover(connection.shared.source, change):
             found[path] = change._replace(kind="leftover")
+    if connection.shared.config.delete is Deletion.KEEP:
+        # What has to make way for an entry of another type cannot be kept.
+        in_place = {path for path in replaced if not found[path].directory}
+        for path, change in found.items():
+            if change.kind == "missing" and in_place.isdisjoint(above(path)):
+                found[path] = change._replace(kind="kept")
     return [found[path] for path in sorted(found)]
 
 
@@ -2078,7 +2232,8 @@ def json_line(fields: dict[str, Any]) -> bytes:
 
 def split_line(change: Change) -> tuple[bytes, bytes]:
     """Return an entry's line of a plan, in two pieces around its login."""
-    fields: dict[str, Any] = {"login": "", "kind": change.kind, **json_name(change.path)}
+    kind = "missing" if change.kind == "kept" else change.kind
+    fields: dict[str, Any] = {"login": "", "kind": kind, **json_name(change.path)}
     entry = change.entry
     if entry is None:
         fields["type"] = "directory" if change.directory else "non-directory"
@@ -2095,7 +2250,8 @@ def split_line(change: Change) -> tuple[bytes, bytes]:
 
 
 def policy_line(config: Config) -> bytes:
-    return json_line({"version": PLAN_VERSION, **{key: getattr(config, key) for key in POLICY}})
+    fields = {key: getattr(config, key) for key in POLICY}
+    return json_line({"version": PLAN_VERSION, **fields, "delete": config.delete.value})
 
 
 def target_line(plan: TargetPlan) -> bytes:
@@ -2172,18 +2328,6 @@ def check_line(line: bytes, printed: bytes) -> None:
 
 # --- Trust core: approval -----------------------------------------------------------------------
 
-# What the config must allow for a kind of change, and the ways out.
-POLICIES = {
-    "missing": (
-        "delete",
-        "take them into the source, exclude them, or allow it: --delete, or "
-        '"delete: true" in the config',
-    ),
-    "modified": (
-        "overwrite",
-        'exclude them, remove them there, or allow it: "overwrite: true" in the config',
-    ),
-}
 MANY_DELETIONS = 10  # from so many on, max_delete is asked
 
 
@@ -2194,8 +2338,9 @@ def approve(
 
     A target is reviewed if the reviewed plan compared it without an error; any other target fails
     alone. Each change of a reviewed target must be in the reviewed plan, byte for byte; leftovers
-    that are not in it are kept. A change that is only in the reviewed plan must be done already:
-    the source must hold all that the plan adds or modifies, and lack all that it deletes.
+    and kept entries that are not in it are left alone. A change that is only in the reviewed plan
+    must be done already: the source must hold all that the plan adds or modifies, and lack all that
+    it deletes.
     Raises OffsyncError that names the differences, UsageError for what is no plan.
     """
     compared = [plan for plan in plans if not plan.error]
@@ -2210,7 +2355,7 @@ def approve(
     for number, line in enumerate(reviewed, 1):
         try:
             if number == 1:
-                differing += compare_policies(policy_line(shared.config), line)
+                check_policy(shared, line)
             elif not open_lines.pop(new_digest(line).digest(), None):
                 done |= read_line(line)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -2223,15 +2368,15 @@ def approve(
             ) from None
     differing += filter(None, (not_done(shared.source, change) for change in done))
     unreviewed = {target for target, change in open_lines.values() if change is None}
-    # Leftovers that the review does not list.
+    # What the review does not list, and nothing is done with.
     spared: dict[Target, set[bytes]] = {}
     for target, change in open_lines.values():
-        if change and change.kind == "leftover":
+        if change and change.kind in ("leftover", "kept"):
             spared.setdefault(target, set()).add(change.path)
         elif change and target not in unreviewed:
-            differing.append(
-                "%s: %s is now %s" % (target.login, show_path(change.path), change.kind)
-            )
+            state = "now exists only on the target" if change.kind == "missing" else "is now "
+            state += change.kind if change.entry else ""
+            differing.append("%s: %s %s" % (target.login, show_path(change.path), state))
     if len(unreviewed) == len(compared) > 0:
         differing.append("it shows none of these targets, or could not compare them")
     if differing:
@@ -2253,19 +2398,39 @@ def approve(
     return approved
 
 
-def compare_policies(current: bytes, reviewed: bytes) -> list[str]:
-    """Return how a reviewed plan's first line differs from the policy of this run.
+def check_policy(shared: Run, reviewed: bytes) -> None:
+    """Raise unless a reviewed plan's first line is the policy of this run, and none is taken over.
 
     Raises ValueError, KeyError or TypeError for what is no such line.
     """
-    now, then = json.loads(current), json.loads(reviewed)
-    check_line(reviewed, json_line({key: then[key] for key in now}))
-    pairs = [(key, json.dumps(now[key]), json.dumps(then[key])) for key in now]
-    changed = ["%s %s, not %s" % pair for pair in pairs if pair[1] != pair[2]]
+    now, then = json.loads(policy_line(shared.config)), json.loads(reviewed)
+    deletion = Deletion(then["delete"])
+    printed = {**{key: then[key] for key in now}, "delete": deletion.value}
+    check_line(reviewed, json_line(printed))
     if then["version"] != now["version"]:
         raise ValueError("it is of another version of offsync")
-    why = "the policy is now another (config, --source and --delete as for the plan?): "
-    return [why + ", ".join(changed)] if changed else []
+    pairs = [(key, json.dumps(then[key]), json.dumps(now[key])) for key in now]
+    differing = [pair for pair in pairs if pair[1] != pair[2]]
+    if not differing:
+        return
+    typed, options = shared.typed, {"source": then["source"], "deletion": deletion}
+    for option, configured in (
+        ("source", typed.configured.source),
+        ("deletion", typed.configured.delete),
+    ):
+        if options[option] == configured:
+            options[option] = None
+    remedy = "restore that in the config, or review a new plan: `offsync plan`"
+    by_option = all(pair[0] in ("source", "delete") for pair in differing)
+    if not by_option or options["deletion"] is Deletion.REFUSE:
+        options = {}
+    if options:
+        remedy = "run: `%s`" % typed.again(**options)
+    raise OffsyncError(
+        "refused, nothing was sent: the plan was made with another policy: %s; "
+        + remedy.replace("%", "%%"),
+        ", ".join("%s %s, not %s" % pair for pair in differing),
+    )
 
 
 def not_done(source: Source, change: Change) -> str:
@@ -2298,17 +2463,19 @@ def name_collisions(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[by
 def refusal(shared: Run, plans: Sequence[TargetPlan]) -> str:
     """Return why none of these plans may be carried out, reviewed or not; "" if all may."""
     config, reasons = shared.config, []
-    gone = ("missing", "leftover") if config.delete else ("missing",)
-    deletes = (config.delete or not shared.source.count) and any(plan.of(*gone) for plan in plans)
-    if deletes and not shared.included:
+    allowed = config.delete is Deletion.ALLOW
+    gone = ("missing", "leftover") if allowed else ("missing", "kept")
+    # Where all is refused anyway, the excludes need not be asked.
+    emptied = config.delete is not Deletion.REFUSE or not shared.source.count
+    if emptied and any(plan.of(*gone) for plan in plans) and not shared.included:
         return (
             "the source %s is empty (after the excludes), and an empty source never deletes; is it "
             "mounted and filled?" % show_text(config.source)
         )
-    for kind, (key, ways_out) in POLICIES.items():
+    for kind, permitted in (("missing", allowed), ("modified", config.overwrite)):
         concerned = [plan for plan in plans if plan.of(kind)]
-        if concerned and not getattr(config, key):
-            reasons.append(refuse_kind(kind, key, ways_out, plans, concerned))
+        if concerned and not permitted:
+            reasons.append(refuse_kind(shared, kind, plans, concerned))
     return "; and ".join(reasons)
 
 
@@ -2324,7 +2491,7 @@ def review_needed(shared: Run, plans: Sequence[TargetPlan]) -> str:
         "review it: offsync plan, then offsync apply --plan ID, both with the same --source and "
         "--delete; or "
     )
-    for plan in plans if shared.config.delete else ():
+    for plan in plans if shared.config.delete is Deletion.ALLOW else ():
         gone, new = plan.of("missing", "leftover"), {change.path for change in plan.of("added")}
         if not gone:
             continue
@@ -2356,23 +2523,44 @@ def review_needed(shared: Run, plans: Sequence[TargetPlan]) -> str:
 
 
 def refuse_kind(
-    kind: str,
-    key: str,
-    ways_out: str,
-    plans: Sequence[TargetPlan],
-    concerned: Sequence[TargetPlan],
+    shared: Run, kind: str, plans: Sequence[TargetPlan], concerned: Sequence[TargetPlan]
 ) -> str:
     """Return why a kind of change that the policy forbids stops the run, and the ways out."""
-    if len(concerned) < len(plans) and len(concerned) <= LISTED:
-        logins = shlex.join(word for plan in concerned for word in ("--except", plan.target.login))
-        ways_out += ", or leave those targets out: `offsync apply %s`" % logins
-    named = [
-        "%s: %s" % (plan.target.login, some_paths(change.path for change in plan.of(kind)))
-        for plan in concerned
-    ]
+    keep = shared.config.delete is Deletion.KEEP
+    # No other policy is that of a reviewed plan.
+    typed = shared.typed._replace(plan=None)
     total = sum(len(plan.of(kind)) for plan in concerned)
-    text = "%s is false, and the plan has %d %s; " + ways_out.replace("%", "%%") + ": %s"
-    return compose(text, key, total, kind, some_of(named, "; "))
+    fact = plural(total, "entry exists", "entries exist") + " only on a target"
+    if kind == "modified":
+        fact = plural(total, "entry differs", "entries differ") + ", and overwriting is not allowed"
+        ways = 'exclude them, remove them on the target, or set "overwrite: true" in the config'
+    elif keep:
+        fact += " where the source has another type in its place, so it cannot be kept"
+        ways = "rename the entry of the source, or exclude it; or allow the deletion: `%s`"
+        ways %= typed.again(command="plan", deletion=Deletion.ALLOW)
+    else:
+        fact += ", and deleting is not allowed"
+        ways = (
+            "add them to the source, or exclude them; or leave them on the target, for this run: "
+            "`%s`; or see what would be deleted, then allow it: `%s`"
+        ) % (
+            typed.again(deletion=Deletion.KEEP),
+            typed.again(command="plan", deletion=Deletion.ALLOW),
+        )
+    if len(concerned) < len(plans):
+        logins = [plan.target.login for plan in concerned]
+        ways += "; or leave those targets out: `%s`" % typed.again(
+            excepted=[*typed.excepted, *logins]
+        )
+    named = []
+    for plan in concerned:
+        paths = {change.path for change in plan.of(kind)}
+        if kind == "missing" and keep:
+            # What is in their place.
+            replacing = {change.path for change in plan.changes if "type" in change.reasons}
+            paths |= {place for path in paths for place in above(path) if place in replacing}
+        named.append("%s: %s" % (plan.target.login, some_paths(paths)))
+    return compose("%s: %s; " + ways.replace("%", "%%"), fact, some_of(named, "; "))
 
 
 # --- Trust core: delivery -----------------------------------------------------------------------
@@ -2405,7 +2593,7 @@ class Comparison(NamedTuple):
     """How a target compares with the source, as far as one pass looked."""
 
     differs: dict[bytes, Change]  # of what the source has
-    extraneous: set[bytes]  # only on the target, but for leftovers that are not to be deleted
+    extraneous: set[bytes]  # only on the target, but for leftovers and what is kept
 
 
 class Delivery:
@@ -2415,7 +2603,8 @@ class Delivery:
         self.shared, self.plan, self.connection = shared, plan, plan.connection
         self.login, self.source = plan.target.login, shared.source
         self.to_send = [change for change in plan.changes if change.entry]
-        gone = plan.of("missing", "leftover") if shared.config.delete else ()
+        allowed = shared.config.delete is Deletion.ALLOW
+        gone = plan.of("missing", "leftover") if allowed else ()
         self.to_delete = {change.path for change in gone}
         # Entries that replace a directory.
         self.replacing = {c.path for c in self.to_send if "type" in c.reasons and not c.directory}
@@ -2431,7 +2620,7 @@ class Delivery:
         try:
             if self.plan.error:
                 raise self.plan.error
-            if self.plan.changes:
+            if self.to_send or self.to_delete:
                 self.deliver()
             self.outcome = Comparison({}, set())
         except Stopped:
@@ -2573,7 +2762,7 @@ class Delivery:
 
     def explain(self, result: Result) -> TargetError:
         """Return what a failed pass that sends meant; names that may be one are told together."""
-        error = diagnose(self.plan.target, result)
+        error = self.connection.explain(result)
         if error.kind is Kind.OTHER:
             sent = (change.path for change in self.to_send)
             names = name_collisions(sent, self.shared.included)
@@ -2615,9 +2804,10 @@ class Delivery:
         options = RSYNC_PLAN[how] if paths is None else RSYNC_COMPARE
         changes = itemize(self.connection, options, paths, limit=limit)
         extraneous = set()
+        keep = self.shared.config.delete is Deletion.KEEP
         for path in [path for path, change in changes.items() if change.kind == "missing"]:
             change = changes.pop(path)
-            if path in self.to_delete or not is_leftover(self.source, change):
+            if path in self.to_delete or not (keep or is_leftover(self.source, change)):
                 extraneous.add(path)
         return Comparison(changes, extraneous)
 
@@ -2675,7 +2865,7 @@ class Delivery:
         with scratch_file(self.shared.scratch, rules) as stream:
             result = self.connection.rsync(RSYNC_DELETE, stdin=stream, on_item=judge)
         if result.status != 0:
-            raise diagnose(self.plan.target, result)
+            raise self.connection.explain(result)
 
 
 def staged(path: bytes) -> bytes:
@@ -2696,7 +2886,7 @@ def take_lock(home: "Home", what: str, shared: bool = False) -> None:
     if shared and not os.access(home.path, os.W_OK):
         flags = os.O_RDONLY
     try:
-        descriptor = os.open(home.lock_file, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(home.lock_file, flags | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = quote_answer(read_file(home.lock_file, "lock", "try again")) or "another offsync"
@@ -2725,11 +2915,13 @@ def take_lock(home: "Home", what: str, shared: bool = False) -> None:
 def open_log(home: "Home", so_far: str = "") -> int:
     """Return a descriptor of the log, at its end. Raises OffsyncError."""
     try:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         log = os.open(home.log, flags | os.O_NONBLOCK, 0o600)
         status = os.fstat(log)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
+        if not status.st_size:
+            sync_directory(os.path.dirname(os.path.realpath(home.log)))
         # The disk was full once: what follows stays readable.
         if status.st_size and os.pread(log, 1, status.st_size - 1) != b"\n":
             os.write(log, b"\n")
@@ -2747,6 +2939,7 @@ def append_log(home: "Home", record: Record) -> None:
     line, log, why = json_line(record.fields), open_log(home), "no space left"
     try:
         written = os.write(log, line)
+        os.fsync(log)
     except OSError as error:
         written, why = 0, str(error.strerror)
     os.close(log)
@@ -2801,11 +2994,10 @@ class Log:
         """End what has no end yet, for the reason that ended the run."""
         for record in list(self.open.values()) if error else ():
             unknown = record.files_changed is None
-            result, why = (
-                "interrupted",
-                "what was sent is unknown" if unknown else "nothing was sent",
-            )
-            if is_refusal(error):
+            result, why = "interrupted", "nothing was sent"
+            if unknown:
+                why = "what was sent is unknown"
+            elif is_refusal(error):
                 result, why = "refused", getattr(error, "text", str(error))
             self.finish(record._replace(result=result, error=why, seconds=0.0))
 
@@ -2828,11 +3020,12 @@ class Log:
     def finish(self, record: Record) -> None:
         """Log what became of a target, and keep its status: what cannot be logged has failed.
 
-        Without the lock the status is left alone: it is the other run's.
+        The status tells what a target has: a run that was refused leaves it alone. So does a run
+        without the lock, since the status is the other run's.
         """
         try:
             append_log(self.home, record)
-            if self.locked:
+            if self.locked and record.result != "refused":
                 write_status(self.home, record)
         except OffsyncError as error:
             why = record.error or "delivered and verified, but not logged"
@@ -2840,7 +3033,7 @@ class Log:
                 record = record._replace(result="failed", error="%s; %s" % (why, error.text))
             # A status "started" would say that it was killed.
             with contextlib.suppress(OffsyncError):
-                if self.locked:
+                if self.locked and self.open[record.login].files_changed is None:
                     write_status(self.home, record)
         self.ended[record.login] = record
         self.open.pop(record.login)
@@ -2896,6 +3089,8 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
             what = (
                 "rsync %d.%d.%d, too old" % version if version else "openrsync or no rsync at all"
             )
+            if printed.status:
+                what = "a program that fails: %s" % quote_answer(printed.stderr)
             problem = "%s is %s" % (show_text(path), what)
         elif named:
             raise OffsyncError(
@@ -3037,13 +3232,28 @@ def write_atomically(path: str, data: Iterable[bytes], mode: int) -> None:
                 stream.flush()
                 os.fsync(descriptor)
             os.rename(temporary, path)
+            sync_directory(os.path.dirname(path))
         except BaseException:
-            os.unlink(temporary)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
             raise
     except OSError as error:
         raise OffsyncError(
             "%s: it cannot be written: %s; nothing was changed", show_text(path), error.strerror
         ) from None
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in a directory survive a power cut, such as that of a file just renamed."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot sync a directory.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def make_directory(path: str, mode: int) -> None:
@@ -3094,13 +3304,7 @@ def find_strangers(path: str, itself: bool = True) -> str:
             return "%s cannot be looked at: %s" % (show_text(place), error.strerror)
         mode, quoted = stat.S_IMODE(status.st_mode), shlex.quote(place)
         if status.st_uid not in ours:
-            return compose(
-                "%s belongs to %s; choose another place, or run: `chown %s %s`",
-                show_text(place),
-                name_of(status.st_uid),
-                name_of(os.geteuid()),
-                quoted,
-            )
+            return "%s belongs to %s" % (show_text(place), name_of(status.st_uid))
         below = real[len(place.rstrip("/")) + 1 :].split("/")[0]
         following = os.path.join(place, below)
         if below and mode & stat.S_ISVTX and os.path.lexists(following):
@@ -3108,11 +3312,10 @@ def find_strangers(path: str, itself: bool = True) -> str:
                 continue
         if mode & 0o022:
             who = "everybody" if mode & 0o002 else "its group"
-            # /tmp and the like are meant to be so.
-            sticky = mode & stat.S_ISVTX
-            remedy = "choose another place" if sticky else "run: `chmod go-w %s`" % quoted
-            text = "%s may write to %s (mode %04o); " + remedy.replace("%", "%%")
-            return compose(text, who, show_text(place), mode)
+            # A directory above may be meant to be so, as /tmp and /srv/www are.
+            ours_alone = place == real and status.st_uid == os.geteuid()
+            remedy = "; run: `chmod go-w %s`" % quoted.replace("%", "%%") if ours_alone else ""
+            return compose("%s may write to %s (mode %04o)" + remedy, who, show_text(place), mode)
     return ""
 
 
@@ -3127,21 +3330,23 @@ NO_STATE = (
 
 
 def check_private(path: str) -> str:
+    """Return a path of the state for people; raise unless it exists, and only we may read it."""
     if not os.path.exists(path):
         raise OffsyncError(
             "%s: it does not exist; restore it, or make a new one, which is to be "
             "linked on each target again: `offsync init`",
             show_text(path),
         )
-    mode = stat.S_IMODE(os.stat(path).st_mode)
+    status = os.stat(path)
+    mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
-        raise OffsyncError(
-            "%s: others may read it (mode %04o); run: `chmod %o %s`",
-            show_text(path),
-            mode,
-            mode & 0o700,
-            shlex.quote(path),
-        )
+        remedy = "run: `chmod %o %s`" % (mode & 0o700, shlex.quote(path).replace("%", "%%"))
+        # Such as a volume of secrets, where a mode cannot be changed.
+        if status.st_uid != os.geteuid():
+            remedy = "it belongs to %s: copy it to a place of your own, with mode 600"
+            remedy %= name_of(status.st_uid)
+        text = "%s: others may read it (mode %04o); " + remedy
+        raise OffsyncError(text, show_text(path), mode)
     return show_text(path)
 
 
@@ -3192,13 +3397,16 @@ class Home:
             self.refuse_strangers()
 
     def refuse_strangers(self) -> None:
-        strangers = find_strangers(self.path)
-        if strangers:
-            raise OffsyncError(
-                "state directory %s: others could change what offsync does: %s",
-                show_text(self.path),
-                strangers,
-            )
+        """Raise where others could change the directory, or what lies at the names in it."""
+        names = (self.config, self.key, self.known_hosts, self.log, self.lock_file)
+        for path in (self.path, *names, self.plans, self.last):
+            strangers = find_strangers(path)
+            if strangers:
+                raise OffsyncError(
+                    "state directory %s: others could change what offsync does: %s",
+                    show_text(self.path),
+                    strangers,
+                )
 
     def read_config(self) -> str:
         data = read_file(self.config, "config", NO_STATE)
@@ -3295,22 +3503,37 @@ SYSTEM_TREES = """
     /var/lib/snapd /var/lib/systemd
 """.split()
 NO_LOGIN_SHELLS = ("nologin", "false", "true", "sync")
+# A line that link wrote, or that somebody wrote by hand as README shows it: from= and the guard may
+# be absent, and so may the final option.
 OUR_LINE = (
     r'(?:from="[^"]*",)?command="(?:\\"|[^"])*-wo (?:\\"|[^"])*",'
-    + KEY_RESTRICTIONS
+    + KEY_RESTRICTIONS.replace(",restrict", "(?:,restrict)?")
     + r" \S+ (\S+)(?: .*)?"
+)
+# Before rrsync, the forced command refuses rsync's basis directories: with one, whoever stole the
+# key could plant a symlink, have a file outside compared with what they send, and so read it, with
+# every rrsync up to 3.5.0. offsync never sends such an option.
+BASIS_GUARD = (
+    "case $SSH_ORIGINAL_COMMAND in *--compare-dest*|*--copy-dest*|*--link-dest*)"
+    " echo offsync: basis directories are refused >&2; exit 1;; esac; exec "
 )
 
 
 def format_forced_command(rrsync: str, path: str, munge: bool = False) -> str:
-    """Return the shell command of the forced command: rrsync, write-only, below path."""
-    return shlex.join([rrsync, "-wo", *(["-munge"] if munge else []), path])
+    """Return the forced command: the guard, then rrsync, write-only, below path.
+
+    Every login shell reads it alike: one word in apostrophes, that /bin/sh then reads. It holds no
+    double quote, which dropbear's sshd would not unescape; so a blank has a backslash.
+    """
+    words = [rrsync, "-wo", *(["-munge"] if munge else []), path]
+    escaped = (re.sub(r"[ -~](?<![A-Za-z0-9@%+=:,./_-])", r"\\\g<0>", word) for word in words)
+    return "/bin/sh -c '%s%s'" % (BASIS_GUARD, " ".join(escaped))
 
 
 def format_authorized_key(command: str, key: PublicKey, from_pattern: str = "") -> str:
-    """Return the authorized_keys line (sshd(8)). Within quotes only the double quote is escaped."""
+    """Return the authorized_keys line (sshd(8))."""
     options = 'from="%s",' % from_pattern if from_pattern else ""
-    options += 'command="%s",%s' % (command.replace('"', '\\"'), KEY_RESTRICTIONS)
+    options += 'command="%s",%s' % (command, KEY_RESTRICTIONS)
     return " ".join(filter(None, (options, key.type, key.blob, key.comment)))
 
 
@@ -3478,6 +3701,14 @@ def within(path: str, place: str) -> bool:
     return (path + "/").startswith(place.rstrip("/") + "/")
 
 
+def check_forced_word(what: str, path: str) -> None:
+    """Raise for what login shells and sshds read in different ways, also within apostrophes."""
+    if re.search(r"""['"\\]""", path):
+        raise UsageError(
+            "%s %s: it holds a quote or a backslash; choose another place", what, show_text(path)
+        )
+
+
 def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -> str:
     """Return the real path that the key may write below. accept_risk waives what users know.
 
@@ -3486,11 +3717,7 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
     real = os.path.realpath(validate_absolute_path(path, "path"))
     validate_absolute_path(real, "path")
     choose = "choose a directory that holds only delivered files, such as /srv/app-data"
-    # These mean something else to some login shells, also within quotes.
-    if re.search(r"['\\]", real):
-        raise UsageError(
-            "path %s: it holds an apostrophe or a backslash; " + choose, show_text(real)
-        )
+    check_forced_word("path", real)
     if os.path.lexists(real) and not os.path.isdir(real):
         raise UsageError(
             "path %s: it is no directory; choose another, or move it away", show_text(real)
@@ -3543,6 +3770,26 @@ def link_risks(real: str) -> Iterator[str]:
     strangers = find_strangers(real, itself=False)
     if strangers:
         yield "others could put another directory in its place: " + strangers
+    if os.path.isdir(real):
+        owner, user = name_of(os.stat(real).st_uid), name_of(os.geteuid())
+        if os.geteuid() == 0 and owner != user:
+            yield compose(
+                "it belongs to %s, and this links it for %s, who may write anywhere; link it for "
+                "that account: `sudo -iu %s offsync link --path %s`",
+                owner,
+                user,
+                owner,
+                shlex.quote(real),
+            )
+        if not os.access(real, os.W_OK | os.X_OK):
+            yield compose(
+                "%s, for whom this links it, may not write to it; link it for %s, whose it is: "
+                "`sudo -iu %s offsync link --path %s`",
+                user,
+                owner,
+                owner,
+                shlex.quote(real),
+            )
 
 
 def validate_from_pattern(pattern: str) -> str:
@@ -3594,7 +3841,9 @@ def sshd_settings(user: str) -> dict[str, list[str]]:
 
     An ordinary user may not read the host keys: it is given one, of a type that this host allows.
     """
-    with scratch_directory() as scratch:
+    result = Result(1, b"", b"")
+    # The key is linked already: what is not told is not warned of.
+    with contextlib.suppress(OffsyncError), scratch_directory() as scratch:
         key = os.path.join(scratch, "key")
         make_key(key, "")
         who = "user=%s,host=localhost,addr=127.0.0.1" % user
@@ -3614,9 +3863,7 @@ def link_warnings(
     shown, user = show_text(delivery), account.pw_name
     if status.st_uid not in (0, own):
         yield "%s belongs to %s, who can change what is delivered" % (shown, name_of(status.st_uid))
-    if not os.access(delivery, os.W_OK):
-        yield "%s is not writable for %s; change its owner or mode" % (shown, user)
-    elif status.st_mode & 0o022:
+    if status.st_mode & 0o022:
         # Where the key writes by the directory's group, that must stay.
         remedy = "; run: `chmod go-w %s`" if status.st_uid == own else "%.0s"
         text = "%s is writable for others, who can change what is delivered" + remedy
@@ -3641,6 +3888,31 @@ def link_warnings(
     if os.path.join(home, ".ssh/authorized_keys") not in places:
         text = "sshd reads keys from %s (AuthorizedKeysFile), not from ~/.ssh/authorized_keys; "
         yield text % ", ".join(places) + "copy the line there"
+    let_through = [word for word in sshd.get("acceptenv", []) if lets_code_in(word)]
+    if let_through:
+        yield (
+            "sshd takes %s from whoever has the key (AcceptEnv), and with it a program that they "
+            "delivered is run: take that out of sshd_config" % ", ".join(let_through)
+        )
+    if sshd.get("permittunnel", ["no"]) != ["no"]:
+        yield (
+            "sshd lets the key make a tunnel device, into this host's network (PermitTunnel): set "
+            "it to no in sshd_config"
+        )
+
+
+def lets_code_in(pattern: str) -> bool:
+    """Return whether a pattern of AcceptEnv (sshd_config(5)) takes a variable that names code.
+
+    That is one by which rrsync's interpreter, a shell or the dynamic loader finds what it runs.
+    """
+    names = (
+        "PATH HOME ENV BASH_ENV SHELLOPTS ZDOTDIR XDG_CONFIG_HOME PERLLIB PERL5LIB PERL5OPT PERL5DB"
+        " LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT DYLD_INSERT_LIBRARIES GCONV_PATH"
+        " PYTHONPATH PYTHONHOME PYTHONUSERBASE PYTHONSTARTUP PYTHONINSPECT PYTHONBREAKPOINT"
+    ).split()
+    families = ("PYTHON", "PERL", "LD_", "DYLD_")
+    return pattern.startswith(families) or any(fnmatch.fnmatchcase(n, pattern) for n in names)
 
 
 def own_address(settings: dict[str, list[str]]) -> tuple[Optional[int], list[str]]:
@@ -3662,7 +3934,14 @@ def own_address(settings: dict[str, list[str]]) -> tuple[Optional[int], list[str
 def cmd_link(args: argparse.Namespace) -> int:
     require_programs("target")
     account, risks, munge = own_account(), args.accept_risk, not args.symlinks
+    # "target add" takes no other login, and ssh takes few of them.
+    if not re.fullmatch(LOGIN, account.pw_name + "@host"):
+        raise OffsyncError(
+            "account %s: ssh takes no login of that name; link it for another account",
+            show_text(account.pw_name),
+        )
     rrsync = find_rrsync(args.rrsync)
+    check_forced_word("rrsync", rrsync)
     from_pattern = "" if args.from_pattern is None else validate_from_pattern(args.from_pattern)
     named = os.path.expanduser("~/.offsync/sync") if args.path is None else args.path
     # Where the program came on stdin, it is no file.
@@ -3692,19 +3971,22 @@ def cmd_link(args: argparse.Namespace) -> int:
             error=True,
         )
     make_directory(path, 0o755)
-    line = format_authorized_key(format_forced_command(rrsync, path, munge), key, from_pattern)
+    command = format_forced_command(rrsync, path, munge)
+    line = format_authorized_key(command, key, from_pattern)
     set_authorized_key(key, line)
-    before, after = (
-        re.sub('^from="[^"]*",', "", x).split(KEY_RESTRICTIONS)[0] for x in (was, line)
-    )
-    if before not in ("", after):
-        warn(
-            "this key was linked in another way before, which is replaced: what it could write to "
-            "then can no longer be delivered to: %s",
-            show_text(before),
-        )
+    if was and BASIS_GUARD not in was:
+        emit("replaced the plain line of this key, with which it could also read files", error=True)
+    plain_command = shlex.join([rrsync, "-wo", *(["-munge"] if munge else []), path])
+    before = was.partition('command="')[2].partition('",no-port-forwarding')[0]
+    if was and before not in (command, plain_command.replace('"', '\\"')):
+        place = before.rpartition("-wo ")[2].rstrip("'")
+        warn("replaced another line of this key; it can no longer write to %s", show_text(place))
     verb = "already linked" if was == line else "linked"
-    emit("%s in %s: the key may write below %s, nothing else" % (verb, file, show_text(path)), True)
+    emit(
+        "%s for %s, in %s: the key may write below %s, and do nothing else"
+        % (verb, account.pw_name, file, show_text(path)),
+        error=True,
+    )
     settings = sshd_settings(account.pw_name)
     for warning in link_warnings(account, settings, path):
         warn("%s", warning)
@@ -3726,6 +4008,8 @@ def cmd_unlink(args: argparse.Namespace) -> int:
     path, _, line = find_authorized_key(key)
     set_authorized_key(key, None)
     emit(("removed the key from " if line else "the key has no entry in ") + path, error=True)
+    if line:
+        emit("a connection of that key which is open now goes on until it ends", error=True)
     return 0
 
 
@@ -3977,7 +4261,7 @@ def cmd_target_add(args: argparse.Namespace) -> int:
             target.login,
             add_arguments(known[0]),
         )
-    with Run(home, config) as shared:
+    with Run(home, config, Typed("target add", config)) as shared:
         connection, known_hosts = connect_trusted(shared, target, args.host_key)
         proofs = prove_all(connection)
         found = ["%s: %s" % (p.tried, p.answer) for p in proofs if p.closed is False]
@@ -4340,13 +4624,18 @@ def between(least: int, most: int) -> Callable[[int], Optional[int]]:
     return lambda number: number if least <= number <= most else None
 
 
+def deletion_word(given: object) -> object:
+    # 0 and 1 are equal to False and True.
+    return given if isinstance(given, (bool, str)) and given in (False, True, "keep") else None
+
+
 BOOLEAN, PATH = "true or false", "an absolute path without .. and double or trailing slashes"
 TOP_KEYS = {
     "version": Rule("the number 1", int, ..., between(1, 1)),
     "source": Rule(
         "an absolute path", str, ..., lambda path: validate_absolute_path(path, "") and path
     ),
-    "delete": Rule(BOOLEAN, bool, False),
+    "delete": Rule('false, true or "keep"', object, False, deletion_word),
     "overwrite": Rule(BOOLEAN, bool, True),
     "verify": Rule(
         '"hash", "strong" or "quick"',
@@ -4422,6 +4711,23 @@ def add_arguments(target: Target) -> str:
     return shlex.join(words)
 
 
+def never_matches(rule: str, source: str) -> str:
+    """Return why an exclude matches no entry of any source, "" if it may match one.
+
+    rsync compares a pattern with the names as it builds them, component by component (rsync(1),
+    PATTERN MATCHING). With "delete: true", what such a rule was to protect would be deleted.
+    """
+    pattern = re.sub("^[-+] ", "", rule)
+    if pattern != pattern.strip():
+        return "no name begins or ends with a blank; if one really does, write [ ] for the blank"
+    if within(pattern, source) and source != "/":
+        return "patterns are relative to the source; write it without %s" % show_text(source)
+    parts = re.sub("^/|/$", "", pattern).split("/")
+    if not {"", ".", ".."}.isdisjoint(parts):
+        return "no name has an empty component, . or ..; write it without them"
+    return ""
+
+
 def validate_config(text: str, filename: str) -> Config:
     """Return the config; every refusal names file, line and what is allowed."""
 
@@ -4441,7 +4747,8 @@ def validate_config(text: str, filename: str) -> Config:
             given = values[key] = nodes[key].value if key in nodes else rule.default
             fine = key not in nodes
             with contextlib.suppress(UsageError):
-                fine = fine or type(given) is rule.type and rule.accept(given) == given
+                typed = rule.type in (object, type(given))
+                fine = fine or typed and rule.accept(given) == given
             if not fine:
                 home = isinstance(given, str) and given.startswith("~")
                 more = "; ~ is not expanded here" if home else ""
@@ -4456,6 +4763,9 @@ def validate_config(text: str, filename: str) -> Config:
     for node in values["exclude"]:
         if type(node.value) is not str or node.value in ("", "!") or re.search(CONTROL, node.value):
             refuse(node.line, "exclude takes rsync patterns as text")
+        why = never_matches(node.value, values["source"])
+        if why:
+            refuse(node.line, "the exclude %s protects nothing: %s" % (show_text(node.value), why))
     targets: dict[str, Target] = {}
     for node in values["targets"]:
         if not isinstance(node.value, dict):
@@ -4469,6 +4779,7 @@ def validate_config(text: str, filename: str) -> Config:
             refuse(node.line, "the target %s stands here for the second time" % target.login)
         targets[target.login] = target
     del values["version"]
+    values["delete"] = Deletion(values["delete"])
     values["exclude"] = tuple(node.value for node in values["exclude"])
     values["targets"] = tuple(targets.values())
     return Config(**values)
@@ -4637,7 +4948,15 @@ def warn(text: str, *values: object) -> None:
     emit("offsync: warning: " + compose(text, *values), error=True)
 
 
-COLOURS = {"added": 32, "modified": 33, "missing": 31, "leftover": 36, "failed": 31, "ok": 32}
+COLOURS = {
+    "added": 32,
+    "modified": 33,
+    "missing": 31,
+    "leftover": 36,
+    "kept": 36,
+    "failed": 31,
+    "ok": 32,
+}
 
 
 def colour(kind: str, text: str) -> str:
@@ -4836,8 +5155,8 @@ def cmd_target_list(args: argparse.Namespace) -> int:
 
 
 def print_targets(config: Config, last: dict[str, Record]) -> None:
-    """Print the targets and what became of each in the last run that had it."""
-    rows = [["TARGET", "LAST RUN (UTC)", "RESULT", "PLAN", "PATH, OR WHY NOT"]]
+    """Print the targets and what became of each in the last run that was not refused."""
+    rows = [["TARGET", "LAST OUTCOME (UTC)", "RESULT", "PLAN", "PATH, OR WHY NOT"]]
     for target in sorted(config.targets):
         record, where = last.get(target.login), show_text(target.remote_path)
         where += " port %d" % target.port if target.port else ""
@@ -4847,9 +5166,7 @@ def print_targets(config: Config, last: dict[str, Record]) -> None:
         if record.source != config.source:
             where += " from " + record.source
         if record.error:
-            # RESULT says that it was refused.
-            why = record.error.replace("refused, nothing was sent: ", "", 1)
-            where = "%s (%s)" % (why, where)
+            where = "%s (%s)" % (record.error, where)
         plan = (record.plan or "-")[:12]
         rows.append([target.login, record.timestamp, record.result, plan, where])
     print_table(rows)
@@ -4928,9 +5245,11 @@ def select_targets(
     return sorted(target for target in targets if target.login in chosen)
 
 
-def load_targets(home: Home, args: argparse.Namespace) -> tuple[Config, list[Target]]:
-    """Return the config, with what the options change for this run, and the targets chosen."""
+def load_targets(home: Home, args: argparse.Namespace) -> tuple[Config, list[Target], Typed]:
+    """Return (the config, with what the options change; the targets; what was typed)."""
     config = home.load()
+    plan, command = getattr(args, "plan", None), args.prog.split()[-1]
+    typed = Typed(command, config, args.targets, args.excepted, args.source, args.deletion, plan)
     if not config.targets:
         raise UsageError(
             "targets: there are none yet; run on a target: `offsync link --path DIR`; then here "
@@ -4941,9 +5260,13 @@ def load_targets(home: Home, args: argparse.Namespace) -> tuple[Config, list[Tar
     if args.source is not None:
         source = validate_absolute_path(os.path.abspath(args.source), "source")
         config = config._replace(source=source)
-    if getattr(args, "delete", False):
-        config = config._replace(delete=True)
-    return config, select_targets(config.targets, args.targets, args.excepted)
+        for rule in config.exclude:
+            why = never_matches(rule, source)
+            if why:
+                raise UsageError("the exclude %s protects nothing: %s", show_text(rule), why)
+    if args.deletion:
+        config = config._replace(delete=args.deletion)
+    return config, select_targets(config.targets, args.targets, args.excepted), typed
 
 
 # --- Commands: plan, apply, verify, log ---------------------------------------------------------
@@ -4957,34 +5280,38 @@ def plan_summary(config: Config, plan: TargetPlan, planning: bool) -> str:
     """Return what a target's plan comes to: counts, and for planning what would be done."""
     if plan.error:
         return "not compared: " + plan.error.why
-    deletes = {"missing", "leftover"} if config.delete and planning else set()
+    notes = {"kept": "missing (kept)"}
+    if config.delete is Deletion.ALLOW and planning:
+        notes.update(missing="missing (to delete)", leftover="leftover (to delete)")
     counts = []
-    for kind in KINDS:
+    for kind in (*KINDS, "kept"):
         count = len(plan.of(kind))
         if count:
-            counts.append("%d %s%s" % (count, kind, " (to delete)" if kind in deletes else ""))
+            counts.append("%d %s" % (count, notes.get(kind, kind)))
     size = "; %s to send" % format_bytes(size_to_send(plan.changes)) if planning else ""
     return ", ".join(counts) + size if counts else "equal, nothing to do"
 
 
 def change_line(change: Change, quoted: bool = False) -> str:
     """Return one entry of a plan: kind, reasons, size, path."""
-    entry, path = change.entry, show(change.path, quoted)
+    entry, path, kind = change.entry, show(change.path, quoted), change.kind
     if entry is None:
-        reason = "only there" if change.kind == "missing" else "rsync's name"
+        notes = {"missing": "only on target", "kept": "only on target, kept"}
+        reason = notes.get(kind, "rsync's name")
         size = "directory" if change.directory else ""
     else:
-        reason, size = ",".join(change.reasons) or "-", entry.type
+        reason, size = ",".join(change.reasons) or "not on target", entry.type
         if entry.type == "file":
             size = format_bytes(entry.size)
-        if "mode" in change.reasons:
-            reason += " %04o" % entry.mode
         if entry.type == "symlink":
             path += " -> " + show(entry.link)
         else:
+            open_to_all = entry.mode & stat.S_IWOTH
+            reason += " %04o" % entry.mode if "mode" in change.reasons or open_to_all else ""
             reason += " setuid" if entry.mode & stat.S_ISUID else ""
             reason += " setgid" if entry.mode & stat.S_ISGID else ""
-    return "  %s  %-12s  %10s  %s" % (colour(change.kind, "%-8s" % change.kind), reason, size, path)
+    shown = colour(kind, "%-8s" % ("missing" if kind == "kept" else kind))
+    return "  %s  %-14s  %10s  %s" % (shown, reason, size, path)
 
 
 def print_plans(
@@ -5012,8 +5339,8 @@ def print_plans(
 
 
 def has_differences(plan: TargetPlan) -> bool:
-    """Return whether a target is not as the source: what rsync left behind is no difference."""
-    return any(change.kind != "leftover" for change in plan.changes)
+    """Return whether a target is not as the source, but for rsync's leftovers and what is kept."""
+    return any(change.kind not in ("leftover", "kept") for change in plan.changes)
 
 
 def raise_for_failed(plans: Sequence[TargetPlan], what: str, as_json: bool) -> None:
@@ -5031,8 +5358,8 @@ def raise_for_failed(plans: Sequence[TargetPlan], what: str, as_json: bool) -> N
 
 def cmd_plan(args: argparse.Namespace) -> int:
     home = Home()
-    config, targets = load_targets(home, args)
-    with Run(home, config, args.jobs) as shared:
+    config, targets, typed = load_targets(home, args)
+    with Run(home, config, typed, args.jobs) as shared:
         plans = plan_all(shared, targets)
         name, refused = home.keep_plan(config, plans), refusal(shared, plans)
         unreviewed = "" if refused else review_needed(shared, plans)
@@ -5048,10 +5375,7 @@ def cmd_plan(args: argparse.Namespace) -> int:
             emit("%s: %s" % (colour("failed", refuses), refused or unreviewed), prose=True)
         emit("plan " + name)
         if sys.stdout.isatty() and differs and not refused:
-            words = [*args.targets, *(["--source", args.source] if args.source is not None else [])]
-            words += [word for one in args.excepted for word in ("--except", one)]
-            words += [*(["--delete"] if args.delete else []), "--plan", name]
-            emit(compose("Next: `offsync apply %s`", shlex.join(words)), error=True)
+            emit(compose("Next: `%s`", typed.again(command="apply", plan=name)), error=True)
     raise_for_failed(plans, "plan", args.json)
     return 3 if args.exit_code and differs else 0
 
@@ -5152,15 +5476,15 @@ class Report:
 
 def cmd_apply(args: argparse.Namespace) -> int:
     home = Home()
-    config, targets = load_targets(home, args)
+    config, targets, typed = load_targets(home, args)
     log = Log(home, config, targets)
     with Report(log, args.json) as report, log:
         os.close(open_log(home, "; nothing was sent"))
         take_lock(home, "apply")
         log.locked = True
-        if load_targets(home, args) != (config, targets):
+        if load_targets(home, args) != (config, targets, typed):
             raise OffsyncError("config %s: it was changed at this moment; try again", home.config)
-        with Run(home, config, args.jobs, with_md5=True) as shared:
+        with Run(home, config, typed, args.jobs, with_md5=True) as shared:
             plans = decide(shared, targets, args.plan, log)
             for plan, _ in shared.jobs.each(lambda plan: log.deliver(shared, plan), plans):
                 report.print(log.ended[plan.target.login])
@@ -5169,12 +5493,12 @@ def cmd_apply(args: argparse.Namespace) -> int:
 
 def cmd_verify(args: argparse.Namespace) -> int:
     home = Home()
-    config, targets = load_targets(home, args)
+    config, targets, typed = load_targets(home, args)
     config = config._replace(verify="hash" if args.fast else "strong")
     take_lock(home, "verify", shared=True)
-    with Run(home, config, args.jobs) as shared:
+    with Run(home, config, typed, args.jobs) as shared:
         plans = plan_all(shared, targets)
-    shown = [plan for plan in plans if plan.changes or plan.error]
+    shown = [p for p in plans if p.error or len(p.of("kept")) < len(p.changes)]
     if args.json:
         emit_lines(plan_lines(config, plans))
     elif shown:
@@ -5323,8 +5647,12 @@ def cmd_manifest(args: argparse.Namespace) -> int:
         return 0
     for path in sorted({*expected, *found}):
         if expected.get(path) != found.get(path):
-            kind = "added" if path not in expected else "modified" if path in found else "missing"
-            emit("%s  %s" % (colour(kind, "%-8s" % kind), show(path)))
+            kind, word = "modified", "modified"
+            if path not in expected:
+                kind, word = "added", "not listed"
+            elif path not in found:
+                kind, word = "missing", "not here"
+            emit("%s  %s" % (colour(kind, "%-10s" % word), show(path)))
     if expected != found:
         return 3
     emit("%s, all as in the manifest" % plural(len(found), "file"), error=True)
@@ -5356,10 +5684,15 @@ def check_controller(home: Home) -> bool:
         home.load()
         return check_private(home.config)
 
+    def ssh() -> str:
+        asked = run([program("ssh"), "-V"], limit=SESSION_DEADLINE)
+        said = quote_answer(asked.stderr)
+        if asked.status != 0:
+            raise OffsyncError("ssh: it fails, even for its version; install it again: %s", said)
+        return "%s %s" % (program("ssh"), said)
+
     check("rsync", lambda: "%s %d.%d.%d" % (find_rsync()[0], *find_rsync()[1]))
-    check(
-        "ssh", lambda: "%s %s" % (program("ssh"), quote_answer(run([program("ssh"), "-V"]).stderr))
-    )
+    check("ssh", ssh)
     check("ssh-keygen", lambda: program("ssh-keygen"))
     check("state", lambda: check_private(home.path))
     check("key", lambda: "%s %s" % (check_private(home.key), check_own_key(home.key)))
@@ -5403,7 +5736,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     config = home.load()
     any_target = config.targets or args.targets
     targets = select_targets(config.targets, args.targets) if any_target else []
-    with Run(home, config, args.jobs) as shared:
+    with Run(home, config, Typed("doctor", config), args.jobs) as shared:
         examined = shared.jobs.each(lambda target: examine_target(shared, target), targets)
         for target, (lines, passed) in examined:
             healthy += passed > 0
@@ -5489,6 +5822,25 @@ ALL = "a login, a host, a pattern ('web*'), or @FILE with one a line"
 TARGETS = {"targets": value("TARGET", ALL + " (default: all)", nargs="*")}
 JOBS = {"--jobs": value("N", "targets at once (default: the config's)", type=number_of_jobs)}
 REPEATED = {"action": "append", "default": []}
+KEEP = {
+    "--keep": {
+        "action": "store_const",
+        "const": Deletion.KEEP,
+        "dest": "deletion",
+        "help": "leave alone what exists only on a target, for this run",
+    }
+}
+DELETE = {
+    "--delete": {
+        "action": "store_const",
+        "const": Deletion.ALLOW,
+        "dest": "deletion",
+        "help": "allow deletions, for this run",
+    },
+    **KEEP,
+}
+# Of these, a command takes one.
+EXCLUSIVE = ("--key", "--key-file", "--delete", "--keep")
 FOR_RUN = {
     **TARGETS,
     "--except": value(
@@ -5498,7 +5850,6 @@ FOR_RUN = {
     **JSON,
     **JOBS,
 }
-DELETE = {"--delete": flag("allow deletions, for this run")}
 # name: (function, where and what, example, arguments)
 Arguments = dict[str, dict[str, Any]]
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Arguments]] = {
@@ -5598,7 +5949,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
         cmd_verify,
         "controller: hash everything again; exit 3 if a target differs",
         "verify --fast",
-        {**FOR_RUN, "--fast": flag("by the fastest checksum instead of MD5")},
+        {**FOR_RUN, **KEEP, "--fast": flag("by the fastest checksum instead of MD5")},
     ),
     "log": (
         cmd_log,
@@ -5670,9 +6021,11 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("-v", "--verbose", **verbose, default=argparse.SUPPRESS)
         command.set_defaults(function=function, prog=command.prog)
-        only_one = command.add_mutually_exclusive_group() if "--key" in arguments else command
+        exclusive: Any = command
+        if not arguments.keys().isdisjoint(EXCLUSIVE):
+            exclusive = command.add_mutually_exclusive_group()
         for argument, options in arguments.items():
-            where = only_one if argument in KEY_OPTIONS else command
+            where = exclusive if argument in EXCLUSIVE else command
             where.add_argument(*argument.split(), **options)
     return parser
 

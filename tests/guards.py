@@ -23,6 +23,71 @@ TOP = os.path.dirname(HERE)
 FEW = True
 CHANGES = "test_exact.SourceChanges"
 REVIEW = "test_approval.Approval"
+# What README's Security promises, by the beginning of each paragraph, and what keeps it.
+PROMISES = {
+    "The key is useless for anything but rsync writing below one path": (
+        "rrsync is tried",
+        "and its neighbour, a backup",
+        "no file is read through a basis directory",
+        "AcceptEnv",
+        "PermitTunnel",
+    ),
+    "`link` refuses paths where writing is as good as a shell": (
+        "system trees",
+        "dot components",
+        "the private key and offsync itself",
+        "never in or above ~/.ssh",
+        "parents that others may write to",
+    ),
+    "On every connection offsync tries to run a command and goes on only if that is refused": (
+        "a command must be refused",
+        "no plan without the proof",
+        "the path is proved",
+        "sessions go over the proved connection only",
+    ),
+    "A host key is trusted only after a typed `yes`": (
+        "strict host keys",
+        'only a full "yes"',
+        "the wanted fingerprint",
+        "@revoked binds",
+        "no Kerberos in place of known_hosts",
+    ),
+    "ssh gets no agent": (
+        "no forwarding",
+        "none of ssh_config's environment",
+        "rsync gets no HOME",
+        "rsync gets no RSYNC_*",
+    ),
+    "Nothing but what was planned is called ok": (
+        "content sent is the planned one",
+        "mode sent is the planned one",
+        "every planned entry is reported",
+    ),
+    "`apply --plan` asks rsync to send nothing that the reviewed plan does not list": (
+        "every line of now was reviewed",
+        "what was reviewed is in the source",
+        "a plan's line is as offsync prints it",
+        "a kept plan is its ID's",
+        "nothing unplanned is sent",
+    ),
+    "In a pass that deletes nothing can be sent": (
+        "nothing can be sent while deleting",
+        "nothing else is deleted",
+        "a deletion in a pass that sends",
+        "what an exclude protects",
+        "names that may be one file",
+    ),
+    "What a target answers is shown quoted and shortened": (
+        "nothing shown moves a cursor",
+        "a line has an end",
+        "reports are bounded",
+        "a program that falls silent",
+    ),
+    "Every apply leaves a record.": (
+        "a record survives a power cut",
+        "a refused run leaves the last outcome alone",
+    ),
+}
 GUARDS = [
     (
         "content sent is the planned one",
@@ -200,7 +265,7 @@ GUARDS = [
     (
         "deletions need the policy",
         "refusal",
-        "concerned and (not getattr(config, key))",
+        "concerned and (not permitted)",
         "False",
         "test_plan.Policies",
         FEW,
@@ -208,7 +273,7 @@ GUARDS = [
     (
         "an empty source never deletes",
         "refusal",
-        "deletes and (not shared.included)",
+        "emptied and any((plan.of(*gone) for plan in plans)) and (not shared.included)",
         "False",
         "test_deleting.Deleting.test_an_empty_source_never_deletes_even_when_reviewed",
         FEW,
@@ -295,10 +360,7 @@ GUARDS = [
     (
         "every line of now was reviewed",
         "approve",
-        (
-            "differing.append('%s: %s is now %s' %"
-            " (target.login, show_path(change.path), change.kind))"
-        ),
+        "differing.append('%s: %s %s' % (target.login, show_path(change.path), state))",
         "None",
         "test_approval.Approval.test_what_a_review_does_not_approve",
         FEW,
@@ -536,13 +598,6 @@ GUARDS = [
     ),
     ("nor may its group", "find_strangers", "mode & 18", "mode & 2", "test_link.Paths"),
     (
-        "the lock is no symlink",
-        "take_lock",
-        "flags | os.O_CLOEXEC | os.O_NOFOLLOW",
-        "flags | os.O_CLOEXEC",
-        "test_state.UserBeside",
-    ),
-    (
         "verify keeps writers out",
         "cmd_verify",
         "take_lock(home, 'verify', shared=True)",
@@ -730,8 +785,8 @@ GUARDS = [
     (
         "what login shells read differently",
         "validate_link_path",
-        're.search("[\'\\\\\\\\]", real)',
-        "False",
+        "check_forced_word('path', real)",
+        "None",
         "test_link.Quoting",
     ),
     (
@@ -820,10 +875,176 @@ GUARDS = [
     ),
     (
         "a policy line is as offsync prints it",
-        "compare_policies",
-        "pair[1] != pair[2]",
-        "json.loads(pair[1]) != json.loads(pair[2])",
+        "check_policy",
+        "check_line(reviewed, json_line(printed))",
+        "None",
         "test_approval.Approval.test_what_a_review_does_not_approve",
+    ),
+    (
+        "the policy is the reviewed one",
+        "check_policy",
+        "not differing",
+        "True",
+        "test_plan.PlanIds.test_what_changed_since_the_review_is_named",
+        FEW,
+    ),
+    (
+        "no file is read through a basis directory",
+        "",
+        "'case $SSH_ORIGINAL_COMMAND in *--compare-dest*|*--copy-dest*|*--link-dest*)'"
+        "' echo offsync: basis directories are refused >&2; exit 1;; esac; exec '",
+        "'exec '",
+        "test_link.KeyThief.test_it_reads_no_file_through_a_basis_directory",
+        FEW,
+    ),
+    (
+        "a path in the forced command is quoted",
+        "format_forced_command",
+        "re.sub('[ -~](?<![A-Za-z0-9@%+=:,./_-])', '\\\\\\\\\\\\g<0>', word)",
+        "word",
+        "test_link.Quoting",
+    ),
+    (
+        "AcceptEnv",
+        "link_warnings",
+        "lets_code_in(word)",
+        "False",
+        "test_link.SshdSays.test_what_lets_the_key_out_of_its_restriction",
+    ),
+    (
+        "PermitTunnel",
+        "link_warnings",
+        "sshd.get('permittunnel', ['no']) != ['no']",
+        "False",
+        "test_link.SshdSays.test_what_lets_the_key_out_of_its_restriction",
+    ),
+    (
+        "a path of another account",
+        "link_risks",
+        "os.geteuid() == 0 and owner != user",
+        "False",
+        "test_link.SshdSays.test_a_web_root_that_is_written_by_its_group",
+    ),
+    (
+        "an account that ssh does not take",
+        "cmd_link",
+        "not re.fullmatch(LOGIN, account.pw_name + '@host')",
+        "False",
+        "test_link.SshdSays.test_accounts_that_no_controller_can_name",
+    ),
+    (
+        "excludes that protect nothing",
+        "never_matches",
+        "not {'', '.', '..'}.isdisjoint(parts)",
+        "False",
+        "test_text.Config.test_excludes_that_protect_nothing",
+        FEW,
+    ),
+    (
+        "excludes that begin with the source",
+        "never_matches",
+        "within(pattern, source) and source != '/'",
+        "False",
+        "test_text.Config.test_excludes_that_protect_nothing",
+    ),
+    (
+        "excludes with a blank at an end",
+        "never_matches",
+        "pattern != pattern.strip()",
+        "False",
+        "test_text.Config.test_excludes_that_protect_nothing",
+    ),
+    (
+        "excludes with another source for one run",
+        "load_targets",
+        "never_matches(rule, source)",
+        "''",
+        "test_deleting.Deleting.test_an_exclude_that_begins_with_the_source_of_this_run",
+    ),
+    (
+        "what is kept is never deleted",
+        "Delivery.__init__",
+        "shared.config.delete is Deletion.ALLOW",
+        "shared.config.delete",
+        "test_deleting.Keeping",
+        FEW,
+    ),
+    (
+        "what cannot be kept is refused",
+        "classify",
+        "in_place.isdisjoint(above(path))",
+        "True",
+        "test_deleting.Keeping",
+    ),
+    (
+        "an empty source is refused with keep, too",
+        "refusal",
+        "config.delete is not Deletion.REFUSE",
+        "allowed",
+        "test_deleting.Keeping",
+    ),
+    (
+        "what is kept is no difference",
+        "Delivery.compare",
+        "keep or is_leftover(self.source, change)",
+        "is_leftover(self.source, change)",
+        "test_deleting.Keeping",
+    ),
+    (
+        "a word is no name of rsync's",
+        "",
+        "re.compile(b'\\\\.(.+)\\\\.(?![a-z]{6}$|[A-Z]{6}$|[0-9]{6}$)[A-Za-z0-9]{6}', re.DOTALL)",
+        "re.compile(rb'\\.(.+)\\.[A-Za-z0-9]{6}', re.DOTALL)",
+        "test_failures.Kills.test_a_leftover_is_only_a_word",
+    ),
+    (
+        "a rename survives a power cut",
+        "write_atomically",
+        "sync_directory(os.path.dirname(path))",
+        "None",
+        "test_state.PowerCut",
+    ),
+    (
+        "a record survives a power cut",
+        "append_log",
+        "os.fsync(log)",
+        "None",
+        "test_state.PowerCut",
+    ),
+    (
+        "a file of the state that others may write to",
+        "Home.refuse_strangers",
+        "(self.path, *names, self.plans, self.last)",
+        "(self.path,)",
+        "test_state.UserBeside",
+    ),
+    (
+        "a refused run leaves the last outcome alone",
+        "Log.finish",
+        "self.locked and record.result != 'refused'",
+        "self.locked",
+        "test_status.Status",
+    ),
+    (
+        "a server that asks for no key",
+        "Connection.open",
+        "re.search(b'(?m)^Authenticated to .* using \"none\"\\\\.\\\\r?$', result.stderr)",
+        "False",
+        "test_sentences.Host.test_what_the_host_does_at_every_login",
+    ),
+    (
+        "a program that cannot start",
+        "run",
+        "cannot_start(argv[0], result)",
+        "False",
+        "test_state.Surroundings.test_programs_that_cannot_start",
+    ),
+    (
+        "a connection that answered before",
+        "Connection.explain",
+        "self.answered and error.kind in (Kind.SILENT, Kind.NO_ANSWER)",
+        "False",
+        "test_state.Surroundings.test_a_connection_that_falls_silent_while_verifying",
     ),
 ]
 

@@ -477,9 +477,12 @@ class Lab:
         target = self.target(name, options)
         write(
             target.keys,
-            'command="/usr/bin/rrsync -wo'
-            ' %s",no-port-forwarding,no-agent-forwarding,no-X11-forwarding,no-pty,restrict %s'
-            % (target.path, read(os.path.join(self.state, "id_ed25519.pub"))),
+            'command="%s",%s %s'
+            % (
+                offsync.format_forced_command("/usr/bin/rrsync", target.path),
+                offsync.KEY_RESTRICTIONS,
+                read(os.path.join(self.state, "id_ed25519.pub")),
+            ),
         )
         os.makedirs(target.path)
         with open(os.path.join(self.state, "known_hosts"), "a") as stream:
@@ -683,7 +686,7 @@ class Fleet(LabCase):
     def refused(self, reviewed: str, *words: str, args=()) -> None:
         before = [snapshot(target.path) for target in self.targets]
         self.assert_refused(
-            self.lab.offsync("apply", *args, "--plan", reviewed), 1, "does not approve", *words
+            self.lab.offsync("apply", *args, "--plan", reviewed), 1, "nothing was sent", *words
         )
         self.assertEqual([snapshot(target.path) for target in self.targets], before)
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import unittest
 
-from lab import SharedLab, snapshot, write
+from lab import Fleet, SharedLab, read, snapshot, write
 
 
 class Deleting(SharedLab):
@@ -36,6 +36,16 @@ class Deleting(SharedLab):
         plan = self.lab.offsync("plan", "--delete", check=0).out.split()[-1]
         self.lab.offsync("apply", "--delete", "--plan", plan, check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_an_exclude_that_begins_with_the_source_of_this_run(self) -> None:
+        """It would match nothing in that source, and what it is to protect would be deleted."""
+        other = self.lab.base + "/other"
+        write(other + "/f", "x")
+        write(self.there + "/uploads/mine", "x")
+        self.lab.configure(exclude=[other + "/uploads/"])
+        done = self.lab.offsync("apply", "--delete", "--source", other)
+        self.assert_refused(done, 2, "protects nothing", "without " + other)
+        self.assertTrue(os.path.exists(self.there + "/uploads/mine"))
 
     def test_the_boundaries(self) -> None:
         for here, there, percent, fine in (
@@ -88,7 +98,7 @@ class Deleting(SharedLab):
         self.fill(2, 1)
         self.lab.offsync("apply", "--delete", check=0)
         write(self.there + "/again", "x")
-        self.assert_refused(self.lab.offsync("apply"), 1, "delete is false")
+        self.assert_refused(self.lab.offsync("apply"), 1, "deleting is not allowed")
         old = self.lab.base + "/yesterday"
         shutil.rmtree(old, ignore_errors=True)
         write(old + "/here0", "as it was")
@@ -106,6 +116,102 @@ class Deleting(SharedLab):
         self.assert_refused(
             self.lab.offsync("plan", "--source", old + "/none"), 1, "not a readable directory"
         )
+
+
+class Keeping(Fleet):
+    """ "delete: keep": what exists only on a target is left alone, and stops nothing."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        write(self.source + "/app", "v1")
+        write(self.source + "/conf", "a file in the source")
+        self.pid, self.directory, self.plain = self.targets
+
+    def put_in_place(self) -> None:
+        write(self.pid.path + "/app.pid", "4711")
+        write(self.directory.path + "/conf/local", "in a directory called conf")
+
+    def test_a_fleet_with_a_pid_file_a_directory_in_the_way_and_nothing(self) -> None:
+        self.put_in_place()
+        planned = self.lab.offsync("plan", "--keep", check=0).out
+        self.assertRegex(planned, r"(?m)^  missing   only on target, kept +app\.pid$")
+        self.assertIn("apply will refuse", planned)
+        before = [snapshot(target.path) for target in self.targets]
+        done = self.lab.offsync("apply", "--keep")
+        # Both are named: what would have to go, and what comes in its place.
+        self.assert_refused(done, 1, "cannot be kept", "conf, conf/local", self.directory.login)
+        self.assertNotIn("app.pid", done.err)
+        self.assertEqual([snapshot(target.path) for target in self.targets], before)
+        command = "offsync apply --except %s --keep" % self.directory.login
+        self.assertIn(command, done.err)
+        self.lab.offsync(*command.split()[1:], check=0)
+        self.assertEqual(read(self.pid.path + "/app.pid"), "4711")
+        self.assertEqual(read(self.pid.path + "/app"), "v1")
+        self.assertEqual(snapshot(self.plain.path), snapshot(self.source))
+        self.assertEqual(read(self.directory.path + "/conf/local"), "in a directory called conf")
+        record = next(r for r in self.lab.records()[-2:] if r["login"] == self.pid.login)
+        self.assertEqual((record["result"], record["files_deleted"]), ("ok", []))
+
+    def test_what_is_kept_is_no_difference(self) -> None:
+        self.lab.configure(delete='"keep"')
+        self.lab.offsync("apply", check=0)
+        write(self.pid.path + "/app.pid", "4711")
+        write(self.pid.path + "/logs/%s" % ("x" * 20), "a log")
+        self.assertEqual(self.lab.offsync("verify", check=0).out, "")
+        self.lab.offsync("plan", "--exit-code", check=0)
+        self.lab.offsync("apply", check=0)
+        write(self.source + "/app", "v2")
+        self.lab.offsync("plan", "--exit-code", check=3)
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(read(self.pid.path + "/app"), "v2")
+        self.assertEqual(read(self.pid.path + "/app.pid"), "4711")
+        self.lab.configure(delete="false")
+        self.assertIn("only on target ", self.lab.offsync("verify", check=3).out)
+        self.lab.offsync("verify", "--keep", check=0)
+
+    def test_nothing_counts_towards_a_guard_and_a_source_that_lost_all_is_refused(self) -> None:
+        self.lab.configure(delete='"keep"', max_delete="0")
+        for number in range(30):
+            write(self.pid.path + "/old%d" % number, "x")
+            write(self.pid.path + "/CONF%d" % number, "x")
+            write(self.source + "/conf%d" % number, "x")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(len(snapshot(self.pid.path)), 92)
+        shutil.rmtree(self.source)
+        os.mkdir(self.source)
+        for excluded in ((), (".git/x",)):
+            for name in excluded:
+                write(self.source + "/" + name, "excluded")
+            done = self.lab.offsync("apply")
+            self.assert_refused(done, 1, "empty source")
+        self.assertEqual(len(snapshot(self.pid.path)), 92)
+
+    def test_it_does_not_go_with_delete_and_an_option_wins_over_the_config(self) -> None:
+        self.put_in_place()
+        self.assert_refused(self.lab.offsync("apply", "--keep", "--delete"), 2, "not allowed with")
+        self.lab.configure(delete="true")
+        self.lab.offsync("apply", "--keep", self.pid.login, check=0)
+        self.assertTrue(os.path.exists(self.pid.path + "/app.pid"))
+        self.lab.configure(delete='"keep"')
+        self.lab.offsync("apply", "--delete", self.pid.login, check=0)
+        self.assertFalse(os.path.exists(self.pid.path + "/app.pid"))
+
+    def test_a_reviewed_plan_with_what_is_kept(self) -> None:
+        """The review holds though another file appears that is kept, too."""
+        self.lab.configure(delete='"keep"')
+        write(self.pid.path + "/app.pid", "4711")
+        reviewed = self.review()
+        write(self.plain.path + "/app.pid", "4712")
+        os.unlink(self.pid.path + "/app.pid")
+        self.lab.offsync("apply", "--plan", reviewed, check=0)
+        self.assertEqual(read(self.plain.path + "/app.pid"), "4712")
+        # A plan brings no option with it; the hint does.
+        self.lab.configure(delete="false")
+        done = self.lab.offsync("apply", self.pid.address, "--plan", reviewed)
+        self.assert_refused(done, 1, "another policy", 'delete "keep", not false')
+        command = "offsync apply %s --keep --plan %s" % (self.pid.address, reviewed)
+        self.assertIn(command, done.err)
+        self.lab.offsync(*command.split()[1:], check=0)
 
 
 if __name__ == "__main__":

@@ -165,29 +165,32 @@ class Kills(SharedLab):
         """Names of rsync's own never block, are no difference, and are deleted under the delete
         policy only: a user may have made them.
         """
-        for name in ("d/.big.aB3xY9", "d/.big.backup", "x/.~tmp~/precious", "d/.~tmp~/big"):
+        for name in ("d/.big.aB3xY9", "x/.~tmp~/precious", "d/.~tmp~/big"):
             write(self.there + "/" + name, "somebody's")
-        write(self.there + "/d/.other.aB3xY9", "another name")
+        others = ["d/.other.aB3xY9", "d/.big.backup", "d/.big.SERVER", "d/.big.202611", "x/mine"]
+        for name in others:
+            write(self.there + "/" + name, "a user's")
         os.mkdir(self.there + "/d/.big.cD4zZ9")
-        write(self.there + "/x/mine", "x")
         self.lab.configure(bwlimit="0")
         out = self.lab.offsync("plan", check=0).out
         for name, kind in (
             ("d/.big.aB3xY9", "leftover"),
-            ("d/.big.backup", "leftover"),
+            ("d/.big.backup", "missing"),
+            ("d/.big.SERVER", "missing"),
+            ("d/.big.202611", "missing"),
             ("x/.~tmp~/precious", "leftover"),
             ("d/.other.aB3xY9", "missing"),
             ("d/.big.cD4zZ9", "missing"),
             ("x/mine", "missing"),
         ):
             self.assertRegex(out, r"(?m)^  %s +\S.* %s$" % (kind, re.escape(name)))
-        self.assert_refused(self.lab.offsync("apply"), 1, "4 missing")
-        for name in ("d/.other.aB3xY9", "x/mine"):
+        self.assert_refused(self.lab.offsync("apply"), 1, "7 entries exist only on a target")
+        for name in others:
             os.unlink(self.there + "/" + name)
         os.rmdir(self.there + "/d/.big.cD4zZ9")
         write(self.source + "/x/more", "so x is in the source")
         self.lab.offsync("apply", check=0)
-        for name in ("d/.big.aB3xY9", "d/.big.backup", "x/.~tmp~/precious"):
+        for name in ("d/.big.aB3xY9", "x/.~tmp~/precious"):
             self.assertEqual(read(self.there + "/" + name), "somebody's")
         self.lab.offsync("verify", check=0)
         self.lab.offsync("apply", "--delete", check=0)

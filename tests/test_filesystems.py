@@ -66,12 +66,12 @@ class Case(Standing):
         for root, name in (
             (self.source, ".env.Backup"),
             (self.there, ".env.Backup"),
-            (self.there, ".env.backup"),
+            (self.there, ".env.bACKup"),
         ):
             write(root + "/" + name, "the only copy")
         done = self.lab.offsync("apply", "--delete", check=1)
-        self.assertIn(".env.Backup, .env.backup", done.err)
-        self.assertEqual(sorted(os.listdir(self.there)), [".env.Backup", ".env.backup"])
+        self.assertIn(".env.Backup, .env.bACKup", done.err)
+        self.assertEqual(sorted(os.listdir(self.there)), [".env.Backup", ".env.bACKup"])
 
     def test_what_a_cache_goes_on_showing_is_read(self) -> None:
         """A reviewed deletion takes the only copy, and the target's list still shows it."""

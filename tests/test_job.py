@@ -29,8 +29,10 @@ class Job(LabCase):
         self.assertTrue(linked.out.startswith("offsync target add %s@" % USER), linked.out)
         self.assertEqual(
             read(target.keys),
-            'command="/usr/bin/rrsync -wo %s",no-port-forwarding,no-agent-forwarding,'
-            "no-X11-forwarding,no-pty,restrict %s\n" % (target.path, key),
+            "command=\"/bin/sh -c 'case $SSH_ORIGINAL_COMMAND in *--compare-dest*|*--copy-dest*"
+            "|*--link-dest*) echo offsync: basis directories are refused >&2; exit 1;; esac; exec "
+            "/usr/bin/rrsync -wo %s'\",no-port-forwarding,no-agent-forwarding,no-X11-forwarding,"
+            "no-pty,restrict %s\n" % (target.path, key),
         )
         lab.add(target)
         write(lab.source + "/sent mail", "1")

@@ -18,6 +18,8 @@ from lab import (
     OFFSYNC,
     Lab,
     LabCase,
+    can_mount,
+    login_shell,
     offsync,
     read,
     require,
@@ -50,11 +52,10 @@ class Linking(LabCase):
         self.assertEqual(os.stat(self.keys).st_ino, before.st_ino)
         other = self.lab.base + "/other"
         self.key = self.key.rsplit(" ", 1)[0] + " somebody else"
-        self.assertIn(
-            "-wo " + self.path, self.link(path=other, check=0).err
-        )  # says what it replaces
+        # It says what it replaces.
+        self.assertIn("no longer write to " + self.path, self.link(path=other, check=0).err)
         self.assertEqual(read(self.keys).count("\n"), 1)
-        self.assertIn('-wo %s"' % other, read(self.keys))
+        self.assertIn("-wo %s'\"" % other, read(self.keys))
         self.assertIn("somebody else", read(self.keys))
         self.assertRegex(
             first.out,
@@ -97,7 +98,7 @@ class Linking(LabCase):
 
     def test_the_default_path_is_below_home(self) -> None:
         self.lab.offsync("link", "--key", self.key, *risk(), home=self.target_home, check=0)
-        self.assertIn('-wo %s/.offsync/sync"' % self.target_home, read(self.keys))
+        self.assertIn("-wo %s/.offsync/sync'\"" % self.target_home, read(self.keys))
         self.assertTrue(os.path.isdir(self.target_home + "/.offsync/sync"))
 
     @unittest.skipIf(os.geteuid() == 0, "root may create it anywhere")
@@ -297,16 +298,15 @@ class Linking(LabCase):
         self.assertIn(self.key.split()[1], read(self.keys))
 
     def test_a_changed_line_is_never_already_linked(self) -> None:
-        self.assertIn("linked in", self.link("--from", "10.0.0.1").err)
-        self.assertIn("already linked in", self.link("--from", "10.0.0.1").err)
+        self.assertIn("linked for", self.link("--from", "10.0.0.1").err)
+        self.assertIn("already linked for", self.link("--from", "10.0.0.1").err)
         said = self.link().err  # without --from the key must not come from more places than before
         self.assertIn('kept from="10.0.0.1"', said)
         self.assertTrue(read(self.keys).startswith('from="10.0.0.1",command='))
         said = self.link("--from", "10.0.0.2").err
         self.assertNotIn("already", said)
-        self.assertNotIn(
-            "can no longer be delivered to", said
-        )  # only the place where it comes from is another
+        # Only the place where it comes from is another.
+        self.assertNotIn("no longer write to", said)
         self.assertEqual(read(self.keys).count("from="), 1)
         self.path += "2"
         self.link()
@@ -379,7 +379,13 @@ class Quoting(unittest.TestCase):
         write(lab.source + "/f", "content")
         target = lab.target("t")
         base = target.path
-        for name in ("with space", 'q"', "$HOME `id`; *", "-n", '\u00e9 per%cent a"b'):
+        for name in (
+            "with space",
+            "$HOME `id`; *",
+            "-n",
+            "\u00e9 per%cent a!b",
+            "(x)<y>|{z}[w]?#~&",
+        ):
             with self.subTest(name=name):
                 target.path = "%s/%s" % (base, name)
                 lab.link(target)
@@ -388,8 +394,8 @@ class Quoting(unittest.TestCase):
                 self.assertEqual(snapshot(target.path), snapshot(lab.source))
 
     def test_what_login_shells_read_in_different_ways_is_refused(self) -> None:
-        for path in ("/srv/it's", "/srv/back\\slash"):
-            with self.assertRaisesRegex(offsync.UsageError, "an apostrophe or a backslash"):
+        for path in ("/srv/it's", "/srv/back\\slash", '/srv/q"'):
+            with self.assertRaisesRegex(offsync.UsageError, "a quote or a backslash"):
                 offsync.validate_link_path(path, (), True)
 
 
@@ -489,6 +495,85 @@ class KeyThief(LabCase):
             self.assert_refused(self.link("--rrsync", self.rrsync), 1, "does not work here", said)
             self.assert_nothing_left()
 
+    def test_it_reads_no_file_through_a_basis_directory(self) -> None:
+        """A symlink is planted below the path, and a file outside compared with a guess.
+
+        With the plain line the answer tells whether the guess was right, so that in the end all is
+        read; with the guard nothing is answered, in every login shell.
+        """
+        secret, planted = self.lab.base + "/secret", self.lab.base + "/planted"
+        write(secret + "/key", "the secret", 0o600)
+        os.makedirs(planted + "/base")
+        os.symlink(secret, planted + "/base/x")
+        target = self.lab.target("one")
+        self.home, self.keys = target.home, target.keys
+        ssh = "ssh -F /dev/null -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
+        ssh += " -o LogLevel=ERROR -p %d -i %s/id_ed25519" % (target.port, self.lab.state)
+
+        def push(tree: str, *options: str) -> subprocess.CompletedProcess:
+            argv = ["rsync", "-rlci", "-e", ssh, *options, tree + "/", target.login + ":."]
+            return subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+        def guess(option: str) -> list:
+            """Return what rsync says of a right guess and of a wrong one."""
+            said = []
+            for text in ("the secret", "the socket"):
+                write(self.lab.base + "/guess/x/key", text)
+                said.append(push(self.lab.base + "/guess", "-n", option + "base"))
+            return said
+
+        options = ("--compare-dest=", "--copy-dest=", "--link-dest=")
+        plain = 'command="/usr/bin/rrsync -wo %s/data",%s %s\n'
+        plain %= (self.lab.base, offsync.KEY_RESTRICTIONS, self.key)
+        os.mkdir(self.lab.base + "/data")
+        write(self.keys, plain)
+        self.assertEqual(push(planted).returncode, 0)
+        for option in options:
+            right, wrong = guess(option)
+            self.assertNotIn("<f", right.stdout)
+            self.assertIn("<f", wrong.stdout)
+        done = self.link(*risk(), check=0)
+        self.assertIn("replaced the plain line", done.err)
+        self.assertEqual(read(self.keys).count("\n"), 1)
+        # A directory of such a name is delivered as any other.
+        write(self.lab.base + "/honest/my-dest/f", "x")
+        shells = ["dash", "bash", "zsh", "fish", "tcsh"] if can_mount() else [""]
+        for shell in filter(shutil.which, shells) if can_mount() else shells:
+            with self.subTest(shell=shell):
+                target.stop()
+                target.namespace = login_shell(shutil.which(shell)) if shell else ""
+                target.start()
+                for option in options:
+                    for said in guess(option):
+                        self.assertIn("basis directories are refused", said.stderr)
+                        self.assertEqual(said.stdout, "")
+                self.assertEqual(push(self.lab.base + "/honest").returncode, 0)
+
+    def test_the_plain_line_goes_on_working_and_is_recognised(self) -> None:
+        """As the reference wrote it, without restrict, or as README had it."""
+        target = self.lab.target("one")
+        self.home, self.keys = target.home, target.keys
+        os.mkdir(self.lab.base + "/data")
+        for final in ("", ",restrict"):
+            plain = 'command="/usr/bin/rrsync -wo %s/data",no-port-forwarding,no-agent-forwarding,'
+            plain += "no-X11-forwarding,no-pty%s %s\n"
+            write(self.keys, plain % (self.lab.base, final, self.key))
+            target.path = self.lab.base + "/data"
+            self.lab.add(target)
+            write(self.lab.source + "/f", "x" + final)
+            self.lab.offsync("apply", check=0)
+            self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
+            unlinked = self.lab.offsync("unlink", "--key", self.key, home=self.home, check=0)
+            self.assertIn("goes on until it ends", unlinked.err)
+            self.assertEqual(read(self.keys), "")
+            write(self.keys, plain % (self.lab.base, final, self.key))
+            linked = self.link(*risk(), check=0)
+            self.assertIn("replaced the plain line", linked.err)
+            self.assertNotIn("no longer write", linked.err)
+            self.assertEqual((read(self.keys).count("-wo"), read(self.keys).count("case ")), (1, 1))
+            again = self.link(*risk(), check=0).err
+            self.assertNotIn("replaced", again)
+
     def test_no_symlinks_with_an_rrsync_that_knows_none_of_it(self) -> None:
         write(self.rrsync, "#!/bin/sh\necho 'unknown option' >&2\nexit 1\n", 0o755)
         done = self.link("--rrsync", self.rrsync, "--no-symlinks")
@@ -506,7 +591,7 @@ class KeyThief(LabCase):
             home=target.home,
             check=0,
         )
-        self.assertIn('rrsync -wo -munge %s"' % target.path, read(target.keys))
+        self.assertIn("rrsync -wo -munge %s'\"" % target.path, read(target.keys))
         self.assertIn(" --no-symlinks", linked.out)
         self.lab.add(target, "--no-symlinks")
         self.assertIn("symlinks: false", read(self.lab.state + "/config.yaml"))
@@ -595,7 +680,6 @@ class Paths(LabCase):
                         done,
                         2,
                         "others could put another directory in its place",
-                        "chmod",
                         "--accept-risk path",
                     )
                 else:
@@ -703,6 +787,47 @@ class SshdSays(LabCase):
         done = self.link(data, "port 22", args=("--accept-risk", "path"))
         self.assertEqual(done.returncode, 0, done.err)
 
+    def test_what_lets_the_key_out_of_its_restriction(self) -> None:
+        """A variable that names code, or a tunnel device; and what is harmless."""
+        data = self.lab.base + "/data"
+        for setting, warned in (
+            ("acceptenv *", True),
+            ("acceptenv LANG\nacceptenv PYTHON*", True),
+            ("acceptenv LANG LD_LIBRARY_PATH", True),
+            ("acceptenv BASH_ENV", True),
+            ("acceptenv PERL5*", True),
+            ("acceptenv ?ATH", True),
+            ("acceptenv LANG\nacceptenv LC_*", False),
+            ("acceptenv COLORTERM LC_* TZ", False),
+            ("permittunnel yes", True),
+            ("permittunnel point-to-point", True),
+            ("permittunnel no", False),
+        ):
+            with self.subTest(setting=setting):
+                done = self.link(data, "port 22\n" + setting)
+                self.assertEqual(done.returncode, 0, done.err)
+                word = "AcceptEnv" if "acceptenv" in setting else "PermitTunnel"
+                self.assertEqual(word in done.err, warned, done.err)
+
+    def test_it_says_for_which_account(self) -> None:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        done = self.link(self.lab.base + "/data", "port 22")
+        self.assertIn("linked for %s, in " % user, done.err)
+
+    def test_accounts_that_no_controller_can_name(self) -> None:
+        """target add and ssh refuse such logins; link refuses before it links anything."""
+        account = pwd.getpwuid(os.geteuid())
+        args = ["link", "--path", self.lab.base + "/data", "--key", self.key]
+        for name in ("domain svc", "j.o'brien", "a;b", "-x"):
+            other = pwd.struct_passwd((name, *account[1:]))
+            with (
+                self.subTest(name=name),
+                mock.patch.object(pwd, "getpwuid", return_value=other),
+                self.assertRaisesRegex(offsync.OffsyncError, "no login of that name"),
+            ):
+                offsync.cmd_link(offsync.build_parser().parse_args(args))
+            self.assertFalse(os.path.exists(self.lab.base + "/data"))
+
     def test_a_web_root_that_is_written_by_its_group(self) -> None:
         """The remedy for others' access must not take away the key's own."""
         data = self.lab.base + "/web"
@@ -711,7 +836,11 @@ class SshdSays(LabCase):
         self.assertIn("chmod go-w", self.link(data, "port 22").err)
         if os.geteuid() == 0:
             os.chown(data, 65534, 0)
-            err = self.link(data, "port 22").err
+            refused = self.link(data, "port 22")
+            self.assert_refused(
+                refused, 2, "belongs to nobody", "sudo -iu nobody", "--accept-risk path"
+            )
+            err = self.link(data, "port 22", args=("--accept-risk", "path")).err
             self.assertIn("belongs to nobody", err)
             self.assertIn("is writable for others", err)
             self.assertNotIn("chmod", err)

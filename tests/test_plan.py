@@ -275,10 +275,10 @@ class Policies(SharedLab):
             done,
             1,
             "nothing was sent",
-            "delete is false",
+            "deleting is not allowed",
             "mine",
             self.target.login,
-            '"delete: true"',
+            "--keep",
             "--delete",
         )
         self.assertEqual((self.unchanged(), snapshot(other.path)), before)
@@ -286,13 +286,13 @@ class Policies(SharedLab):
             [(r["result"], r["files_changed"]) for r in self.lab.records()[-2:]],
             [("refused", [])] * 2,
         )
-        self.assertIn("delete is false", self.lab.records()[-1]["error"])
+        self.assertIn("deleting is not allowed", self.lab.records()[-1]["error"])
         self.lab.configure(delete="true", overwrite="false")
         self.assert_refused(
             self.lab.offsync("apply"),
             1,
             "nothing was sent",
-            "overwrite is false",
+            "overwriting is not allowed",
             "f",
             '"overwrite: true"',
         )
@@ -344,7 +344,6 @@ class PlanIds(SharedLab):
             self.lab.offsync("apply", "--plan", reviewed, *args),
             1,
             "nothing was sent",
-            "does not approve",
             *words,
         )
         self.assertEqual(self.unchanged(), before)
@@ -374,7 +373,9 @@ class PlanIds(SharedLab):
         write(self.there + "/g", b"hhhh")
         os.unlink(self.there + "/f")
         self.lab.offsync("target", "remove", other.login, check=0)
-        self.refused(plan_id, "the policy is now", "delete true, not false", args=["--delete"])
+        self.refused(
+            plan_id, "made with another policy", "delete false, not true", args=["--delete"]
+        )
         self.assert_refused(
             self.lab.offsync("apply", "--plan", "f" * 64), 2, "No such file", "the whole ID"
         )
@@ -503,8 +504,8 @@ class Manifests(SharedLab):
             "manifest", self.there, "--check", "-", input=done.stdout, check=3
         )
         self.assertEqual(
-            [line.split(None, 1)[0] for line in differing.out.splitlines()],
-            ["missing", "added", "modified"],
+            [line[:10].strip() for line in differing.out.splitlines()],
+            ["not here", "not listed", "modified"],
         )
         self.assert_refused(
             self.lab.offsync("manifest", self.there, "--check", "-", input=b"nonsense\n"), 2, ":1"

@@ -58,6 +58,8 @@ class Sshd(SentenceCase):
             ("ForceCommand /bin/false", "", "no rsync ever answered"),
             ("ForceCommand /usr/sbin/nologin", "", "give %s a real one" % USER),
         )
+        if os.geteuid() == 0:
+            rows += (("ChrootDirectory /usr/share", "", "take ChrootDirectory"),)
         self.addCleanup(self.restart, "")
         for options, config, words in rows:
             with self.subTest(options=options):
@@ -81,6 +83,11 @@ class Answers(SentenceCase):
             ("read -p name answer; " + rrsync, "then did not answer in time"),
             ("cat > /dev/null; " + rrsync, "then did not answer in time"),
             ("echo Welcome; " + rrsync, "prints text where rrsync must be alone"),
+            (
+                "/usr/bin/python3 -c 'import no_such_module'",
+                "a library, a module or its interpreter is missing",
+            ),
+            ("/usr/bin/env no-such-python3", "a library, a module or its interpreter is missing"),
             ("true", "not rrsync"),
             ("/usr/sbin/nologin", "give %s a real one" % USER),
             ("bash -r -c " + rrsync.replace(" ", "\\\\ "), "restricted one"),
@@ -167,11 +174,36 @@ class Host(SentenceCase):
                     words, never=("apply again finishes", "connection was lost", "~/.ssh/config")
                 )
 
+    def test_what_the_host_does_at_every_login(self) -> None:
+        for name in ("/etc/ssh/sshrc", "/run/nologin"):
+            # A place to mount at, in the host's own file system for a moment.
+            if not os.path.exists(name):
+                write(name, "")
+                self.addCleanup(os.unlink, name)
+        script, text = self.lab.base + "/sshrc", self.lab.base + "/nologin"
+        write(script, "echo hello\n")
+        write(text, "System is booting up. Unprivileged users are not permitted to log in yet.\n")
+        account = pam("account required pam_nologin.so", "session required pam_permit.so")
+        empty = change("/etc/shadow", "s,^root:[^:]*:,root::,")
+        for namespace, options, words in (
+            ("mount --bind %s /etc/ssh/sshrc\n" % script, "", "/etc/ssh/sshrc"),
+            (account + "mount --bind %s /run/nologin\n" % text, "UsePAM yes", "closed for logins"),
+            (
+                empty,
+                "PermitEmptyPasswords yes\nPasswordAuthentication yes",
+                "lets anybody log in as root without a key",
+            ),
+        ):
+            with self.subTest(words=words):
+                self.restart(options, namespace)
+                self.said(words, never=("ForceCommand is", "authorized_keys", "expired"))
+
     def test_disks(self) -> None:
         """Each fails an apply; what the disk is mounted at is the target's path."""
         small = "mount -t tmpfs -o size=16k tmpfs %s\n" % self.there
         for namespace, command, words in (
             (small, "apply", "the disk is full there"),
+            ("ulimit -f 1\n", "apply", "a file is larger than"),
             (small + "mount -o remount,ro %s\n" % self.there, "apply", "read-only there"),
             (
                 small.replace("16k", "1m")

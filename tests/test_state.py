@@ -8,9 +8,12 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import unittest
+from unittest import mock
 
 from lab import (
     OFFSYNC,
@@ -18,6 +21,7 @@ from lab import (
     LabCase,
     Standing,
     can_mount,
+    offsync,
     read,
     require,
     snapshot,
@@ -50,7 +54,7 @@ class UserBeside(LabCase):
                     )
         os.chmod(self.lab.state, 0o700)
         os.chmod(self.lab.home, 0o777)  # a parent
-        self.assert_refused(self.lab.offsync("plan"), 1, "chmod go-w " + self.lab.home)
+        self.assert_refused(self.lab.offsync("plan"), 1, "everybody may write to " + self.lab.home)
         os.chmod(self.lab.home, 0o755)
         self.lab.offsync("plan", check=0)
 
@@ -58,23 +62,38 @@ class UserBeside(LabCase):
     def test_one_that_belongs_to_another(self) -> None:
         self.lab.init()
         os.chown(self.lab.state, 65534, 65534)
-        self.assert_refused(self.lab.offsync("plan"), 1, "belongs to nobody", "chown")
+        self.assert_refused(self.lab.offsync("plan"), 1, "belongs to nobody")
+        self.assertNotIn("chown", self.lab.offsync("plan", check=1).err)
 
-    def test_what_is_in_it_is_opened_without_following_symlinks(self) -> None:
+    def test_a_file_in_it_that_others_may_write_to(self) -> None:
+        """Another user could name a source, a host key, or a plan of their own."""
         self.lab.joined_by_hand("one")
         write(self.lab.source + "/f", "x")
-        for name in ("lock", "operations.log"):
-            with self.subTest(name=name):
-                victim = self.lab.base + "/victim"
-                write(victim, "keep")
-                path = self.lab.state + "/" + name
-                if os.path.lexists(path):
-                    os.unlink(path)
-                os.symlink(victim, path)
-                self.assert_refused(self.lab.offsync("apply"), 1, name)
-                self.assertEqual(read(victim), "keep")
-                os.unlink(path)
+        plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
         self.lab.offsync("apply", check=0)
+        names = "config.yaml known_hosts id_ed25519 operations.log lock plans last".split()
+        for name in names:
+            path = self.lab.state + "/" + name
+            mode = stat.S_IMODE(os.stat(path).st_mode)
+            for wrong in (mode | 0o020, mode | 0o002):
+                os.chmod(path, wrong)
+                done = self.lab.offsync("plan")
+                self.assert_refused(done, 1, "others could change", "chmod go-w " + path)
+            os.chmod(path, mode)
+        self.lab.offsync("apply", "--plan", plan_id, check=0)
+
+    def test_a_log_elsewhere_is_written_where_only_we_can_change_it(self) -> None:
+        self.lab.joined_by_hand("one")
+        write(self.lab.source + "/f", "x")
+        elsewhere = self.lab.base + "/logs/offsync.log"
+        os.mkdir(os.path.dirname(elsewhere))
+        os.symlink(elsewhere, self.lab.state + "/operations.log")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(len(self.lab.records()), 1)
+        self.assertTrue(os.path.islink(self.lab.state + "/operations.log"))
+        self.assertIn(" ok ", self.lab.offsync("log", check=0).out)
+        os.chmod(os.path.dirname(elsewhere), 0o777)
+        self.assert_refused(self.lab.offsync("plan"), 1, "everybody may write", "logs")
 
     def test_nothing_beside_it_or_in_the_current_directory_is_imported(self) -> None:
         trap = self.lab.base + "/trap"
@@ -179,7 +198,7 @@ class Records(Standing):
         write(self.there + "/mine", "x")
         write(self.source + "/f", "x")
         done = self.lab.offsync("apply", "--json")
-        self.assert_refused(done, 1, "delete is false")
+        self.assert_refused(done, 1, "deleting is not allowed")
         self.assertEqual(json.loads(done.out), self.last())
 
     def test_the_lock_is_taken(self) -> None:
@@ -224,7 +243,7 @@ class Records(Standing):
         subprocess.run(["mount", "--bind", full + "/log", log], check=True)
         self.addCleanup(subprocess.run, ["umount", log], check=True)
         done = self.lab.offsync("apply", check=1)
-        self.assertIn("delete is false", done.err)
+        self.assertIn("deleting is not allowed", done.err)
         self.assertIn("the record could not be written", done.err)
 
 
@@ -319,7 +338,109 @@ class OwnKey(Standing):
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
 
+class PowerCut(unittest.TestCase):
+    """What a kernel has only in memory is lost with the power: order and names count, too."""
+
+    def setUp(self) -> None:
+        self.base = tempfile.mkdtemp(prefix="offsync-power-")
+        self.addCleanup(shutil.rmtree, self.base)
+        self.done: list = []
+        for name, what in (
+            ("fsync", lambda number: os.readlink("/proc/self/fd/%d" % number)),
+            ("rename", lambda old, new: "rename " + new),
+        ):
+            real = getattr(os, name)
+
+            def noted(*args, real=real, what=what):
+                self.done.append(what(*args))
+                return real(*args)
+
+            patched = mock.patch.object(os, name, noted)
+            patched.start()
+            self.addCleanup(patched.stop)
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "the names of open files are not told")
+    def test_a_rename_and_a_log_record(self) -> None:
+        path = self.base + "/file"
+        offsync.write_atomically(path, [b"text"], 0o600)
+        content, rename, directory = self.done
+        self.assertTrue(content.startswith(self.base + "/.offsync-"))
+        self.assertEqual([rename, directory], ["rename " + path, self.base])
+        self.done.clear()
+        home = mock.Mock(log=self.base + "/operations.log")
+        record = offsync.Record("2026-01-01T00:00:00Z", "me", "web1", "deploy@web1", "/srv")
+        offsync.append_log(home, record)
+        self.assertEqual(self.done, [self.base, home.log])
+        offsync.append_log(home, record)
+        self.assertEqual(self.done[2:], [home.log])
+
+
 class Surroundings(Standing):
+    def test_programs_that_cannot_start(self) -> None:
+        """A library is missing, or is of another version: it is this host's, and is said as that.
+
+        It must not look like another host key, a bad key, or a target's failure.
+        """
+        write(self.source + "/f", "x")
+        missing = (
+            '#!/bin/sh\necho "$0: error while loading shared libraries: libcrypto.so.3: cannot open'
+            ' shared object file: No such file or directory" >&2\nexit 127\n'
+        )
+        mismatch = (
+            '#!/bin/sh\necho "OpenSSL version mismatch. Built against 30000080, you have 30500000"'
+            " >&2\nexit 255\n"
+        )
+        musl = (
+            '#!/bin/sh\necho "Error loading shared library libz.so.1: No such file or directory'
+            ' (needed by $0)" >&2\nexit 127\n'
+        )
+        for name, text in (
+            ("ssh", missing),
+            ("ssh", mismatch),
+            ("ssh-keygen", missing),
+            ("ssh-keygen", mismatch),
+            ("rsync", missing),
+            ("rsync", musl),
+        ):
+            with self.subTest(name=name, text=text):
+                path = self.lab.bin + "/" + name
+                before = read(path) if os.path.exists(path) else None
+                self.lab.program(name, text)
+                try:
+                    doctor = self.lab.offsync("doctor", check=1)
+                    self.assertIn("%s: this program cannot start on this host" % path, doctor.out)
+                    self.assertNotIn("host key", doctor.out + doctor.err)
+                    command = ["plan"]
+                    if name == "ssh-keygen":
+                        command = ["link", "--key-file", self.lab.state + "/id_ed25519.pub"]
+                    done = self.lab.offsync(*command)
+                    self.assertEqual(done.returncode, 1, done.err)
+                    self.assertIn("cannot start on this host", done.err + done.out)
+                finally:
+                    os.unlink(path)
+                    if before is not None:
+                        self.lab.program(name, before)
+        self.assertEqual(snapshot(self.there), {})
+        self.lab.offsync("apply", check=0)
+
+    def test_what_a_target_says_is_no_failure_of_this_host(self) -> None:
+        write(self.source + "/f", "x")
+        words = "rsync: error while loading shared libraries: libpopt.so.0: cannot open it"
+        self.there_runs("echo '%s' >&2; exit 127" % words)
+        out = self.lab.offsync("plan", check=1).out
+        self.assertIn("rrsync or rsync on the target cannot start", out)
+        self.assertNotIn("this host", out)
+
+    def test_a_connection_that_falls_silent_while_verifying(self) -> None:
+        """The target has answered before, so neither its login nor its start files are at fault."""
+        write(self.source + "/f", "x")
+        quick = self.lab.base + "/offsync.py"
+        write(quick, read(OFFSYNC).replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 3.0"))
+        self.there_runs("[ -e f ] && exec cat > /dev/null; real")
+        done = self.lab.offsync("apply", check=1, program=quick)
+        self.assertIn("the connection was lost", done.err)
+        self.assertNotIn(".bashrc", done.err)
+
     def test_an_ignored_sigchld(self) -> None:
         write(self.source + "/f", "x")
         code = (

@@ -46,8 +46,11 @@ class Status(Fleet):
         )
         self.assertEqual({record["source"] for record in last.values()}, {self.source})
         write(self.targets[0].path + "/mine", "x")
+        before = self.lab.offsync("target", "list", check=0).out
         self.lab.offsync("apply", check=1)
-        self.assertEqual(self.lab.offsync("target", "list", check=0).out.count("  refused  "), 3)
+        self.lab.offsync("apply", "--plan", "0" * 64, check=2)
+        self.assertEqual([record["result"] for record in self.lab.records()[-6:]], ["refused"] * 6)
+        self.assertEqual(self.lab.offsync("target", "list", check=0).out, before)
         self.lab.offsync(
             "target", "remove", self.targets[2].address, check=0
         )  # a host that only one has
@@ -162,7 +165,7 @@ class OperationsLog(Fleet):
         write(self.source + "/other", "1")
         os.unlink(self.source + "/app.conf")
         self.lab.offsync("apply", one, "--delete", check=0)
-        self.lab.offsync("apply", check=1)  # refused: delete is false
+        self.lab.offsync("apply", check=1)  # refused
         rows = self.log()
         records = self.lab.records()
         self.assertEqual(len(rows), 1 + len(records))
@@ -226,7 +229,7 @@ class GoingOn(Fleet):
         logins = [target.login for target in self.targets]
         write(self.targets[1].path + "/stray", "mine")
         done = self.lab.offsync("apply", check=1)
-        words = done.err.split("leave those targets out: ")[1].split(": ")[0]
+        words = done.err.split("leave those targets out: ")[1].strip()
         self.assertEqual(words, "offsync apply --except " + logins[1])
         self.assertIn("stray", done.err)
         done = self.lab.offsync(*words.split()[1:], check=0)

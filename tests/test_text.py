@@ -21,7 +21,7 @@ from lab import OFFSYNC, offsync, read
 
 # What is to be audited, at most: expression nodes in all and of the trust core, statements,
 # expression nodes a statement. No layout changes these.
-EXPRESSIONS, CORE, STATEMENTS, DENSITY = 20_200, 8_600, 3_270, 6.4
+EXPRESSIONS, CORE, STATEMENTS, DENSITY = 21_310, 9_050, 3_465, 6.4
 CONFIG = """version: 1
 source: "/srv/app-data"
 delete: false
@@ -39,9 +39,10 @@ targets:
 WEB1 = offsync.Target("deploy@web1", "/srv/x")
 KEY = offsync.PublicKey("ssh-ed25519", "AAAAC3NzaC1lZDI1NTE5AAAAIKtest", "me@here")
 LINE = (
-    'command="/usr/bin/rrsync -wo'
-    ' /srv/app-data",no-port-forwarding,no-agent-forwarding,no-X11-forwarding,no-pty,restrict'
-    " ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKtest me@here"
+    "command=\"/bin/sh -c 'case $SSH_ORIGINAL_COMMAND in *--compare-dest*|*--copy-dest*"
+    "|*--link-dest*) echo offsync: basis directories are refused >&2; exit 1;; esac; exec"
+    " /usr/bin/rrsync -wo /srv/app-data'\",no-port-forwarding,no-agent-forwarding,"
+    "no-X11-forwarding,no-pty,restrict ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKtest me@here"
 )
 
 
@@ -52,7 +53,7 @@ class Config(unittest.TestCase):
             config,
             offsync.Config(
                 "/srv/app-data",
-                False,
+                offsync.Deletion.REFUSE,
                 True,
                 "hash",
                 (".git/",),
@@ -108,6 +109,10 @@ class Config(unittest.TestCase):
             "delete: yes": 3,
             "delete: False": 3,
             "delete: 1": 3,
+            "delete: 0": 3,
+            "delete: kept": 3,
+            "delete: Keep": 3,
+            'delete: ["keep"]': 3,
             'delete: "true"': 3,
             "delete: ~": 3,
             "delete:": 3,
@@ -169,6 +174,50 @@ class Config(unittest.TestCase):
                 self.assertIn(old, CONFIG)
                 with self.assertRaises(offsync.UsageError):
                     offsync.validate_config(CONFIG.replace(old, new), "FILE")
+
+    def test_excludes_that_protect_nothing(self) -> None:
+        """With "delete: true", what they were to protect would be deleted."""
+        for pattern in (
+            "./uploads/",
+            "uploads//",
+            "/a/../uploads",
+            "../uploads",
+            "/srv/app-data/uploads/",
+            "/srv/app-data",
+            "uploads ",
+            "uploads/ ",
+            " uploads",
+            "- ./uploads",
+            "+ /srv/app-data/x",
+            "a/./b",
+            "uploads/..",
+            ".",
+            "/",
+            "//uploads",
+            "uploads\u00a0",
+        ):
+            with self.subTest(pattern=pattern):
+                text = CONFIG.replace('".git/"', json.dumps(pattern))
+                with self.assertRaisesRegex(offsync.UsageError, "^FILE:7: .*protects nothing"):
+                    offsync.validate_config(text, "FILE")
+        for pattern in (
+            "uploads/",
+            "/uploads",
+            "/srv/app-data-old/",
+            "/srv",
+            "up loads",
+            "**/x",
+            "a/**/b",
+            "...",
+            ".*",
+            "x..",
+            "- cache/***",
+            "uploads[ ]",
+            "/.~lock",
+        ):
+            with self.subTest(pattern=pattern):
+                text = CONFIG.replace('".git/"', json.dumps(pattern))
+                self.assertEqual(offsync.validate_config(text, "FILE").exclude, (pattern,))
 
     def test_quoting_styles_mean_what_yaml_means(self) -> None:
         for text, value in (
@@ -666,8 +715,11 @@ class Diagnosis(unittest.TestCase):
             "read-only-disk",
             'rsync: [receiver] mkstemp "/srv/x/.f.7SxgQw" failed: Read-only file system (30)',
         ),
-        ("space", "rsync error: error in file IO (code 11) at receiver.c(380) [receiver=3.5.0]"),
-        ("space", "rsync ended without a word (code 11)"),
+        (
+            "file-error",
+            "rsync error: error in file IO (code 11) at receiver.c(380) [receiver=3.5.0]",
+        ),
+        ("file-error", "rsync ended without a word (code 11)"),
         (
             "source-unreadable",
             'rsync: [sender] link_stat "/srv/app/gone" failed: No such file or directory (2)',
@@ -808,6 +860,61 @@ class Diagnosis(unittest.TestCase):
             "revoked",
             "Host key ED25519 SHA256:x revoked by file /etc/revoked\nHost key verification failed.",
         ),
+        ("chroot", 'Changed root directory to "/srv"\r\n/bin/bash: No such file or directory'),
+        (
+            "booting",
+            (
+                "System is booting up. Unprivileged users are not permitted to log in yet. Please"
+                " come back later. For technical details, see pam_nologin(8)."
+            ),
+        ),
+        (
+            "broken",
+            (
+                "rsync: error while loading shared libraries: libpopt.so.0: cannot open shared"
+                " object file: No such file or directory\nrsync: connection unexpectedly closed"
+                " (0 bytes received so far) [sender]"
+            ),
+        ),
+        ("broken", "/usr/bin/env: 'python3': No such file or directory"),
+        (
+            "broken",
+            (
+                'Traceback (most recent call last):\n  File "/usr/bin/rrsync", line 7, in'
+                " <module>\n    import braceexpand\nModuleNotFoundError: No module named"
+                " 'braceexpand'"
+            ),
+        ),
+        (
+            "name-too-long",
+            'rsync: [receiver] mkstemp "/srv/x/.nnn.7SxgQw" failed: File name too long (36)',
+        ),
+        (
+            "file-too-large",
+            (
+                'rsync: [receiver] write failed on "/srv/x/big": File too large (27)\nrsync error:'
+                " error in file IO (code 11) at receiver.c(657) [receiver=3.5.0]"
+            ),
+        ),
+        (
+            "disk-error",
+            (
+                'rsync: [receiver] write failed on "/srv/x/f": Input/output error (5)\nrsync error:'
+                " error in file IO (code 11) at receiver.c(657) [receiver=3.5.0]"
+            ),
+        ),
+        (
+            "stale",
+            (
+                'rsync: [receiver] mkstemp "/srv/x/.f.7SxgQw" failed: Stale file handle (116)\n'
+                "rsync error: error in file IO (code 11) at receiver.c(657) [receiver=3.5.0]"
+            ),
+        ),
+        (
+            "source-unreadable",
+            'rsync: [sender] read errors mapping "/srv/source/f": Input/output error (5)',
+        ),
+        ("name", 'Could not resolve host "nope" by any of its canonical domains'),
         ("other", "something never seen before"),
         ("other", ""),
     )
