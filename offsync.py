@@ -28,7 +28,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 334 to 3044, in the order in
+To audit it, read the trust core first: lines 334 to 3088, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -96,35 +96,22 @@ _Value = TypeVar("_Value")
 
 # --- Errors and values --------------------------------------------------------------------------
 
-COPY = "\x1f"  # around a command to copy; no name can hold it, since
-# every name in a message is shown without control bytes
-
-
-def compose(text: str, *values: object) -> str:
-    """Return a message: text filled as by "%"; what it has in backquotes is a command to copy."""
-    text = text.replace("`", COPY)
-    return text % values if values else text
-
-
-def plain(text: str) -> str:
-    """Return a message without its marks: for a pipe, a log, another program."""
-    return text.replace(COPY, "")
+# A way out of trouble: what to do, and the command that does it, if one does.
+Hint = Union[str, tuple[str, str]]
 
 
 class OffsyncError(Exception):
-    """Expected trouble: "what: why; what to do next". main() prints it, and exits with status."""
+    """Expected trouble. main() prints it, and exits with status.
+
+    message: one sentence, what and why; it alone goes into the log and into JSON. hints: the ways
+    out. said: what another program said of it.
+    """
 
     status = 1
 
-    def __init__(self, text: str, *values: object) -> None:
-        super().__init__(compose(text, *values))
-
-    @property
-    def text(self) -> str:
-        return str(self.args[0])
-
-    def __str__(self) -> str:
-        return plain(self.text)
+    def __init__(self, message: str, *hints: Hint, said: str = "") -> None:
+        super().__init__(message)
+        self.message, self.hints, self.said = message, hints, said
 
 
 class UsageError(OffsyncError):
@@ -134,7 +121,7 @@ class UsageError(OffsyncError):
 
 
 class Failure:
-    """A kind of failure of a target: the words by which it is known, why it is, and what mends it.
+    """A kind of failure of a target: the words by which it is known, why it is, and the ways out.
 
     words: "a|b" is one of them, "a&b" both in one line, "" what only we find. retry: another
     attempt may help. Each is an attribute of Kind, whose name it bears: none can be misspelt
@@ -143,9 +130,9 @@ class Failure:
 
     name = ""
 
-    def __init__(self, words: str, why: str, remedy: str = "", retry: bool = False) -> None:
+    def __init__(self, words: str, why: str, *hints: Hint, retry: bool = False) -> None:
         self.words = [[part.encode() for part in way.split("&")] for way in words.split("|") if way]
-        self.why, self.remedy, self.retry = why, remedy, retry
+        self.why, self.hints, self.retry = why, hints, retry
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name.lower().replace("_", "-")
@@ -154,9 +141,16 @@ class Failure:
 class TargetError(OffsyncError):
     """One target failed. why is the message without the login."""
 
-    def __init__(self, login: str, kind: Failure, why: str) -> None:
-        super().__init__("%s: %s", login, why)
+    def __init__(self, login: str, kind: Failure, why: str, *hints: Hint, said: str = "") -> None:
+        super().__init__(f"{login}: {why}", *hints, said=said)
         self.kind, self.why = kind, why
+
+
+def as_offsync_error(problem: BaseException) -> OffsyncError:
+    """Return an error that has a message and hints, whatever was raised."""
+    if isinstance(problem, OffsyncError):
+        return problem
+    return OffsyncError(str(problem) or "not enough memory", "fix this, then try again")
 
 
 class Stopped(OffsyncError):
@@ -290,10 +284,17 @@ class Record(NamedTuple):
     bytes_sent: Optional[int] = None
     seconds: Optional[float] = None
 
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Return it as JSON has it: no mark of a command in the error."""
-        return {**self._asdict(), "error": self.error and plain(self.error)}
+
+def offsync_command(*words: str) -> str:
+    """Return a command for this controller, with the state that this run uses."""
+    home = os.environ.get("OFFSYNC_HOME")
+    return (f"OFFSYNC_HOME={shlex.quote(home)} " if home else "") + shlex.join(["offsync", *words])
+
+
+def typed_again(*more: str, user: str = "") -> str:
+    """Return the command line as it was typed, with more options, or as another account."""
+    command = shlex.join(["offsync", *sys.argv[1:], *more])
+    return f"sudo -iu {shlex.quote(user)} {command}" if user else command
 
 
 class Typed(NamedTuple):
@@ -310,7 +311,7 @@ class Typed(NamedTuple):
     def again(self, **changed: Any) -> str:
         """Return the command line with some of these fields changed."""
         typed = self._replace(**changed)
-        words = ["offsync", typed.command, *typed.targets]
+        words = [*typed.command.split(), *typed.targets]
         for pattern in typed.excepted:
             words += ["--except", pattern]
         if typed.source is not None:
@@ -319,8 +320,7 @@ class Typed(NamedTuple):
             words.append("--keep" if typed.deletion is Deletion.KEEP else "--delete")
         if typed.plan is not None:
             words += ["--plan", typed.plan]
-        home = os.environ.get("OFFSYNC_HOME")
-        return ("OFFSYNC_HOME=%s " % shlex.quote(home) if home else "") + shlex.join(words)
+        return offsync_command(*words)
 
 
 class Result(NamedTuple):
@@ -458,10 +458,8 @@ def run(
         )
     except OSError as error:
         raise OffsyncError(
-            "%s: it cannot be started: %s; look at that program, at what its first line names, and "
-            "at the limits of this account (ulimit -a)",
-            show(os.fsencode(argv[0])),
-            error.strerror,
+            f"{show(os.fsencode(argv[0]))}: cannot be started: {error.strerror}",
+            "check the program, the interpreter in its first line, and the limits (ulimit -a)",
         ) from None
     output = Output(on_line, room, stderr)
     try:
@@ -484,9 +482,9 @@ def run(
     result = Result(None if late else status, bytes(output.stdout), output.stderr)
     if cannot_start(argv[0], result):
         raise OffsyncError(
-            "%s: this program cannot start on this host: %s; install it again, or what it names",
-            show(os.fsencode(argv[0])),
-            quote_answer(result.stderr),
+            f"{show(os.fsencode(argv[0]))}: this program cannot start on this host",
+            "install it again, or what it names",
+            said=quote_answer(result.stderr),
         )
     return result
 
@@ -544,7 +542,7 @@ class Output:
     def use_room(self, size: int) -> None:
         self.room -= size
         if self.room < 0:
-            raise EndlessOutput("a program prints without end; nothing more is read from it")
+            raise EndlessOutput("a program printed more than offsync reads, and was stopped")
 
     def read(self, process: "subprocess.Popen[bytes]", limit: float, silence: float = 0) -> bool:
         """Read what a program prints until it ends; return whether it was ended for being late.
@@ -628,7 +626,7 @@ class Threads:
             return self.executor.submit(function, *arguments)
         except RuntimeError:
             raise OffsyncError(
-                "threads: none can be started; raise the limit (ulimit -u), or use --jobs 1"
+                "cannot start a thread", "raise the limit (ulimit -u), or use --jobs 1"
             ) from None
 
     def each(
@@ -820,160 +818,172 @@ class Kind:
     # Host keys, and what is tried again
     REVOKED = Failure(
         "REVOKED HOST KEY|is marked as revoked|revoked by file",
-        "its host key is marked as revoked (@revoked in a known_hosts, or RevokedHostKeys of "
-        "ssh_config), so it must not be trusted",
-        "give that host a new key",
+        "the target's host key is revoked (@revoked in known_hosts, or RevokedHostKeys of ssh)",
+        "make a new host key on the target",
     )
     HOST_KEY_EXPIRED = Failure(
         "Certificate invalid: expired|ertificate has expired",
-        "its host certificate has expired",
+        "the target's host certificate has expired",
         "have it signed again by its CA",
     )
     HOST_KEY_CHANGED = Failure(
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "its host key CHANGED, somebody else may answer there",
-        "compare with its own console: `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`, and "
-        "only if it is the new one, trust it: `offsync target add {add} --host-key SHA256:...`; "
-        "where two machines answer to this name in turn, put the keys of both into "
-        "~/.ssh/known_hosts",
+        "the target's host key has CHANGED: the host was installed again, or someone is "
+        "impersonating it",
+        ("on the target's own console, run:", "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub"),
+        (
+            "only if its fingerprint is the one shown now, accept it, after comparing once more:",
+            "offsync target add {add}",
+        ),
+        "if two machines answer to this name in turn, put the keys of both into ~/.ssh/known_hosts",
     )
     HOST_KEY_UNKNOWN = Failure(
         "host key is known for|Host key verification failed",
-        "its host key is not trusted yet",
-        "confirm it with: `offsync target add {add}`",
+        "the target's host key is not trusted yet",
+        ("compare it, and accept it:", "offsync target add {add}"),
     )
     LOCKED = Failure(
         "Another instance of rrsync is already accessing",
         "another rsync session holds the lock on {path}",
-        'try again when it has ended; rsync of a connection that was lost holds it until "timeout" '
-        "of the config has passed: on the target, see which one it is, then end it with kill: "
-        "`pgrep -u {user} -fl rsync`",
+        "try again when it has ended",
+        (
+            'a lost connection can hold it until "timeout" of the config has passed; on the '
+            "target, see which rsync it is, then end that one with kill:",
+            "pgrep -u {user} -fl rsync",
+        ),
         retry=True,
     )
     SESSION_REFUSED = Failure(
         "ession open refused|session request failed|open failed: connect failed",
-        "sshd there allows no further session",
+        "the target's sshd allows no more sessions on one connection",
         "raise MaxSessions in its sshd_config",
         retry=True,
     )
     ENDED = Failure(
         "offsync-connection-ended",
-        "sshd there accepted the login, then ended the connection",
-        "try again; if it goes on, look at sshd's log there: what ends its process?",
+        "the target's sshd accepted the login, then closed the connection",
+        "try again; if it persists, see sshd's log on the target",
     )
     BUSY_SSHD = Failure(
         "kex_exchange_identification|ssh_exchange_identification|Not allowed at this time",
         "the target closed the connection before login: too many connections (MaxStartups), a "
         "penalty for failed logins (PerSourcePenalties), or this address is blocked",
-        "wait a minute, then try again; if it stays so, check that sshd answers at this port, and "
-        "no other service",
+        "wait a minute, then try again",
+        "check the port: something answers there that may not be sshd",
         retry=True,
     )
     # What only offsync finds
     OPEN = Failure(
         "",
-        "the key is NOT restricted as the config says, so nothing is sent",
-        'remove a line for it without command="..." from authorized_keys there, or an '
-        "IdentityFile with a shell from ~/.ssh/config here, then run there: `offsync link --path "
-        "{path} --key '...'` with the key that 'offsync init' prints here",
+        "the key is NOT restricted on the target, so nothing was sent",
+        "on the target, remove every line of authorized_keys that has the key without command=",
+        "on this controller, look for an IdentityFile in ~/.ssh/config that opens a shell",
+        ("then, on the target, as {user}, link the key:", "offsync link --path {path}"),
     )
     NO_KEY_ASKED = Failure(
         "",
         "the target's sshd lets anybody log in as {user} without a key, so nothing was sent",
-        "give the account a password, or set PermitEmptyPasswords no in sshd_config; an ssh server "
-        "of another kind (of a VPN, say) must not answer at this port",
+        "set PermitEmptyPasswords no in its sshd_config, or give the account a password",
+        "check the port: an ssh server of another kind, such as that of a VPN, may answer there",
     )
     OTHER_PATH = Failure(
         "",
-        "the key is for another path there, so nothing is sent",
-        "if that is the right one, say so here: `offsync target add {add}`; else link the key "
-        "there to the path that is meant; a second tree has a state of its own (OFFSYNC_HOME), "
-        "with a key of its own",
+        "the key is restricted to a different path, so nothing was sent",
+        ("if that path is right, update the config:", "offsync target add {add}"),
+        "else link the key on the target to the path that is meant",
+        "a second tree has a state of its own (OFFSYNC_HOME), with a key of its own",
     )
     NOT_RRSYNC = Failure(
         "",
-        "the forced command of the key there is not rrsync (it accepts any command and does "
-        "nothing), so nothing was sent",
-        "run there: `offsync link --path {path}`",
+        "the forced command of the key is not rrsync: it accepts any command and does nothing; "
+        "nothing was sent",
+        ("on the target, as {user}, link the key:", "offsync link --path {path}"),
     )
     SILENT = Failure(
         "",
-        "it accepted the login, then did not answer in time, or rsync printed nothing for longer "
-        'than "timeout" of the config',
-        "make the shell start files of {user} there (.bashrc and the like) read and wait for "
-        "nothing, then look at that host's disks; raise the timeout where they are only slow",
+        "the target accepted the login but did not answer in time, or rsync printed nothing for "
+        'longer than "timeout" of the config',
+        "check that the shell start files of {user} (.bashrc and the like) wait for nothing",
+        "check the target's disks; raise the timeout where they are only slow",
     )
     STALLED = Failure(
         "",
-        "the target answered, and then fell silent: the connection was lost, or its disk hangs",
-        "apply again finishes the job",
+        "the target answered at first, then fell silent: the connection was lost, or a disk hangs",
+        "apply again to finish",
     )
     PRINTS = Failure(
         "is your shell clean|unexpected tag |protocol incompatibility",
-        "the login prints text where rrsync must be alone, so nothing was sent",
-        "make the shell start files of {user} there silent (.bashrc and the like; at its top: case "
-        "$- in *i*) ;; *) return;; esac), and /etc/ssh/sshrc, take a ForceCommand for {user} out "
-        "of its sshd_config, or link the key again: `offsync link --path {path}`",
+        "the login prints text, which breaks the rsync protocol, so nothing was sent",
+        "on the target, let the shell start files of {user} (.bashrc and the like) print nothing; "
+        "at their top: case $- in *i*) ;; *) return;; esac",
+        "look at /etc/ssh/sshrc, and for a ForceCommand for {user} in its sshd_config",
+        ("if the text is the forced command's own, link the key:", "offsync link --path {path}"),
     )
     MUTE = Failure(
         "",
-        "it does not tell where its key writes, so nothing was sent",
-        "is its forced command rrsync, of the same release as rsync there?",
+        "cannot determine where the key writes, so nothing was sent",
+        "check that the forced command is rrsync, of the same release as the target's rsync",
     )
     SYMLINKS = Failure(
         "",
-        "it takes no symlinks (--no-symlinks), and the source has some",
-        "exclude them, or link it again, and add it here again, without that option",
+        "the target was added with --no-symlinks, and the source contains symlinks",
+        "exclude them",
+        "or link it again, and add it again, without --no-symlinks",
     )
     PROTECTED = Failure(
         "",
-        "an exclude protects a directory of that name there, which an entry of the source "
-        "would replace, with all that is in it",
+        "an exclude protects a directory on the target that an entry of the source would replace, "
+        "with all that is in it",
         "rename the entry, or exclude it, too (without the final slash)",
     )
     SOURCE_CHANGED = Failure(
         "",
-        "the source changed after the plan, so what is there is not what was planned",
-        "let nothing write to it meanwhile (deliver from a snapshot), then plan again",
+        "the source changed after it was planned, so the target does not match the plan",
+        "deliver from a snapshot, or stop what writes to the source; then plan again",
     )
-    CHANGED_THERE = Failure(
-        "", "not sent, since it was changed there after the plan", "plan and apply again"
+    CHANGED_MEANWHILE = Failure(
+        "", "not sent, since it was changed on the target after the plan", "plan and apply again"
     )
     APPEARED = Failure(
-        "", "nothing was deleted, since new entries appeared there after the plan", "plan again"
+        "",
+        "nothing was deleted, since new entries appeared on the target after the plan",
+        "plan again",
     )
     DIFFERS = Failure(
-        "", "verification found differences", "apply again, or look for what changes them there"
+        "",
+        "verification found differences",
+        "apply again; if they return, something on the target modifies these files",
     )
     SAME_NAME = Failure(
         "",
-        "its file system may take these names for one (it ignores case, or Unicode form)",
+        "the target's file system may take these names for one file (it ignores case, or Unicode "
+        "form)",
         "rename one of them in the source, exclude it, or deliver to another file system",
     )
     NO_MODES = Failure(
         "",
-        "verification found differences: content arrived, modes did not; its file system may "
-        "keep none (exFAT, FAT, SMB), or a file there has another name (a hard link)",
-        "mount it with the modes that the source has (fmask, dmask), give the source those modes, "
-        "exclude what is named, or delete one name of a hard link there",
+        "verification found differences: content arrived, modes did not",
+        "the file system may keep none (exFAT, FAT, SMB): mount it with the modes of the source "
+        "(fmask, dmask), give the source those modes, or exclude what is named",
+        "or a file on the target has another name (a hard link): delete one of the names",
     )
     ELSEWHERE = Failure(
         "",
-        "it reports what was not asked for, or what rsync does not",
-        "is its path the right one, and rsync there what it should be?",
+        "the target's rsync reported what was not asked for",
+        "check the configured path, and the rsync installed on the target",
     )
     ROUTE = Failure(
         "",
         "the jump host or ProxyCommand failed before the target's sshd answered",
-        "test it with: `ssh -v {login}`",
+        ("test the way there by itself:", "ssh -v {login}"),
     )
     NOT_REVIEWED = Failure(
         "",
-        "it was not reviewed: the plan does not show it at this place, or it could not be "
-        "compared then",
-        "plan again, and review that",
+        "this target is not covered by the reviewed plan: it is not listed with this address and "
+        "path, or could not be compared then",
+        "plan again, and have that reviewed",
     )
-    LOCAL = Failure("", "a failure on this side")
+    LOCAL = Failure("", "a failure on this controller")
     # The way to it, and the login
     SSH_HERE = Failure(
         "Bad configuration option|bad configuration options|Bad SSH2 |Bad owner or permissions on|"
@@ -981,16 +991,16 @@ class Kind:
         "Load key&error in libcrypto|No user exists for uid|unknown user |daemon() failed|"
         "[sender] fork|fork failed",
         "ssh on this controller cannot start; the target was not reached",
-        "mend what it names: a line of ssh_config, the key, or a limit (ulimit -u); a user ID "
-        "without an account here needs one (/etc/passwd), or run offsync as one that has",
+        "fix what it names: a line of ssh_config, the key, or a limit (ulimit -u)",
+        "a user ID without an account needs one (/etc/passwd), or run offsync as an account",
     )
     ALGORITHMS = Failure(
         "no matching host key type|no matching key exchange method|no matching cipher|"
         "no matching MAC",
-        "sshd there and ssh here have no algorithm in common",
-        "update the older of them, or allow here what is offered: in ~/.ssh/config "
-        "HostKeyAlgorithms, KexAlgorithms, Ciphers or MACs, with a + before it; the first line "
-        "that matches wins",
+        "the target's sshd and this controller's ssh have no algorithm in common",
+        "update the older of them",
+        "or allow what the target offers: in ~/.ssh/config HostKeyAlgorithms, KexAlgorithms, "
+        "Ciphers or MACs, with a + before it; the first line that matches wins",
     )
     NAME = Failure(
         "Could not resolve host|Name or service not known",
@@ -998,60 +1008,65 @@ class Kind:
         "check the name and DNS",
     )
     REFUSED = Failure(
-        "Connection refused", "the connection was refused", "is sshd running there, on this port?"
+        "Connection refused",
+        "the connection was refused",
+        "check that sshd runs on the target, on this port",
     )
     SECOND_FACTOR = Failure(
         "Permission denied (keyboard-interactive|Permission denied (password",
-        "sshd there wants more than a key (AuthenticationMethods, two factors), or takes none",
+        "the target's sshd wants more than a key (AuthenticationMethods, two factors), or takes "
+        "none",
         "allow publickey alone for {user} in its sshd_config (Match User {user})",
     )
     KEY_REFUSED = Failure(
         "Permission denied (publickey|Permission denied (gssapi|Permission denied (hostbased|"
         "Too many authentication failures",
-        "it refused our key",
-        "run there, as {user}: `offsync link --path {path} --key '...'` with the key that 'offsync "
-        "init' prints here (and --from, if its line has one, for this controller's address); if "
-        "that changes nothing, sshd there refuses the account: AllowUsers, DenyUsers, AllowGroups, "
-        "DenyGroups or PermitRootLogin in its sshd_config, a locked account (as root: usermod -p "
-        "'*' {user}), an expired one, one without a login shell, or with a home that others may "
-        "write to (StrictModes)",
+        "the target refused this controller's key",
+        ("on the target, as {user}, run:", "offsync link --path {path} --key {key}"),
+        (
+            "if the key is linked, sshd's log on the target says why it refuses the account "
+            "(--from, AllowUsers, StrictModes, a locked account); as root:",
+            "journalctl -u ssh -n 20",
+        ),
     )
     EXPIRED = Failure(
         "account has expired|Password change required|password has expired|"
         "must change your password",
-        "the account {user} there, or its password, has expired",
-        "run there as root: `chage -E -1 -d -1 -M -1 {user}`",
+        "the account {user} on the target, or its password, has expired",
+        ("on the target, as root, see since when, then extend it:", "chage -l {user}"),
     )
     BOOTING = Failure(
         "System is booting up|System is going down|System is shutting down|nologin(8)",
         "the target is booting, shutting down, or closed for logins (/etc/nologin)",
-        "wait, or remove /etc/nologin on the target, then try again",
+        "wait, or see who closed it: /etc/nologin on the target",
     )
     CLOSED = Failure(
         "Connection closed by&port|Connection reset by&port",
-        "sshd closed the connection while logging in",
-        "has the account {user} expired, does PAM refuse it (/etc/nologin, pam_access), or does "
-        "sshd itself fail? Its log there tells",
+        "the target's sshd closed the connection during login",
+        (
+            "sshd's log on the target says why (an expired account, PAM, /etc/nologin); as root:",
+            "journalctl -u ssh -n 20",
+        ),
     )
     NOLOGIN = Failure(
         "account is currently not available|not allowed to login|This account is not available|"
         "restricted: cannot specify|: restricted",
-        "the login's shell refuses commands (nologin, or a restricted one such as rbash)",
-        "give {user} a real one there, as root: `chsh -s /bin/sh {user}`; or is it a ForceCommand "
-        "in its sshd_config?",
+        "the login shell of {user} refuses commands (nologin, or a restricted one such as rbash)",
+        ("on the target, see which it is, then give the account another:", "getent passwd {user}"),
+        "or look for a ForceCommand for {user} in its sshd_config",
     )
     OTHER_SERVICE = Failure(
         "This service allows sftp connections only|fatal: Interactive git shell|"
         "fatal: unrecognized command|git-shell",
-        "something other than rrsync is forced there (sftp only, or git-shell)",
-        "take ForceCommand for {user} out of its sshd_config and restart sshd, or give {user} a "
-        "real login shell: `chsh -s /bin/sh {user}`",
+        "the target forces something other than rrsync for {user} (sftp only, or git-shell)",
+        "take ForceCommand for {user} out of its sshd_config, and restart sshd",
+        "or give {user} an ordinary login shell",
     )
-    # rrsync and rsync there
+    # rrsync and rsync on the target
     CHROOT = Failure(
         "Changed root directory to",
-        "sshd puts {user} into a directory of its own (ChrootDirectory), in which the shell, "
-        "rrsync or rsync is missing",
+        "the target's sshd puts {user} into a directory of its own (ChrootDirectory), in which the "
+        "shell, rrsync or rsync is missing",
         "take ChrootDirectory for {user} out of sshd_config: rrsync keeps the key below its path",
     )
     BROKEN = Failure(
@@ -1060,60 +1075,66 @@ class Kind:
         "env: &python&No such file|env: &perl&No such file|bad interpreter|libc.so&not found",
         "rrsync or rsync on the target cannot start: a library, a module or its interpreter is "
         "missing",
-        "on the target, install what it names, then: `offsync link --path {path}`",
+        "install what it names on the target",
     )
     NO_RRSYNC = Failure(
         "rrsync&not found|rrsync: No such file|rrsync: Permission denied|"
         "bash: line 1: /&: No such file|sh: 1: /&: not found|sh: 1: exec: /&: not found|"
         "sh: line 1: /&: No such file|can't open file&rrsync|Can't open perl script|"
         "rrsync: cannot execute|Unknown command&rrsync|rrsync: inaccessible",
-        "rrsync, or its interpreter, is not at {rrsync} there",
-        "run there: `offsync install-deps --role target`, then: `offsync link --path {path}`",
+        "rrsync, or its interpreter, is not at {rrsync} on the target",
+        ("on the target, run:", "offsync install-deps --role target"),
+        ("then, as {user}:", "offsync link --path {path}"),
     )
     READ_ONLY_KEY = Failure(
         "sending to read-only server|read-only server is not allowed",
-        "its key is for reading only (rrsync -ro)",
-        "run there: `offsync link --path {path}`",
+        "the key is for reading only (rrsync -ro)",
+        ("on the target, as {user}, link it:", "offsync link --path {path}"),
     )
     NO_RSYNC = Failure(
         "No such file or directory: '&/rsync'|rsync: not found|rsync: command not found|"
         "/rsync&No such file|/rsync&not found|openrsync|rsync 2.6.9 compatible|: too large",
-        "the real rsync is missing there (or openrsync answers instead)",
-        "run there: `offsync install-deps --role target`",
+        "the real rsync is missing on the target (or openrsync answers instead)",
+        ("on the target, run:", "offsync install-deps --role target"),
     )
     NO_DIRECTORY = Failure(
         "Restricted directory does not exist|FileNotFoundError&No such file or directory: '|"
         "NotADirectoryError|chdir&failed|Unable to chdir|Not a directory (20)",
-        "{path} there, or something in it, is gone there or is no directory",
-        "create it again, as root: `install -d -o {user} {path}`",
+        "{path} on the target, or something in it, is gone or is no directory",
+        ("see whether a disk is to be mounted; on the target:", "findmnt -T {path}"),
+        "if not, create it again, for the account {user}",
     )
     OPTION = Failure(
         "has been disabled on this server|invalid rsync-command syntax|option is not supported|"
         "unknown option|unrecognized option|unrecognized arguments|is not rsync|"
-        "Not invoked via sshd|does not run rsync",
-        "its rrsync refused the command or an option",
-        "update rsync there, so that rrsync and rsync are of the same release, 3.1.2 or newer",
+        "Not invoked via sshd|does not run rsync|offsync: fuzzy is refused|"
+        "offsync: basis directories are refused",
+        "the target's rrsync refused the command or an option",
+        "update rsync on the target, so that rrsync and rsync are of the same release, 3.1.2 or "
+        "newer",
     )
-    # Disks and files there
+    # Disks and files of the target
     READ_ONLY_DISK = Failure(
-        "Read-only file system", "the file system is mounted read-only there", "remount it"
+        "Read-only file system",
+        "the target's file system is mounted read-only",
+        ("see why, then remount it; on the target:", "findmnt -T {path}"),
     )
     NO_STAGING = Failure(
         "Unable to create partial-dir|opendir&.~tmp~|mkdir&.~tmp~|mkstemp&.~tmp~",
-        "nothing could be collected in a directory .~tmp~ there, as rsync does",
-        "is no inode left (df -i), or does a .~tmp~ there belong to another account (as root: find "
-        "{path} -name .~tmp~)? Remove it, or free some inodes, then apply again",
+        "rsync could not create its staging directory .~tmp~ on the target",
+        ("check for free inodes; on the target:", "df -i {path}"),
+        ("and for a .~tmp~ of another account:", "find {path} -name .~tmp~ -ls"),
     )
     SPACE = Failure(
         "No space left on device|Disk quota exceeded",
-        "the disk is full there, or a quota used up",
+        "the target's disk is full, or a quota is used up",
         "free some space, then apply again",
     )
     SOURCE_UNREADABLE = Failure(
         "[sender]&Permission denied|[sender]&No such file or directory|"
         "[sender]&Input/output error|[sender]&Stale file handle|send_files failed to open|"
         "file has vanished|link_stat&failed|readlink_stat",
-        "the source changed while it was read",
+        "the source changed while it was read, or cannot be read",
         "plan again",
     )
     NAME_TOO_LONG = Failure(
@@ -1129,7 +1150,7 @@ class Kind:
     DISK_ERROR = Failure(
         "Input/output error|Structure needs cleaning",
         "the target's disk has errors",
-        "check the disk: on the target, run: `dmesg`",
+        ("see the kernel's log; on the target, as root:", "dmesg"),
     )
     STALE = Failure(
         "Stale file handle|Stale NFS file handle|Transport endpoint is not connected|"
@@ -1146,50 +1167,50 @@ class Kind:
     NOT_HELD = Failure(
         'symlink "&Operation not permitted|symlink "&not implemented|symlink "&not supported|'
         "Invalid argument (22)|mkstemp&No such file or directory (2)",
-        "its file system takes no symlinks, or not every name (a colon, say), as exFAT, FAT and "
-        "SMB do not",
+        "the target's file system (exFAT, FAT, SMB?) does not support symlinks or some characters "
+        "in names",
         "exclude what it names, or deliver to another file system",
     )
-    UNREADABLE_THERE = Failure(
+    UNREADABLE_BELOW = Failure(
         "opendir&Permission denied|IO error encountered",
-        "{user} may not read everything below {path} there (a disk's lost+found is such a "
-        "directory)",
-        "exclude it, or mend owner and modes",
+        "{user} may not read everything below {path} on the target",
+        "exclude what it names (a disk's lost+found is such a directory), or fix owner and modes",
     )
     PERMISSION = Failure(
         "Operation not permitted (1)|Permission denied (13)",
-        "{user} may not change everything below {path} there",
-        "mend owner and modes (as root: chown {user} {path}), or what is immutable or append-only "
-        "(lsattr, chattr -ia), then apply again",
+        "{user} may not change everything below {path} on the target",
+        "look at owner, mode and attributes (ls -ld, lsattr) of what it names, then apply again",
     )
     FILE_ERROR = Failure(
         "(code 11)",
         "rsync on the target cannot read or write a file",
-        "on the target, fix what it names, then apply again",
+        "fix what it names, then apply again",
     )
     TIMEOUT = Failure(
         "timed out|Timeout, server|not responding|io timeout after|No route to host|"
         "Network is unreachable|Host is down",
-        "it did not answer in time, or cannot be reached",
-        "check host and network",
+        "the target timed out or is unreachable",
+        "check the host, the port and the network",
     )
     NO_ANSWER = Failure(
         "(0 bytes received so far)",
-        "no rsync ever answered there, so nothing was sent",
-        "is a ForceCommand for {user} in its sshd_config, the forced command of the key rrsync, "
-        "the login shell a real one, and does PAM open a session? Do the shell start files of "
-        "{user} (.bashrc and the like) exit, or exec another program?",
+        "rsync did not start on the target, so nothing was sent",
+        "look for a ForceCommand for {user} in its sshd_config",
+        "check that the forced command of the key is rrsync, and the login shell an ordinary one",
+        "check that the shell start files of {user} (.bashrc and the like) do not exit or exec, "
+        "and that PAM opens a session",
     )
     LOST = Failure(
         "connection unexpectedly closed|unexpected EOF|unexpectedly close|Broken pipe|"
         "error in rsync protocol|onnection to&closed|error in socket IO|mux_client|client_loop",
         "the connection was lost",
-        "apply again finishes the job",
+        "apply again to finish",
     )
     OTHER = Failure(
         "",
-        "it failed in a way that is not known",
-        "run: `ssh -v {login}` and look at sshd's log there",
+        "unrecognised failure",
+        ("test the login by itself:", "ssh -v {login}"),
+        "see sshd's log on the target",
     )
 
 
@@ -1200,8 +1221,14 @@ LOGIN_FAILURES = FAILURES[FAILURES.index(Kind.LOCKED) :]
 
 
 def failure(
-    target: Target, kind: Failure, facts: str = "", names: Iterable[bytes] = ()
+    target: Target,
+    kind: Failure,
+    facts: str = "",
+    names: Iterable[bytes] = (),
+    said: str = "",
+    key: str = "...",
 ) -> TargetError:
+    """Return the error of a target: facts and names belong to what happened; key is ours."""
     words = {
         "host": target.host,
         "user": shlex.quote(target.user),
@@ -1209,37 +1236,37 @@ def failure(
         "add": add_arguments(target),
         "path": shlex.quote(target.remote_path),
         "login": shlex.quote(target.login),
+        "key": shlex.quote(key),
     }
     # A path may be what a target says of itself.
-    words = {key: printable(word) for key, word in words.items()}
-    text = kind.why.format(**words) + (": " + facts if facts else "")
-    if kind.remedy:
-        text += "; " + compose(kind.remedy).format(**words)
-    shown = some_paths(names)
-    return TargetError(target.login, kind, text + (": " + shown if shown else ""))
+    words = {name: printable(word) for name, word in words.items()}
+    why = ": ".join(filter(None, [kind.why.format(**words), facts, some_paths(names)]))
+    hints = []
+    for hint in kind.hints:
+        text, command = (hint, "") if isinstance(hint, str) else hint
+        hints.append((text.format(**words), command.format(**words)))
+    return TargetError(target.login, kind, why, *hints, said=said)
 
 
-def diagnose(target: Target, result: Result, kinds: Sequence[Failure] = FAILURES) -> TargetError:
-    """Return what a failed ssh or rsync meant: a sentence with its remedy, and its own words."""
+def diagnose(
+    target: Target, result: Result, kinds: Sequence[Failure] = FAILURES, program: str = "rsync"
+) -> TargetError:
+    """Return what a failed program meant, with its own words."""
     if result.status is None:
         return failure(target, Kind.SILENT)
     lines = result.stderr.splitlines()
-    kind = Kind.OTHER
-    for row in kinds:
+    said = quote_answer(result.stderr) or "nothing, status %d" % result.status
+    said = said if said.startswith(program) else f"{program}: {said}"
+    for kind in kinds:
         # Most rows end at the whole text: that costs nothing.
         if any(
             all(part in result.stderr for part in parts)
             and any(all(part in line for part in parts) for line in lines)
-            for parts in row.words
+            for parts in kind.words
         ):
-            kind = row
-            break
-    why = failure(target, kind).why
-    # Those words are ours.
-    if kind is not Kind.ENDED:
-        said = quote_answer(result.stderr) or "nothing, status %d" % result.status
-        why += " (it said: %s)" % said
-    return TargetError(target.login, kind, why)
+            # Those words would be ours.
+            return failure(target, kind, said="" if kind is Kind.ENDED else said)
+    return failure(target, Kind.OTHER, said)
 
 
 # --- Trust core: the source ---------------------------------------------------------------------
@@ -1384,9 +1411,9 @@ class Source:
         if self.errors:
             named = ["%s: %s" % (show_path(path), why) for path, why in sorted(self.errors.items())]
             raise OffsyncError(
-                "source %s: it changed meanwhile, or cannot be read; try again: %s",
-                show(self.root),
-                some_of(named),
+                f"source {show(self.root)}: changed or became unreadable while it was hashed: "
+                + some_of(named),
+                "deliver from a snapshot, or try again",
             )
 
     def entry(self, path: bytes) -> Entry:
@@ -1394,7 +1421,7 @@ class Source:
         # No thread could be started for it.
         if entry is None:
             raise OffsyncError(
-                "source %s: %s was not read; try again", show(self.root), show_path(path)
+                f"source {show(self.root)}: {show_path(path)} was not read", "try again"
             )
         return entry
 
@@ -1419,9 +1446,9 @@ class Source:
         # 23 and 24: it could not read everything, or something vanished.
         if result.status not in ((0,) if complete else (0, 23, 24)):
             raise OffsyncError(
-                "%s: it cannot be read completely; mend that, then try again (rsync said: %s)",
-                show(self.root),
-                quote_answer(result.stderr),
+                f"source {show(self.root)}: rsync cannot read all of it",
+                "fix the permissions, or exclude the entry, then try again",
+                said="rsync: " + quote_answer(result.stderr),
             )
         return names - {b".", b""}
 
@@ -1485,7 +1512,7 @@ def scan(source: Source) -> dict[bytes, str]:
         except OSError as error:
             if not directory:
                 raise OffsyncError(
-                    "source %s: %s; name a readable directory", show(source.root), error.strerror
+                    f"source {show(source.root)}: {error.strerror}", "name a readable directory"
                 ) from None
             offences.setdefault(directory, "it cannot be read")
     PROGRESS.update("source", None)
@@ -1493,22 +1520,27 @@ def scan(source: Source) -> dict[bytes, str]:
 
 
 def check_place(root: bytes, private: Iterable[str]) -> None:
-    """Raise unless a source is a directory that holds none of these private files."""
-    if not os.path.isdir(root):
+    """Raise unless a source is a readable directory that holds none of these private files."""
+    problem = "Permission denied"
+    try:
+        if not stat.S_ISDIR(os.stat(root).st_mode):
+            problem = "a file, not a directory"
+        elif os.access(root, os.R_OK | os.X_OK):
+            problem = ""
+    except OSError as error:
+        problem = str(error.strerror)
+    if problem:
         raise OffsyncError(
-            "source %s: it is not a readable directory; name one with --source (for this run), or "
-            "with `offsync init --source DIR`",
-            show(root),
+            f"source {show(root)}: {problem}",
+            'name a directory with --source (for this run), or with "offsync init --source DIR"',
         )
     top = os.path.realpath(root).rstrip(b"/") + b"/"
     # By its real path: the key may be a symlink to another place.
     for path in private:
         if (os.path.realpath(os.fsencode(path)) + b"/").startswith(top):
             raise OffsyncError(
-                "source %s: it contains %s and so the private key; choose a directory of its own: "
-                "`offsync init --source DIR`",
-                show(root),
-                show_text(path),
+                f"source {show(root)}: contains the private key ({show_text(path)})",
+                'choose another directory: "offsync init --source DIR"',
             )
 
 
@@ -1523,12 +1555,10 @@ def check_source(source: Source, rsync: str, targets: Sequence[Target]) -> None:
         source.symlinks = [path for path in source.symlinks if path in included]
     if offences:
         named = ["%s: %s" % (show_path(path), offences[path]) for path in sorted(offences)]
+        count = plural(len(named), "entry", "entries")
         raise OffsyncError(
-            "source %s: %s cannot be delivered; remove or exclude what is named, then plan again: "
-            "%s",
-            show(source.root),
-            plural(len(named), "entry", "entries"),
-            some_of(named),
+            f"source {show(source.root)}: {count} cannot be delivered: {some_of(named)}",
+            "remove or exclude them, then plan again",
         )
 
 
@@ -1831,7 +1861,7 @@ def explain_login(connection: Connection, result: Result) -> TargetError:
             return failure(target, Kind.ROUTE, quote_answer(b"\n".join(route)))
 
     def judge(lines: Sequence[bytes], kinds: Sequence[Failure]) -> TargetError:
-        return diagnose(target, result._replace(stderr=b"\n".join(lines)), kinds)
+        return diagnose(target, result._replace(stderr=b"\n".join(lines)), kinds, "ssh")
 
     if said[-1:] == [b"Host key verification failed."]:
         # Host keys are verified before any banner.
@@ -1843,6 +1873,9 @@ def explain_login(connection: Connection, result: Result) -> TargetError:
             error = judge(said[-2:], LOGIN_FAILURES)
     if error.kind is Kind.KEY_REFUSED or b"Load key" in result.stderr:
         check_own_key(connection.shared.home.key)
+    if error.kind is Kind.KEY_REFUSED:
+        public = read_file(connection.shared.home.key + ".pub", "key").decode("utf-8", "replace")
+        return failure(target, error.kind, said=error.said, key=public.strip())
     if error.kind is Kind.HOST_KEY_CHANGED:
         facts = describe_changed_key(connection.shared.home, result.stderr)
         return failure(target, Kind.HOST_KEY_CHANGED, facts)
@@ -1851,8 +1884,9 @@ def explain_login(connection: Connection, result: Result) -> TargetError:
 
 # --- Trust core: proofs -------------------------------------------------------------------------
 
-# A shell prints this without the quotes within it; what only repeats the command keeps them.
-PROOF_COMMAND, PROOF_OUTPUT = 'echo offsync-""shell-""answers', b"offsync-shell-answers"
+# A shell prints this without the quotes within it; what only repeats the command keeps them. It has
+# no "y", at which the forced command itself would stop: rrsync must refuse it.
+PROOF_COMMAND, PROOF_OUTPUT = 'echo a-""shell-""answers', b"a-shell-answers"
 # How the Perl rrsync (up to 3.2.3) refuses it, and then exits with 255, as ssh does when it fails.
 PERL_REFUSAL = b"SSH_ORIGINAL_COMMAND='%s' is not rsync" % PROOF_COMMAND.encode()
 
@@ -1863,14 +1897,14 @@ def judge_refusal(target: Target, result: Result) -> Optional[TargetError]:
     Raises TargetError where it is known that it was not refused.
     """
     if PROOF_OUTPUT in result.stdout:
-        raise failure(target, Kind.OPEN, "a shell command ran there")
+        raise failure(target, Kind.OPEN, "a shell command ran")
     # For example a shell start file that reads its stdin.
     if result.status is None:
         raise failure(target, Kind.SILENT)
     if result.stdout.strip():
         # nologin(8) and others say on stdout what they are.
         said = result._replace(stderr=result.stdout + b"\n" + result.stderr)
-        error = diagnose(target, said)
+        error = diagnose(target, said, program="ssh")
         if error.kind in (Kind.NOLOGIN, Kind.EXPIRED, Kind.OTHER_SERVICE):
             raise error
         raise failure(target, Kind.PRINTS, quote_answer(result.stdout))
@@ -1882,7 +1916,7 @@ def judge_refusal(target: Target, result: Result) -> Optional[TargetError]:
     if result.status == 255 and PERL_REFUSAL in result.stderr:
         return None
     # 255 is ssh's own failure, and no proof.
-    return diagnose(target, result)
+    return diagnose(target, result, program="ssh")
 
 
 def prove_path(connection: Connection) -> str:
@@ -2162,15 +2196,17 @@ def classify(connection: Connection, found: dict[bytes, Change]) -> list[Change]
         replaced -= set(itemize(connection, RSYNC_ABSENT, sorted(replaced)))
     for path in replaced:
         found[path] = found[path]._replace(kind="modified", reasons=("type",))
+    delete = connection.shared.config.delete
+    # What has to make way for an entry of another type cannot be left alone.
+    in_place = {path for path in replaced if not found[path].directory}
     for path, change in found.items():
-        if change.kind == "missing" and is_leftover(connection.shared.source, change):
+        if change.kind != "missing":
+            continue
+        stays = in_place.isdisjoint(above(path))
+        if is_leftover(connection.shared.source, change) and (stays or delete is Deletion.ALLOW):
             found[path] = change._replace(kind="leftover")
-    if connection.shared.config.delete is Deletion.KEEP:
-        # What has to make way for an entry of another type cannot be kept.
-        in_place = {path for path in replaced if not found[path].directory}
-        for path, change in found.items():
-            if change.kind == "missing" and in_place.isdisjoint(above(path)):
-                found[path] = change._replace(kind="kept")
+        elif stays and delete is Deletion.KEEP:
+            found[path] = change._replace(kind="kept")
     return [found[path] for path in sorted(found)]
 
 
@@ -2207,8 +2243,9 @@ def plan_target(shared: Run, target: Target) -> TargetPlan:
     except TargetError as error:
         plan = TargetPlan(target, connection, error=error)
     except (OffsyncError, OSError) as problem:
-        why = getattr(problem, "text", str(problem))
-        plan = TargetPlan(target, connection, error=TargetError(target.login, Kind.LOCAL, why))
+        hints, said = getattr(problem, "hints", ()), getattr(problem, "said", "")
+        local = TargetError(target.login, Kind.LOCAL, str(problem), *hints, said=said)
+        plan = TargetPlan(target, connection, error=local)
     PROGRESS.update(target.login, None)
     return plan
 
@@ -2223,6 +2260,11 @@ def plan_all(shared: Run, targets: Sequence[Target]) -> list[TargetPlan]:
     check_source(source, shared.rsync, targets)
     source.accepted.set()
     plans = dict(planning)
+    if any(plan.of("kept") for plan in plans.values()) and not shared.included:
+        # Where the source has lost all, nothing is kept on purpose.
+        for target, plan in plans.items():
+            changes = (c._replace(kind="missing") if c.kind == "kept" else c for c in plan.changes)
+            plans[target] = plan._replace(changes=tuple(changes))
     return [plans[target] for target in targets]
 
 
@@ -2344,6 +2386,7 @@ def approve(
     Raises OffsyncError that names the differences, UsageError for what is no plan.
     """
     compared = [plan for plan in plans if not plan.error]
+    replan = shared.typed.again(command="plan", plan=None)
     # What is not approved yet, by the digests of its lines: there may be millions.
     open_lines: dict[bytes, tuple[Target, Optional[Change]]] = {}
     for plan in compared:
@@ -2360,16 +2403,16 @@ def approve(
                 done |= read_line(line)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UsageError(
-                "plan %s:%d: this is no line of a plan, as this version of offsync prints it; name "
-                "a file that 'offsync plan --json' printed, unchanged, or plan again: "
-                "`offsync plan`",
-                show_text(name),
-                number,
+                f"plan {show_text(name)}:{number}: not a line of a plan exactly as this version of "
+                "offsync prints it",
+                "use the unmodified output of 'offsync plan --json'",
+                ("or have a new plan reviewed:", replan),
             ) from None
-    differing += filter(None, (not_done(shared.source, change) for change in done))
+    elsewhere = [why for why in (not_done(shared.source, change) for change in done) if why]
     unreviewed = {target for target, change in open_lines.values() if change is None}
     # What the review does not list, and nothing is done with.
     spared: dict[Target, set[bytes]] = {}
+    changed: set[str] = set()  # logins
     for target, change in open_lines.values():
         if change and change.kind in ("leftover", "kept"):
             spared.setdefault(target, set()).add(change.path)
@@ -2377,14 +2420,19 @@ def approve(
             state = "now exists only on the target" if change.kind == "missing" else "is now "
             state += change.kind if change.entry else ""
             differing.append("%s: %s %s" % (target.login, show_path(change.path), state))
+            changed.add(target.login)
     if len(unreviewed) == len(compared) > 0:
-        differing.append("it shows none of these targets, or could not compare them")
+        elsewhere.append("it covers none of these targets")
+    differing += elsewhere
     if differing:
+        hints = [("have a new plan reviewed:", replan)]
+        if len(changed) < len(compared) and not elsewhere:
+            excepted = [*shared.typed.excepted, *sorted(changed)]
+            hints.append(("or leave those targets out:", shared.typed.again(excepted=excepted)))
         raise OffsyncError(
-            "refused, nothing was sent: plan %s does not approve what would be done now; review a "
-            "new one: `offsync plan`; what differs: %s",
-            show_text(name),
-            some_of(sorted(set(differing)), "; "),
+            "refused, nothing was sent: the current plan is not the reviewed plan "
+            f"{show_text(name)}: {some_of(sorted(set(differing)), '; ')}",
+            *hints,
         )
     approved = []
     for plan in plans:
@@ -2405,9 +2453,10 @@ def check_policy(shared: Run, reviewed: bytes) -> None:
     """
     now, then = json.loads(policy_line(shared.config)), json.loads(reviewed)
     deletion = Deletion(then["delete"])
+    validate_absolute_path(then["source"], "source")
     printed = {**{key: then[key] for key in now}, "delete": deletion.value}
     check_line(reviewed, json_line(printed))
-    if then["version"] != now["version"]:
+    if json.dumps(then["version"]) != json.dumps(now["version"]):
         raise ValueError("it is of another version of offsync")
     pairs = [(key, json.dumps(then[key]), json.dumps(now[key])) for key in now]
     differing = [pair for pair in pairs if pair[1] != pair[2]]
@@ -2420,16 +2469,15 @@ def check_policy(shared: Run, reviewed: bytes) -> None:
     ):
         if options[option] == configured:
             options[option] = None
-    remedy = "restore that in the config, or review a new plan: `offsync plan`"
+    replan = ("have a new plan reviewed:", typed.again(command="plan", plan=None))
+    hints: list[Hint] = ["restore that in the config, or", replan]
     by_option = all(pair[0] in ("source", "delete") for pair in differing)
-    if not by_option or options["deletion"] is Deletion.REFUSE:
-        options = {}
-    if options:
-        remedy = "run: `%s`" % typed.again(**options)
+    if by_option and options["deletion"] is not Deletion.REFUSE:
+        hints = [("apply it with its own policy:", typed.again(**options)), replan]
     raise OffsyncError(
-        "refused, nothing was sent: the plan was made with another policy: %s; "
-        + remedy.replace("%", "%%"),
-        ", ".join("%s %s, not %s" % pair for pair in differing),
+        "refused, nothing was sent: the policy is not that of the reviewed plan: "
+        + ", ".join("%s was %s, is %s" % pair for pair in differing),
+        *hints,
     )
 
 
@@ -2437,10 +2485,10 @@ def not_done(source: Source, change: Change) -> str:
     """Return how the source contradicts a reviewed change, "" if it agrees; hashes if it must."""
     path, entry = change.path, change.entry
     if change.kind == "missing" and os.path.lexists(os.path.join(source.root, path)):
-        return "%s is in the source again" % show_path(path)
+        return "%s was to be deleted, but is back in the source" % show_path(path)
     now = source.entries.get(path)
     agrees = entry is None or (now._replace(md5=b"") == entry if now else source.is_as(path, entry))
-    return "" if agrees else "%s is not in the source as reviewed" % show_path(path)
+    return "" if agrees else "%s in the source is no longer what was reviewed" % show_path(path)
 
 
 def name_collisions(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[bytes]:
@@ -2460,98 +2508,96 @@ def name_collisions(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[by
     return found
 
 
-def refusal(shared: Run, plans: Sequence[TargetPlan]) -> str:
-    """Return why none of these plans may be carried out, reviewed or not; "" if all may."""
-    config, reasons = shared.config, []
-    allowed = config.delete is Deletion.ALLOW
-    gone = ("missing", "leftover") if allowed else ("missing", "kept")
+def refusal(shared: Run, plans: Sequence[TargetPlan]) -> Optional[OffsyncError]:
+    """Return why none of these plans may be carried out, reviewed or not; None if all may."""
+    config, allowed = shared.config, shared.config.delete is Deletion.ALLOW
+    gone = ("missing", "leftover") if allowed else ("missing",)
     # Where all is refused anyway, the excludes need not be asked.
     emptied = config.delete is not Deletion.REFUSE or not shared.source.count
     if emptied and any(plan.of(*gone) for plan in plans) and not shared.included:
-        return (
-            "the source %s is empty (after the excludes), and an empty source never deletes; is it "
-            "mounted and filled?" % show_text(config.source)
+        return OffsyncError(
+            f"the source {show_text(config.source)} is empty after the excludes, and an empty "
+            "source never deletes",
+            "check that it is mounted and filled",
         )
+    facts: list[str] = []
+    hints: list[Hint] = []
     for kind, permitted in (("missing", allowed), ("modified", config.overwrite)):
         concerned = [plan for plan in plans if plan.of(kind)]
         if concerned and not permitted:
-            reasons.append(refuse_kind(shared, kind, plans, concerned))
-    return "; and ".join(reasons)
+            fact, ways = refuse_kind(shared, kind, plans, concerned)
+            facts.append(fact)
+            hints += ways
+    return OffsyncError("; and ".join(facts), *hints) if facts else None
 
 
-def review_needed(shared: Run, plans: Sequence[TargetPlan]) -> str:
-    """Return why these plans, which refusal() allows, need a review; "" if they need none.
+def review_needed(shared: Run, plans: Sequence[TargetPlan]) -> Optional[OffsyncError]:
+    """Return why these plans, which refusal() allows, need a review; None if they need none.
 
     Deletions may be the work of an empty mount, or of a file system that takes two names for one:
     where the target finds README under the name Readme, it reports README as missing and Readme as
     equal, and whoever deletes README deletes the only copy. Where the name of the source is added
-    in the same plan, the target tells the two apart.
+    in the same plan, the target tells the two apart. What is kept could be overwritten likewise.
     """
-    ways_out = (
-        "review it: offsync plan, then offsync apply --plan ID, both with the same --source and "
-        "--delete; or "
-    )
-    for plan in plans if shared.config.delete is Deletion.ALLOW else ():
-        gone, new = plan.of("missing", "leftover"), {change.path for change in plan.of("added")}
+    review, allowed = shared.typed.again(command="plan"), shared.config.delete is Deletion.ALLOW
+    for plan in plans:
+        gone = plan.of("missing", "leftover") if allowed else plan.of("kept")
+        new = {change.path for change in plan.of("added")}
         if not gone:
             continue
         after = len(shared.included)
         before = after - len(new) + len(gone)
         percent = shared.config.max_delete
-        if len(gone) >= MANY_DELETIONS and 100 * after < (100 - percent) * before:
-            return (
-                "%s would shrink from %d to %d entries (max_delete: %d percent); is the source %s "
-                "mounted and filled? If it is meant, %sraise max_delete in the config"
-                % (
-                    plan.target.login,
-                    before,
-                    after,
-                    percent,
-                    show_text(shared.config.source),
-                    ways_out,
-                )
+        if allowed and len(gone) >= MANY_DELETIONS and 100 * after < (100 - percent) * before:
+            return OffsyncError(
+                f"{plan.target.login} would lose more than max_delete ({percent}%) of its entries: "
+                f"{before} now, {after} afterwards",
+                f"check that the source {show_text(shared.config.source)} is mounted and filled",
+                ("if this is intended, review the plan, then apply it by its ID:", review),
+                "or raise max_delete in the config",
             )
         names = name_collisions((change.path for change in gone), shared.included - new)
         if names:
-            return (
-                "%s: a file system that ignores case or Unicode form takes these names for one, so "
-                "that deleting the one would delete the other: %s; if it tells them apart, %s"
-                "rename them in the source, apply, rename them back, and apply again"
-                % (plan.target.login, some_paths(names), ways_out)
+            return OffsyncError(
+                f"{plan.target.login}: these names may be one file on the target (case or Unicode "
+                "form), so that deleting or keeping one would delete or overwrite the other: "
+                + some_paths(names),
+                ("if it tells them apart, review the plan, then apply it by its ID:", review),
+                "else rename them in the source, apply, rename them back, and apply again",
             )
-    return ""
+    return None
 
 
 def refuse_kind(
     shared: Run, kind: str, plans: Sequence[TargetPlan], concerned: Sequence[TargetPlan]
-) -> str:
-    """Return why a kind of change that the policy forbids stops the run, and the ways out."""
+) -> tuple[str, list[Hint]]:
+    """Return (why a kind of change that the policy forbids stops the run, the ways out)."""
     keep = shared.config.delete is Deletion.KEEP
     # No other policy is that of a reviewed plan.
-    typed = shared.typed._replace(plan=None)
+    typed = shared.typed._replace(command="apply", plan=None)
     total = sum(len(plan.of(kind)) for plan in concerned)
     fact = plural(total, "entry exists", "entries exist") + " only on a target"
+    them = "it" if total == 1 else "them"
+    hints: list[Hint] = []
     if kind == "modified":
         fact = plural(total, "entry differs", "entries differ") + ", and overwriting is not allowed"
-        ways = 'exclude them, remove them on the target, or set "overwrite: true" in the config'
+        hints.append(f"exclude {them}, or remove {them} on the target")
+        hints.append('or allow it: "overwrite: true" in the config')
     elif keep:
-        fact += " where the source has another type in its place, so it cannot be kept"
-        ways = "rename the entry of the source, or exclude it; or allow the deletion: `%s`"
-        ways %= typed.again(command="plan", deletion=Deletion.ALLOW)
+        fact += f" where the source has another type in its place, so {them} cannot be kept"
+        hints.append("rename the entry of the source, or exclude it")
     else:
         fact += ", and deleting is not allowed"
-        ways = (
-            "add them to the source, or exclude them; or leave them on the target, for this run: "
-            "`%s`; or see what would be deleted, then allow it: `%s`"
-        ) % (
-            typed.again(deletion=Deletion.KEEP),
-            typed.again(command="plan", deletion=Deletion.ALLOW),
-        )
+        hints.append(f"add {them} to the source, or exclude {them}")
+        kept = typed.again(deletion=Deletion.KEEP)
+        hints.append((f"leave {them} on the target, for this run:", kept))
+    if kind == "missing":
+        review = typed.again(command="plan", deletion=Deletion.ALLOW)
+        hints.append(("see what would be deleted, then allow it:", review))
     if len(concerned) < len(plans):
-        logins = [plan.target.login for plan in concerned]
-        ways += "; or leave those targets out: `%s`" % typed.again(
-            excepted=[*typed.excepted, *logins]
-        )
+        excepted = [*typed.excepted, *(plan.target.login for plan in concerned)]
+        those = "that target" if len(concerned) == 1 else "those targets"
+        hints.append((f"leave {those} out:", typed.again(excepted=excepted)))
     named = []
     for plan in concerned:
         paths = {change.path for change in plan.of(kind)}
@@ -2559,8 +2605,8 @@ def refuse_kind(
             # What is in their place.
             replacing = {change.path for change in plan.changes if "type" in change.reasons}
             paths |= {place for path in paths for place in above(path) if place in replacing}
-        named.append("%s: %s" % (plan.target.login, some_paths(paths)))
-    return compose("%s: %s; " + ways.replace("%", "%%"), fact, some_of(named, "; "))
+        named.append(f"{plan.target.login}: {some_paths(paths)}")
+    return f"{fact}: {some_of(named, '; ')}", hints
 
 
 # --- Trust core: delivery -----------------------------------------------------------------------
@@ -2613,10 +2659,10 @@ class Delivery:
         self.tried_to_delete: set[bytes] = set()
         self.outcome: Optional[Comparison] = None  # at the end; None is unknown
 
-    def carry_out(self, record: Record) -> Record:
-        """Send, delete and verify; return the record of what became of it, also after a failure."""
+    def carry_out(self, record: Record) -> tuple[Record, Optional[OffsyncError]]:
+        """Send, delete and verify; return (the record of what became of it, why it failed)."""
         started, result = time.monotonic(), "ok"
-        error: Optional[str] = None
+        failed: Optional[OffsyncError] = None
         try:
             if self.plan.error:
                 raise self.plan.error
@@ -2624,11 +2670,9 @@ class Delivery:
                 self.deliver()
             self.outcome = Comparison({}, set())
         except Stopped:
-            result, error = "interrupted", "apply again finishes the job"
+            result, failed = "interrupted", OffsyncError("interrupted", "run apply again to finish")
         except (OffsyncError, OSError, MemoryError) as problem:
-            result, error = "failed", getattr(problem, "text", str(problem) or "not enough memory")
-            if isinstance(problem, TargetError):
-                error = problem.why
+            result, failed = "failed", as_offsync_error(problem)
             # If the source changed, a comparison would mean nothing. A connection whose proofs
             # failed is asked nothing more.
             known = getattr(problem, "kind", None) is not Kind.SOURCE_CHANGED
@@ -2638,14 +2682,15 @@ class Delivery:
                     self.outcome = self.compare("hash", limit=RESCAN_DEADLINE)
         PROGRESS.update(self.login, None)
         changed, deleted = self.delivered() if self.begun or result == "ok" else ([], [])
-        return record._replace(
+        record = record._replace(
             result=result,
-            error=error,
+            error=getattr(failed, "why", failed.message) if failed else None,
             files_changed=changed,
             files_deleted=deleted,
             bytes_sent=self.bytes_sent,
             seconds=round(time.monotonic() - started, 3),
         )
+        return record, failed
 
     def delivered(self) -> tuple[Optional[list[str]], Optional[list[str]]]:
         """Return what was delivered and what was deleted, None where that is not known.
@@ -2754,7 +2799,7 @@ class Delivery:
         lost = {c.path: c.entry for c in changes if c.entry and c.path not in report.confirmed}
         if lost:
             changed = {path for path, entry in lost.items() if not self.source.is_as(path, entry)}
-            kind = Kind.SOURCE_CHANGED if changed else Kind.CHANGED_THERE
+            kind = Kind.SOURCE_CHANGED if changed else Kind.CHANGED_MEANWHILE
             raise self.failure(kind, changed or set(lost))
 
     def failure(self, kind: Failure, paths: Iterable[bytes]) -> TargetError:
@@ -2891,18 +2936,16 @@ def take_lock(home: "Home", what: str, shared: bool = False) -> None:
     except BlockingIOError:
         holder = quote_answer(read_file(home.lock_file, "lock", "try again")) or "another offsync"
         raise OffsyncError(
-            "%s is running and holds the lock %s; try again when it has finished",
-            holder,
-            show_text(home.lock_file),
+            f"{holder} is running and holds the lock {show_text(home.lock_file)}",
+            "try again when it has finished",
         ) from None
     except OSError as error:
         # Where nobody may write, no writer is at work.
         if flags == os.O_RDONLY and isinstance(error, FileNotFoundError):
             return
         raise OffsyncError(
-            "lock %s: %s; nothing was sent or changed; mend that, then try again",
-            show_text(home.lock_file),
-            error.strerror,
+            f"lock {show_text(home.lock_file)}: {error.strerror}; nothing was sent or changed",
+            "fix this, then try again",
         ) from None
     # Only words for others: the disk may be full.
     with contextlib.suppress(OSError):
@@ -2928,15 +2971,14 @@ def open_log(home: "Home", so_far: str = "") -> int:
         return log
     except OSError as error:
         raise OffsyncError(
-            "log %s: it cannot be written: %s; mend that, then apply again" + so_far,
-            show_text(home.log),
-            error.strerror,
+            f"log {show_text(home.log)}: cannot be written: {error.strerror}{so_far}",
+            "fix this, then apply again",
         ) from None
 
 
 def append_log(home: "Home", record: Record) -> None:
     """Append one record with one write. Raises OffsyncError if it is not all there."""
-    line, log, why = json_line(record.fields), open_log(home), "no space left"
+    line, log, why = json_line(record._asdict()), open_log(home), "no space left"
     try:
         written = os.write(log, line)
         os.fsync(log)
@@ -2945,7 +2987,8 @@ def append_log(home: "Home", record: Record) -> None:
     os.close(log)
     if written != len(line):
         raise OffsyncError(
-            "log %s: the record could not be written: %s; mend that", show_text(home.log), why
+            f"log {show_text(home.log)}: the record could not be written: {why}",
+            "free some space, or fix the permissions, then apply again",
         )
 
 
@@ -2953,18 +2996,20 @@ def write_status(home: "Home", record: Record) -> None:
     """Replace a target's status, last/LOGIN: its newest record, without the names."""
     make_directory(os.path.realpath(home.last), 0o700)
     status = record._replace(files_changed=None, files_deleted=None)
-    write_atomically(os.path.join(home.last, record.login), [json_line(status.fields)], 0o600)
+    write_atomically(os.path.join(home.last, record.login), [json_line(status._asdict())], 0o600)
 
 
 def log_killed_runs(home: "Home") -> None:
     """Log the deliveries that were killed before they could do so themselves. With the lock."""
     for name, record in read_statuses(home).items():
         if record.result == "started":
-            why = "offsync was killed; what arrived is unknown; the next apply finishes the job"
+            why = (
+                "offsync was killed; it is unknown what was delivered; the next apply completes it"
+            )
             record = record._replace(result="interrupted", error=why)
             append_log(home, record)
             write_status(home, record)
-            warn("an apply to %s was killed; the next one finishes its job", show_text(name))
+            warn(f"the last apply to {show_text(name)} was killed; the next one will complete it")
 
 
 class Log:
@@ -2985,7 +3030,7 @@ class Log:
             self.open[target.login] = record._replace(
                 files_changed=[], files_deleted=[], bytes_sent=0
             )
-        self.ended: dict[str, Record] = {}
+        self.ended: dict[str, tuple[Record, Optional[OffsyncError]]] = {}  # with why it failed
 
     def __enter__(self) -> "Log":
         return self
@@ -2994,30 +3039,29 @@ class Log:
         """End what has no end yet, for the reason that ended the run."""
         for record in list(self.open.values()) if error else ():
             unknown = record.files_changed is None
-            result, why = "interrupted", "nothing was sent"
-            if unknown:
-                why = "what was sent is unknown"
-            elif is_refusal(error):
-                result, why = "refused", getattr(error, "text", str(error))
-            self.finish(record._replace(result=result, error=why, seconds=0.0))
+            result, why = "interrupted", OffsyncError("interrupted", "run apply again to finish")
+            if error and is_refusal(error) and not unknown:
+                result, why = "refused", as_offsync_error(error)
+            self.finish(record._replace(result=result, error=why.message, seconds=0.0), why)
 
     def identify(self, plan: str) -> None:
         self.open = {login: record._replace(plan=plan) for login, record in self.open.items()}
 
     def deliver(self, shared: Run, plan: TargetPlan) -> None:
         """Carry out one target's plan and log it at once, whatever becomes of the others."""
-        record = self.open[plan.target.login]
+        record, failed = self.open[plan.target.login], None
         try:
             if plan.changes:
                 unknown = record._replace(files_changed=None, files_deleted=None, bytes_sent=None)
                 write_status(self.home, unknown)
                 self.open[record.login] = unknown
-            record = Delivery(shared, plan).carry_out(record)
+            record, failed = Delivery(shared, plan).carry_out(record)
         except OffsyncError as error:
-            record = record._replace(result="failed", error="%s; nothing was sent" % error)
-        self.finish(record)
+            failed, why = error, f"{error.message}; nothing was sent"
+            record = record._replace(result="failed", error=why)
+        self.finish(record, failed)
 
-    def finish(self, record: Record) -> None:
+    def finish(self, record: Record, failed: Optional[OffsyncError]) -> None:
         """Log what became of a target, and keep its status: what cannot be logged has failed.
 
         The status tells what a target has: a run that was refused leaves it alone. So does a run
@@ -3028,14 +3072,14 @@ class Log:
             if self.locked and record.result != "refused":
                 write_status(self.home, record)
         except OffsyncError as error:
-            why = record.error or "delivered and verified, but not logged"
-            if error.text not in why:
-                record = record._replace(result="failed", error="%s; %s" % (why, error.text))
+            failed, why = error, record.error or "delivered and verified, but not logged"
+            if error.message not in why:
+                record = record._replace(result="failed", error=f"{why}; {error.message}")
             # A status "started" would say that it was killed.
             with contextlib.suppress(OffsyncError):
                 if self.locked and self.open[record.login].files_changed is None:
                     write_status(self.home, record)
-        self.ended[record.login] = record
+        self.ended[record.login] = record, failed
         self.open.pop(record.login)
 
 
@@ -3061,7 +3105,9 @@ def program(name: str) -> str:
     """Return the path of a system program; the error names the command that installs it."""
     found = shutil.which(name) or shutil.which(name, path=SBIN)
     if not found:
-        raise OffsyncError("%s: the program is not installed; run: `offsync install-deps`", name)
+        raise OffsyncError(
+            f"{name}: the program is not installed", ("install it:", "offsync install-deps")
+        )
     return os.path.abspath(found)
 
 
@@ -3094,15 +3140,13 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
             problem = "%s is %s" % (show_text(path), what)
         elif named:
             raise OffsyncError(
-                "rsync: %s, which OFFSYNC_RSYNC names, is no program; correct that variable, or "
-                "unset it",
-                show_text(named),
+                f"rsync: {show_text(named)}, which OFFSYNC_RSYNC names, is no program",
+                "correct that variable, or unset it",
             )
     raise OffsyncError(
-        "rsync: %s; offsync needs rsync %d.%d.%d or newer: run `offsync install-deps`, or set "
-        "OFFSYNC_RSYNC",
-        problem,
-        *RSYNC_OLDEST,
+        f"rsync: {problem}; offsync needs rsync %d.%d.%d or newer" % RSYNC_OLDEST,
+        ("install it:", "offsync install-deps"),
+        "or name another with OFFSYNC_RSYNC",
     )
 
 
@@ -3122,8 +3166,9 @@ def make_scratch() -> str:
                 return made
             os.rmdir(made)
     raise OffsyncError(
-        "TMPDIR: set it to a writable directory with a short, plain name, in which nobody else can "
-        "replace what is yours"
+        "no usable temporary directory",
+        "set TMPDIR to a writable directory with a short path (at most 62 characters of A-Z a-z "
+        "0-9 . _ + - /), in which nobody else can replace what is yours",
     )
 
 
@@ -3188,7 +3233,7 @@ def scratch_file(scratch: str, names: Iterable[bytes] = ()) -> BinaryIO:
     return stream
 
 
-def read_file(path: str, what: str, missing: str) -> bytes:
+def read_file(path: str, what: str, *missing: Hint) -> bytes:
     """Return what a small file or a pipe holds; missing says what to do without it."""
     try:
         # A FIFO that nobody writes to is empty, instead of waiting for a writer.
@@ -3197,17 +3242,15 @@ def read_file(path: str, what: str, missing: str) -> bytes:
             os.set_blocking(descriptor, True)
             data = stream.read(FILE_LIMIT)
     except FileNotFoundError:
-        raise UsageError("%s %s: it does not exist; " + missing, what, show_text(path)) from None
+        raise UsageError(f"{what} {show_text(path)}: does not exist", *missing) from None
     except OSError as error:
-        remedy = "mend that, then try again"
+        remedy = "fix this, then try again"
         if isinstance(error, PermissionError):
-            remedy = "it must be readable for %s" % name_of(os.geteuid())
-        raise OffsyncError("%s %s: %s; " + remedy, what, show_text(path), error.strerror) from None
+            remedy = f"make it readable for the account {name_of(os.geteuid())}"
+        raise OffsyncError(f"{what} {show_text(path)}: {error.strerror}", remedy) from None
     if len(data) == FILE_LIMIT:
         limit = format_bytes(FILE_LIMIT)
-        raise UsageError(
-            "%s %s: it is larger than %s; name the right file", what, show_text(path), limit
-        )
+        raise UsageError(f"{what} {show_text(path)}: larger than {limit}", "name the right file")
     return data
 
 
@@ -3239,7 +3282,8 @@ def write_atomically(path: str, data: Iterable[bytes], mode: int) -> None:
             raise
     except OSError as error:
         raise OffsyncError(
-            "%s: it cannot be written: %s; nothing was changed", show_text(path), error.strerror
+            f"{show_text(path)}: cannot be written: {error.strerror}; nothing was changed",
+            "fix this, then try again",
         ) from None
 
 
@@ -3273,9 +3317,8 @@ def make_directory(path: str, mode: int) -> None:
                 os.close(descriptor)
     except OSError as error:
         raise OffsyncError(
-            "%s: it cannot be created: %s; make it, or choose another place",
-            show_text(path),
-            error.strerror,
+            f"{show_text(path)}: cannot be created: {error.strerror}",
+            "create it, or choose another place",
         ) from None
 
 
@@ -3286,37 +3329,61 @@ def name_of(uid: int) -> str:
         return str(uid)
 
 
-def find_strangers(path: str, itself: bool = True) -> str:
-    """Return who else could replace what lies at a path, "" if only root and this account can.
+def find_strangers(path: str, itself: bool = True) -> Optional[tuple[str, list[Hint]]]:
+    """Return (who else could replace what lies at a path, the ways out); None if nobody can.
 
-    Each existing directory from / on is judged, the one judge of this: owner root or this account,
-    no write for the group or others (an access control list shows as the group's bits). A sticky
-    one (/tmp) does not count where the next one is ours. itself: path too, else its parents.
+    Each existing directory on the way from / is judged, those of symlinks, too: the one judge of
+    this. itself: what lies at the path, too.
     """
-    real, ours = os.path.realpath(path), (0, os.geteuid())
-    places = [real[: match.start()] or "/" for match in re.finditer("/", real)]
-    for place in [*places, real] if itself else places:
-        try:
-            status = os.stat(place)
-        except FileNotFoundError:
-            return ""  # from here on it is made by us
-        except OSError as error:
-            return "%s cannot be looked at: %s" % (show_text(place), error.strerror)
-        mode, quoted = stat.S_IMODE(status.st_mode), shlex.quote(place)
-        if status.st_uid not in ours:
-            return "%s belongs to %s" % (show_text(place), name_of(status.st_uid))
-        below = real[len(place.rstrip("/")) + 1 :].split("/")[0]
-        following = os.path.join(place, below)
-        if below and mode & stat.S_ISVTX and os.path.lexists(following):
-            if os.lstat(following).st_uid in ours:
-                continue
-        if mode & 0o022:
-            who = "everybody" if mode & 0o002 else "its group"
-            # A directory above may be meant to be so, as /tmp and /srv/www are.
-            ours_alone = place == real and status.st_uid == os.geteuid()
-            remedy = "; run: `chmod go-w %s`" % quoted.replace("%", "%%") if ours_alone else ""
-            return compose("%s may write to %s (mode %04o)" + remedy, who, show_text(place), mode)
-    return ""
+    at, parts, links = "/", os.path.abspath(path).split("/"), 0
+    while parts:
+        part = parts.pop(0)
+        if part in ("", "."):
+            continue
+        strangers = judge_place(at, part)
+        if strangers:
+            return strangers
+        entry = os.path.dirname(at) if part == ".." else os.path.join(at, part)
+        if os.path.islink(entry):
+            target = os.readlink(entry)
+            parts, links = [*target.split("/"), *parts], links + 1
+            at = "/" if target.startswith("/") else at
+        elif os.path.lexists(entry):
+            at = entry
+        else:
+            return None  # from here on it is made by us
+        if links > 40:
+            return f"{show_text(path)} leads through too many symlinks", []
+    return judge_place(at) if itself else None
+
+
+def judge_place(place: str, entry: str = "") -> Optional[tuple[str, list[Hint]]]:
+    """Return (who else could change a directory, or a file, the ways out); None if nobody can.
+
+    Its owner must be root or this account, without write permission for the group or others (an
+    access control list shows as the group's bits). A sticky directory (/tmp) does not count where
+    the entry in it is ours.
+    """
+    ours = (0, os.geteuid())
+    try:
+        status = os.stat(place)
+    except OSError as error:
+        return f"{show_text(place)} cannot be looked at: {error.strerror}", []
+    if status.st_uid not in ours:
+        return f"{show_text(place)} belongs to {name_of(status.st_uid)}", []
+    mode, following = stat.S_IMODE(status.st_mode), os.path.join(place, entry)
+    if entry and mode & stat.S_ISVTX and os.path.lexists(following):
+        if os.lstat(following).st_uid in ours:
+            return None
+    if not mode & 0o022:
+        return None
+    who = "everybody" if mode & 0o002 else "its group"
+    hints: list[Hint] = []
+    # A directory above may be meant to be so, as /tmp and /srv/www are; and so is /dev/null.
+    plain_one = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
+    if not entry and plain_one and status.st_uid == os.geteuid():
+        hints.append(("run:", f"chmod go-w {shlex.quote(place)}"))
+    return f"{who} may write to {show_text(place)} (mode {mode:04o})", hints
 
 
 # --- The state directory --------------------------------------------------------------------------
@@ -3324,8 +3391,8 @@ def find_strangers(path: str, itself: bool = True) -> str:
 PLANS_KEPT_DAYS = 30  # how long "plan" keeps plans for "apply --plan"
 PLAN_LIMIT = 1 << 30  # bytes of a plan that is kept
 NO_STATE = (
-    "run first: `offsync init --source DIR`, or work as the account that has the state, or "
-    "set OFFSYNC_HOME"
+    'create it: "offsync init --source DIR"',
+    "or work as the account that has the state, or set OFFSYNC_HOME",
 )
 
 
@@ -3333,20 +3400,19 @@ def check_private(path: str) -> str:
     """Return a path of the state for people; raise unless it exists, and only we may read it."""
     if not os.path.exists(path):
         raise OffsyncError(
-            "%s: it does not exist; restore it, or make a new one, which is to be "
-            "linked on each target again: `offsync init`",
-            show_text(path),
+            f"{show_text(path)}: does not exist",
+            "restore it",
+            ("or create a new one, and link it on every target:", offsync_command("init")),
         )
     status = os.stat(path)
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
-        remedy = "run: `chmod %o %s`" % (mode & 0o700, shlex.quote(path).replace("%", "%%"))
+        hint: Hint = ("run:", f"chmod {mode & 0o700:o} {shlex.quote(path)}")
         # Such as a volume of secrets, where a mode cannot be changed.
         if status.st_uid != os.geteuid():
-            remedy = "it belongs to %s: copy it to a place of your own, with mode 600"
-            remedy %= name_of(status.st_uid)
-        text = "%s: others may read it (mode %04o); " + remedy
-        raise OffsyncError(text, show_text(path), mode)
+            owner = name_of(status.st_uid)
+            hint = f"it belongs to {owner}: copy it to a place of your own, with mode 600"
+        raise OffsyncError(f"{show_text(path)}: others may read it (mode {mode:04o})", hint)
     return show_text(path)
 
 
@@ -3363,16 +3429,12 @@ def check_home() -> str:
         return home  # an unknown user ID has no directory to compare HOME with
     except OSError as error:
         raise OffsyncError(
-            "HOME %s: %s; set it to the home of %s", show_text(home), error.strerror, user
+            f"HOME {show_text(home)}: {error.strerror}", f"set it to the home of {user}"
         ) from None
     if owner != os.geteuid() and os.path.realpath(home) != os.path.realpath(own):
         raise OffsyncError(
-            "HOME %s belongs to %s, and this is %s; run it as that account with its own home: "
-            "`sudo -iu %s offsync ...`",
-            show_text(home),
-            name_of(owner),
-            user,
-            user,
+            f"HOME {show_text(home)} belongs to {name_of(owner)}, and this is {user}",
+            (f"run it with the home of {user}:", typed_again(user=user)),
         )
     return home
 
@@ -3382,12 +3444,12 @@ class Home:
 
     def __init__(self) -> None:
         named = os.environ.get("OFFSYNC_HOME") or os.path.join(check_home(), ".offsync")
-        self.path = path = os.path.realpath(validate_absolute_path(named, "OFFSYNC_HOME"))
+        self.named = validate_absolute_path(named, "OFFSYNC_HOME")
+        self.path = path = os.path.realpath(self.named)
         if re.search(r'["%$\\]', path):
             raise UsageError(
-                'OFFSYNC_HOME %s: ssh would interpret one of " %% $ \\ in it; choose '
-                "another directory",
-                show_text(path),
+                f'OFFSYNC_HOME {show_text(path)}: ssh would interpret one of " % $ \\ in it',
+                "choose another directory",
             )
         names = "config.yaml id_ed25519 known_hosts operations.log lock plans last".split()
         paths = [os.path.join(path, name) for name in names]
@@ -3397,24 +3459,36 @@ class Home:
             self.refuse_strangers()
 
     def refuse_strangers(self) -> None:
-        """Raise where others could change the directory, or what lies at the names in it."""
+        """Raise where others could change the directory or what lies at the names in it.
+
+        And where we cannot read it: a key or a host key must not look as if it were absent.
+        """
         names = (self.config, self.key, self.known_hosts, self.log, self.lock_file)
-        for path in (self.path, *names, self.plans, self.last):
+        for path in (self.named, *names, self.plans, self.last):
             strangers = find_strangers(path)
+            owner, user = os.geteuid(), name_of(os.geteuid())
+            with contextlib.suppress(OSError):
+                owner = os.stat(path).st_uid
+            work_as: list[Hint] = []
+            if owner != os.geteuid():
+                as_owner = typed_again(user=name_of(owner))
+                work_as.append((f"it belongs to {name_of(owner)}; work as that account:", as_owner))
             if strangers:
                 raise OffsyncError(
-                    "state directory %s: others could change what offsync does: %s",
-                    show_text(self.path),
-                    strangers,
+                    f"state directory {show_text(self.path)}: other users than {user} could modify "
+                    f"it: {strangers[0]}",
+                    *(work_as or strangers[1]),
                 )
+            if os.path.exists(path) and not os.access(path, os.R_OK):
+                raise OffsyncError(f"{show_text(path)}: Permission denied", *work_as)
 
     def read_config(self) -> str:
-        data = read_file(self.config, "config", NO_STATE)
+        data = read_file(self.config, "config", *NO_STATE)
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
             line = data[: error.start].count(b"\n") + 1
-            raise UsageError("%s:%d: not UTF-8; save it as UTF-8", self.config, line) from None
+            raise UsageError(f"{self.config}:{line}: not UTF-8", "save it as UTF-8") from None
 
     def load(self) -> Config:
         return validate_config(self.read_config(), self.config)
@@ -3430,7 +3504,7 @@ class Home:
         name, size = identify_plan(config, plans)
         try:
             if size > PLAN_LIMIT:
-                raise OffsyncError("it is larger than %s", format_bytes(PLAN_LIMIT))
+                raise OffsyncError(f"it is larger than {format_bytes(PLAN_LIMIT)}")
             make_directory(os.path.realpath(self.plans), 0o700)
             write_atomically(os.path.join(self.plans, name), plan_lines(config, plans), 0o600)
             for entry in os.scandir(self.plans):
@@ -3439,14 +3513,14 @@ class Home:
                         os.unlink(entry.path)
         except (OSError, OffsyncError) as error:
             warn(
-                "the plan is not kept (%s); keep it yourself: `offsync plan --json > FILE`, then "
-                "`offsync apply --plan FILE`",
-                error,
+                f"the plan could not be stored ({error})",
+                "save it yourself: 'offsync plan --json > FILE', then 'offsync apply --plan FILE'",
             )
         return name
 
-    def open_plan(self, named: str, scratch: str) -> tuple[BinaryIO, str]:
-        """Return (a reviewed plan, open; its ID) for --plan ID or FILE. Raises OffsyncError."""
+    def open_plan(self, typed: Typed, scratch: str) -> tuple[BinaryIO, str]:
+        """Return (the reviewed plan, open; its ID) for --plan ID or FILE. Raises OffsyncError."""
+        named = str(typed.plan)
         is_id = re.fullmatch("[0-9a-f]{64}", named)
         path = os.path.join(self.plans, named) if is_id else named
         # A copy: it may be a pipe, and may change meanwhile.
@@ -3461,15 +3535,23 @@ class Home:
                     copy.write(chunk)
             copy.seek(0)
         except OSError as error:
-            raise UsageError(
-                "plan %s: %s; give the whole ID that 'offsync plan' ends with (plans are kept for "
-                "%d days), or the file that 'offsync plan --json' printed",
-                show_text(named),
-                error.strerror,
-                PLANS_KEPT_DAYS,
-            ) from None
+            hints: list[Hint] = [
+                "give the whole ID that 'offsync plan' ends with (plans are kept for "
+                f"{PLANS_KEPT_DAYS} days), or a file that 'offsync plan --json' printed"
+            ]
+            why = error.strerror
+            if re.fullmatch("[0-9a-f]{6,63}", named):
+                why = f"{len(named)} of 64 digits"
+                kept = os.listdir(self.plans) if os.path.isdir(self.plans) else []
+                for name in [name for name in kept if name.startswith(named)][:1]:
+                    hints = [("the plan that begins so:", typed.again(plan=name))]
+            raise UsageError(f"plan {show_text(named)}: {why}", *hints) from None
         if is_id and digest.hexdigest() != named:
-            raise OffsyncError("plan %s: %s was changed; plan again", named, show_text(path))
+            raise OffsyncError(
+                f"plan {named}: the stored file was modified (its SHA-256 differs): "
+                + show_text(path),
+                ("have a new plan reviewed:", typed.again(command="plan", plan=None)),
+            )
         return copy, digest.hexdigest()
 
 
@@ -3506,16 +3588,22 @@ NO_LOGIN_SHELLS = ("nologin", "false", "true", "sync")
 # A line that link wrote, or that somebody wrote by hand as README shows it: from= and the guard may
 # be absent, and so may the final option.
 OUR_LINE = (
-    r'(?:from="[^"]*",)?command="(?:\\"|[^"])*-wo (?:\\"|[^"])*",'
+    r'(?:from="[^"]*",)?command="(?:/bin/sh -c [^"]*; exec )?[^\s;&|"]+'
+    r' -wo (?P<path>(?:\\"|[^"])*)",'
     + KEY_RESTRICTIONS.replace(",restrict", "(?:,restrict)?")
-    + r" \S+ (\S+)(?: .*)?"
+    + r" (?P<key>\S+ (?P<blob>\S+))(?: (?P<comment>.*))?"
 )
-# Before rrsync, the forced command refuses rsync's basis directories: with one, whoever stole the
-# key could plant a symlink, have a file outside compared with what they send, and so read it, with
-# every rrsync up to 3.5.0. offsync never sends such an option.
-BASIS_GUARD = (
+# Before rrsync, the forced command refuses the options with which rsync compares what it gets with
+# other files: whoever stole the key could plant a symlink to a directory outside, and read the
+# files in it by their checksums, with every rrsync up to 3.5.0. These are basis directories, and
+# fuzzy (-y, also within other letters): no word before the final "." has a y, but for two that
+# offsync sends. rrsync takes no option in quotes.
+FORCED_GUARD = (
     "case $SSH_ORIGINAL_COMMAND in *--compare-dest*|*--copy-dest*|*--link-dest*)"
-    " echo offsync: basis directories are refused >&2; exit 1;; esac; exec "
+    " echo offsync: basis directories are refused >&2; exit 1;; esac; "
+    "set -f; for w in $SSH_ORIGINAL_COMMAND; do case $w in .) break;;"
+    " rsync|--delay-updates|--size-only) ;; *y*) echo offsync: fuzzy is refused >&2; exit 1;; esac;"
+    " done; exec "
 )
 
 
@@ -3527,7 +3615,7 @@ def format_forced_command(rrsync: str, path: str, munge: bool = False) -> str:
     """
     words = [rrsync, "-wo", *(["-munge"] if munge else []), path]
     escaped = (re.sub(r"[ -~](?<![A-Za-z0-9@%+=:,./_-])", r"\\\g<0>", word) for word in words)
-    return "/bin/sh -c '%s%s'" % (BASIS_GUARD, " ".join(escaped))
+    return "/bin/sh -c '%s%s'" % (FORCED_GUARD, " ".join(escaped))
 
 
 def format_authorized_key(command: str, key: PublicKey, from_pattern: str = "") -> str:
@@ -3535,6 +3623,11 @@ def format_authorized_key(command: str, key: PublicKey, from_pattern: str = "") 
     options = 'from="%s",' % from_pattern if from_pattern else ""
     options += 'command="%s",%s' % (command, KEY_RESTRICTIONS)
     return " ".join(filter(None, (options, key.type, key.blob, key.comment)))
+
+
+def written_path(line: "re.Match[str]") -> str:
+    """Return the path in a line that matches OUR_LINE."""
+    return re.sub(r"\\(.)", r"\1", line["path"].removeprefix("-munge ").strip("'"))
 
 
 def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -> tuple[bytes, str]:
@@ -3550,7 +3643,7 @@ def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -
         if decoded.startswith("#") or key.blob not in decoded.replace("\0", " ").split():
             kept.append(line)
         # Ours for another key, whose comment is this one.
-        elif written and written[1] != key.blob:
+        elif written and written["blob"] != key.blob:
             kept.append(line)
         elif not written:
             raise ValueError(number)
@@ -3568,15 +3661,14 @@ def find_authorized_key(key: PublicKey) -> tuple[str, bytes, str]:
     The line is "" where there is none. Raises OffsyncError for a foreign line with the key.
     """
     path = os.path.realpath(os.path.expanduser("~/.ssh/authorized_keys"))
-    text = read_file(path, "authorized_keys", "") if os.path.exists(path) else b""
+    text = read_file(path, "authorized_keys") if os.path.exists(path) else b""
     try:
         return path, text, edit_authorized_keys(text, key, None)[1]
     except ValueError as error:
         raise OffsyncError(
-            "%s:%s: this key stands there in a line that offsync did not write, and sshd uses the "
-            "first line that has it; remove that line, then try again",
-            path,
-            error,
+            f"{path}:{error}: this key is in a line that offsync did not write, and sshd uses the "
+            "first line that has it",
+            "remove that line, then try again",
         ) from None
 
 
@@ -3594,7 +3686,7 @@ def validate_public_key(text: str) -> PublicKey:
     """Return the key of one line, of a type that OpenSSH calls safe, as ssh-keygen accepts it."""
     give = "give the one line that 'offsync init' prints on the controller, without options"
     if "PRIVATE KEY" in text:
-        raise UsageError("key: that is a private key, which never leaves the controller; " + give)
+        raise UsageError("key: a private key, which must never leave the controller", give)
     key_type, blob, comment = [*text.strip().split(None, 2), "", "", ""][:3]
     fine = key_type in KEY_TYPES and re.fullmatch("[A-Za-z0-9+/]+=*", blob)
     if fine and not re.search(CONTROL, text.strip()):
@@ -3604,9 +3696,7 @@ def validate_public_key(text: str) -> PublicKey:
             accepted = run([program("ssh-keygen"), "-l", "-f", path], limit=SESSION_DEADLINE)
         if accepted.status == 0:
             return PublicKey(key_type, blob, comment)
-    raise UsageError(
-        "key: it is not one public key of a known type (%s, ...); " + give, KEY_TYPES[0]
-    )
+    raise UsageError(f"key: not one public key of a known type ({KEY_TYPES[0]}, ...)", give)
 
 
 def find_rrsync(wanted: Optional[str]) -> str:
@@ -3621,20 +3711,21 @@ def find_rrsync(wanted: Optional[str]) -> str:
             if not path.endswith(".gz"):
                 make = "install -m 755 %s /usr/local/bin/rrsync"
             raise OffsyncError(
-                "rrsync %s: it is not executable, or compressed; run as root: `%s`",
-                path,
-                make % shlex.quote(path),
+                f"rrsync {path}: not executable, or compressed",
+                ("as root, run:", make % shlex.quote(path)),
             )
     if wanted:
         raise UsageError(
-            "rrsync %s: it does not exist; name its place, or leave --rrsync away to look in the "
-            "known ones",
-            show_text(wanted),
+            f"rrsync {show_text(wanted)}: does not exist",
+            "name its place, or leave --rrsync away to look in the known ones",
         )
     raise OffsyncError(
-        "rrsync: it is in none of the known places; run: `offsync install-deps --role target` "
-        "(images without documentation lack it on EL 8 and 9: `dnf -y --setopt=tsflags= reinstall "
-        "rsync`)"
+        "rrsync: in none of the known places",
+        ("install it:", "offsync install-deps --role target"),
+        (
+            "images of EL 8 and 9 without documentation lack it; on one, as root, run:",
+            "dnf -y --setopt=tsflags= reinstall rsync",
+        ),
     )
 
 
@@ -3676,23 +3767,23 @@ def probe_rrsync(rrsync: str, munge: bool) -> None:
         sent = send("-rl", "--", plant + "/")
         if sent.status != 0 or not os.path.exists(inside_it + "/file"):
             raise OffsyncError(
-                "rrsync %s: it does not work here; it must be of the same release as rsync, 3.1.2 "
-                "or newer (3.2.4 for --no-symlinks), with its interpreter; update rsync, or name "
-                "another: --rrsync PATH (it said: %s)",
-                rrsync,
-                quote_answer(sent.stderr) or "nothing",
+                f"rrsync {rrsync}: does not work on this host",
+                "it must be of the same release as rsync, 3.1.2 or newer (3.2.4 for "
+                "--no-symlinks), with its interpreter: update rsync, or name another with --rrsync",
+                said="rrsync: " + (quote_answer(sent.stderr) or "nothing"),
             )
         send("-pR", "--no-implied-dirs", "--", through + "/./x/f")
         send("-rlbI", "--backup-dir=x", "--", plant + "/")
         if os.listdir(outside):
-            ways = "" if munge else "; or link with --no-symlinks, if you deliver none"
+            hints: list[Hint] = ["update rsync and rrsync to 3.5.0, or to packages with the fix"]
+            if not munge:
+                without = typed_again("--no-symlinks")
+                hints.append(("or, if you deliver no symlinks, link without them:", without))
             raise OffsyncError(
-                "rrsync %s: it lets the key out of its directory (tried here: a symlink was sent, "
-                "then a file through it), so whoever steals the key has a login shell; update "
-                "rsync and rrsync to 3.5.0, or to ones in which that is mended%s; or accept it: "
-                "--accept-risk rrsync",
-                rrsync,
-                ways,
+                f"rrsync {rrsync}: does not confine the key (a file was written through a symlink, "
+                "as a test), so a stolen key amounts to a login shell",
+                *hints,
+                ("or accept that:", typed_again("--accept-risk", "rrsync")),
             )
 
 
@@ -3705,7 +3796,9 @@ def check_forced_word(what: str, path: str) -> None:
     """Raise for what login shells and sshds read in different ways, also within apostrophes."""
     if re.search(r"""['"\\]""", path):
         raise UsageError(
-            "%s %s: it holds a quote or a backslash; choose another place", what, show_text(path)
+            f"{what} {show_text(path)}: holds a quote or a backslash, which login shells read in "
+            "different ways",
+            "choose another place",
         )
 
 
@@ -3720,28 +3813,27 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
     check_forced_word("path", real)
     if os.path.lexists(real) and not os.path.isdir(real):
         raise UsageError(
-            "path %s: it is no directory; choose another, or move it away", show_text(real)
+            f"path {show_text(real)}: not a directory", "choose another, or move it away"
         )
     homes = {os.path.realpath(home) for home in login_homes()}
     keys = [home + name for home in homes for name in ("/.ssh", "/.ssh/authorized_keys")]
-    found = "is the root or a home directory" if real in homes or real == "/" else ""
+    found = "the root or a home directory" if real in homes or real == "/" else ""
     for place in sorted({*keys, *map(os.path.realpath, [*keys, *protected])}):
         if within(place, real) or within(real, place):
             verb = "contains" if within(place, real) else "lies in"
             found = found or "%s %s" % (verb, show_text(place))
     if found:
         raise UsageError(
-            "path %s: it %s, so a key that writes there is as good as a shell; " + choose,
-            show_text(real),
-            found,
+            f"path {show_text(real)}: {found}, so write access to it amounts to a login shell",
+            choose,
         )
-    risk = "" if accept_risk else next(link_risks(real), "")
+    risk = None if accept_risk else next(link_risks(real), None)
     if risk:
-        other = "or " if COPY in risk else ""
         raise UsageError(
-            "path %s: %s; " + other + choose + ", or, if it is really meant: --accept-risk path",
-            show_text(real),
-            risk,
+            f"path {show_text(real)}: {risk[0]}",
+            *risk[1],
+            choose,
+            ("or accept that:", typed_again("--accept-risk", "path")),
         )
     return real
 
@@ -3754,41 +3846,42 @@ def login_homes() -> set[str]:
     }
 
 
-def link_risks(real: str) -> Iterator[str]:
-    """Yield why it is risky to give a key this path; "--accept-risk path" waives these reasons."""
+def link_risks(real: str) -> Iterator[tuple[str, list[Hint]]]:
+    """Yield (why it is risky to give a key this path, the ways out).
+
+    "--accept-risk path" waives these reasons.
+    """
     for place in sorted({*SYSTEM_TREES, *map(os.path.realpath, SYSTEM_TREES)}):
         if within(place, real) or within(real, place):
-            yield "it lies in or contains %s, where the system keeps what it runs and reads" % place
+            yield (
+                f"it lies in or contains {place}, where the system keeps what it runs and reads",
+                [],
+            )
     programs = map(os.path.realpath, filter(os.path.isabs, os.get_exec_path()))
     if any(within(place, real) for place in programs):
-        yield "it is or contains a directory of $PATH, where programs are found"
+        yield "it is or contains a directory of $PATH, where programs are found", []
     default = os.path.realpath(os.path.expanduser("~/.offsync/sync"))
     if real != default and any(part.startswith(".") for part in real.split("/")):
-        yield "a component begins with a dot, where programs keep what they run and read"
+        yield "a component begins with a dot, where programs keep what they run and read", []
     if os.path.lexists(os.path.join(real, ".ssh")):
-        yield "it has an entry .ssh, as the home of an account has (remove it if nobody needs it)"
+        yield (
+            "it has an entry .ssh, as the home of an account has",
+            ["remove that entry if nobody needs it"],
+        )
     strangers = find_strangers(real, itself=False)
     if strangers:
-        yield "others could put another directory in its place: " + strangers
+        yield f"others could put another directory in its place: {strangers[0]}", strangers[1]
     if os.path.isdir(real):
         owner, user = name_of(os.stat(real).st_uid), name_of(os.geteuid())
         if os.geteuid() == 0 and owner != user:
-            yield compose(
-                "it belongs to %s, and this links it for %s, who may write anywhere; link it for "
-                "that account: `sudo -iu %s offsync link --path %s`",
-                owner,
-                user,
-                owner,
-                shlex.quote(real),
+            yield (
+                f"it belongs to {owner}, and this links it for {user}, who may write anywhere",
+                [(f"link it for {owner}:", typed_again(user=owner))],
             )
         if not os.access(real, os.W_OK | os.X_OK):
-            yield compose(
-                "%s, for whom this links it, may not write to it; link it for %s, whose it is: "
-                "`sudo -iu %s offsync link --path %s`",
-                user,
-                owner,
-                owner,
-                shlex.quote(real),
+            yield (
+                f"{user}, for whom this links it, may not write to it",
+                [(f"link it for {owner}, whose it is:", typed_again(user=owner))],
             )
 
 
@@ -3796,9 +3889,8 @@ def validate_from_pattern(pattern: str) -> str:
     """Return a pattern list for from="..." (sshd(8))."""
     if not re.fullmatch(r"[A-Za-z0-9.:*?!,/_%\[\]-]+", pattern):
         raise UsageError(
-            "from %s: it must be host names, addresses or patterns, separated by commas; see "
-            "sshd(8)",
-            show_text(pattern),
+            f"from {show_text(pattern)}: not host names, addresses or patterns, with commas",
+            "see sshd(8)",
         )
     return pattern
 
@@ -3828,9 +3920,8 @@ def own_account() -> pwd.struct_passwd:
         account = pwd.getpwuid(os.geteuid())
     except KeyError:
         raise OffsyncError(
-            "the user ID %d has no account here, so sshd lets nobody log in as it; run this as one "
-            "that has",
-            os.geteuid(),
+            f"the user ID {os.geteuid()} has no account on this host, so nobody can log in as it",
+            "run this as an account of this host",
         ) from None
     check_home()
     return account
@@ -3857,47 +3948,49 @@ def sshd_settings(user: str) -> dict[str, list[str]]:
 
 def link_warnings(
     account: pwd.struct_passwd, sshd: dict[str, list[str]], delivery: str
-) -> Iterator[str]:
-    """Yield what would make sshd ignore the key, and what is wrong with the delivery directory."""
+) -> Iterator[tuple[str, list[Hint]]]:
+    """Yield (a warning, its hints): what makes sshd ignore the key, or undoes its restriction."""
     status, own, home = os.stat(delivery), account.pw_uid, account.pw_dir
     shown, user = show_text(delivery), account.pw_name
     if status.st_uid not in (0, own):
-        yield "%s belongs to %s, who can change what is delivered" % (shown, name_of(status.st_uid))
+        yield f"{shown} belongs to {name_of(status.st_uid)}, who can change what is delivered", []
     if status.st_mode & 0o022:
+        text = f"{shown} is writable for others, who can change what is delivered"
         # Where the key writes by the directory's group, that must stay.
-        remedy = "; run: `chmod go-w %s`" if status.st_uid == own else "%.0s"
-        text = "%s is writable for others, who can change what is delivered" + remedy
-        yield compose(text, shown, shlex.quote(delivery))
+        remedy: Hint = ("run:", f"chmod go-w {shlex.quote(delivery)}")
+        yield text, [remedy] if status.st_uid == own else []
     if os.path.realpath(os.path.expanduser("~")) != os.path.realpath(home):
-        text = "HOME is %s, but sshd reads the account's home %s; run link as the account itself"
-        yield text % (os.path.expanduser("~"), home)
+        yield (
+            f"HOME is {os.path.expanduser('~')}, but sshd reads the account's home {home}",
+            ["run link as the account itself"],
+        )
     for path in ("~", "~/.ssh", "~/.ssh/authorized_keys"):
         path = os.path.realpath(os.path.expanduser(path))
         status = os.stat(path)
-        foreign = status.st_uid not in (0, own)
-        if foreign or status.st_mode & 0o022:
-            yield compose(
-                "%s is writable or owned by others: sshd may ignore the key then (StrictModes in "
-                "sshd_config(5)); run: `%s %s`",
-                path,
-                "chown " + user if foreign else "chmod go-w",
-                shlex.quote(path),
-            )
+        text = f"{path} is writable or owned by others: sshd may ignore the key (StrictModes)"
+        if status.st_uid not in (0, own):
+            yield text, [("see whose it is:", f"ls -ld {shlex.quote(path)}")]
+        elif status.st_mode & 0o022:
+            yield text, [("run:", f"chmod go-w {shlex.quote(path)}")]
     files = sshd.get("authorizedkeysfile", [".ssh/authorized_keys"])
     places = [os.path.join(home, f.replace("%h", home).replace("%u", user)) for f in files]
     if os.path.join(home, ".ssh/authorized_keys") not in places:
-        text = "sshd reads keys from %s (AuthorizedKeysFile), not from ~/.ssh/authorized_keys; "
-        yield text % ", ".join(places) + "copy the line there"
+        where = ", ".join(places)
+        yield (
+            f"sshd reads keys from {where} (AuthorizedKeysFile), not from ~/.ssh/authorized_keys",
+            ["copy the line there"],
+        )
     let_through = [word for word in sshd.get("acceptenv", []) if lets_code_in(word)]
     if let_through:
         yield (
-            "sshd takes %s from whoever has the key (AcceptEnv), and with it a program that they "
-            "delivered is run: take that out of sshd_config" % ", ".join(let_through)
+            f"sshd takes {', '.join(let_through)} from whoever has the key (AcceptEnv), and so "
+            "runs a program that they delivered",
+            ["take that out of sshd_config"],
         )
     if sshd.get("permittunnel", ["no"]) != ["no"]:
         yield (
-            "sshd lets the key make a tunnel device, into this host's network (PermitTunnel): set "
-            "it to no in sshd_config"
+            "sshd lets the key make a tunnel device, into this host's network (PermitTunnel)",
+            ["set it to no in sshd_config"],
         )
 
 
@@ -3907,11 +4000,12 @@ def lets_code_in(pattern: str) -> bool:
     That is one by which rrsync's interpreter, a shell or the dynamic loader finds what it runs.
     """
     names = (
-        "PATH HOME ENV BASH_ENV SHELLOPTS ZDOTDIR XDG_CONFIG_HOME PERLLIB PERL5LIB PERL5OPT PERL5DB"
+        "PATH HOME ENV BASH_ENV SHELLOPTS ZDOTDIR XDG_CONFIG_HOME XDG_DATA_HOME XDG_DATA_DIRS"
+        " OPENSSL_CONF OPENSSL_MODULES OPENSSL_ENGINES PERLLIB PERL5LIB PERL5OPT PERL5DB"
         " LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT DYLD_INSERT_LIBRARIES GCONV_PATH"
         " PYTHONPATH PYTHONHOME PYTHONUSERBASE PYTHONSTARTUP PYTHONINSPECT PYTHONBREAKPOINT"
     ).split()
-    families = ("PYTHON", "PERL", "LD_", "DYLD_")
+    families = ("PYTHON", "PERL", "LD_", "DYLD_", "OPENSSL_", "BASH_FUNC_")
     return pattern.startswith(families) or any(fnmatch.fnmatchcase(n, pattern) for n in names)
 
 
@@ -3925,7 +4019,7 @@ def own_address(settings: dict[str, list[str]]) -> tuple[Optional[int], list[str
         paths = [path + ".pub" for path in settings.get("hostkey", [])]
         for path in paths or sorted(glob.glob("/etc/ssh/ssh_host_*_key.pub")):
             with contextlib.suppress(OffsyncError, ValueError, IndexError):
-                line = read_file(path, "host key", "").decode("utf-8", "replace")
+                line = read_file(path, "host key").decode("utf-8", "replace")
                 found.append(fingerprint(line.split()[1]))
     usable = re.fullmatch("[0-9]{1,5}", answering) and answering != "22"
     return int(answering) if usable else None, found
@@ -3937,8 +4031,8 @@ def cmd_link(args: argparse.Namespace) -> int:
     # "target add" takes no other login, and ssh takes few of them.
     if not re.fullmatch(LOGIN, account.pw_name + "@host"):
         raise OffsyncError(
-            "account %s: ssh takes no login of that name; link it for another account",
-            show_text(account.pw_name),
+            f"account {show_text(account.pw_name)}: ssh takes no login of that name",
+            "link it for another account",
         )
     rrsync = find_rrsync(args.rrsync)
     check_forced_word("rrsync", rrsync)
@@ -3951,13 +4045,12 @@ def cmd_link(args: argparse.Namespace) -> int:
     strangers = find_strangers(rrsync)
     if strangers and "rrsync" not in risks:
         raise OffsyncError(
-            "rrsync %s: others could replace what this key runs: %s; or accept it: "
-            "--accept-risk rrsync",
-            rrsync,
-            strangers,
+            f"rrsync {rrsync}: others could replace what this key runs: {strangers[0]}",
+            *strangers[1],
+            ("or accept that:", typed_again("--accept-risk", "rrsync")),
         )
     if "rrsync" in risks:
-        warn("accepted: a thief of the key may get out of %s through a symlink", show_text(path))
+        warn(f"risk accepted: a thief of the key may write outside {show_text(path)}, by a symlink")
     else:
         probe_rrsync(rrsync, munge)
     # A repeated link never lets in more than before.
@@ -3966,21 +4059,22 @@ def cmd_link(args: argparse.Namespace) -> int:
     if kept and args.from_pattern is None:
         from_pattern = kept[1]
         emit(
-            'kept from="%s" of the line that is here; to drop it: offsync unlink, then link again'
-            % from_pattern,
+            f'kept from="{from_pattern}" of the line of this key; to drop it, unlink the key, then '
+            "link it again",
             error=True,
         )
     make_directory(path, 0o755)
     command = format_forced_command(rrsync, path, munge)
     line = format_authorized_key(command, key, from_pattern)
     set_authorized_key(key, line)
-    if was and BASIS_GUARD not in was:
+    if was and FORCED_GUARD not in was:
         emit("replaced the plain line of this key, with which it could also read files", error=True)
-    plain_command = shlex.join([rrsync, "-wo", *(["-munge"] if munge else []), path])
-    before = was.partition('command="')[2].partition('",no-port-forwarding')[0]
-    if was and before not in (command, plain_command.replace('"', '\\"')):
-        place = before.rpartition("-wo ")[2].rstrip("'")
-        warn("replaced another line of this key; it can no longer write to %s", show_text(place))
+    written = re.fullmatch(OUR_LINE, was)
+    if written and written_path(written) != path:
+        place = show_text(written_path(written))
+        warn(f"replaced another line of this key; it can no longer write to {place}")
+    if written and written["path"].startswith("-munge ") and not munge:
+        warn("the line had --no-symlinks; now the key may make symlinks")
     verb = "already linked" if was == line else "linked"
     emit(
         "%s for %s, in %s: the key may write below %s, and do nothing else"
@@ -3988,13 +4082,13 @@ def cmd_link(args: argparse.Namespace) -> int:
         error=True,
     )
     settings = sshd_settings(account.pw_name)
-    for warning in link_warnings(account, settings, path):
-        warn("%s", warning)
+    for warning, hints in link_warnings(account, settings, path):
+        warn(warning, *hints)
     port, host_keys = own_address(settings)
     target = Target("%s@%s" % (account.pw_name, os.uname().nodename), path, rrsync, port, not munge)
     emit(
-        "Now run this on the controller, unless it knows this target (with the name by which it "
-        "reaches this host; port and fingerprints are those of the system's sshd):",
+        "Now add this target on the controller (replace the host by the name that the controller "
+        "uses; port and fingerprints are those of the system's sshd):",
         error=True,
     )
     words = [word for key in host_keys for word in ("--host-key", key)]
@@ -4002,8 +4096,29 @@ def cmd_link(args: argparse.Namespace) -> int:
     return 0
 
 
+def list_linked_keys() -> int:
+    """Print the keys that offsync linked, each with the command that removes it."""
+    path = os.path.realpath(os.path.expanduser("~/.ssh/authorized_keys"))
+    text = read_file(path, "authorized_keys") if os.path.exists(path) else b""
+    lines = text.decode("utf-8", "surrogateescape").split("\n")
+    linked = list(filter(None, (re.fullmatch(OUR_LINE, line.strip()) for line in lines)))
+    for match in linked:
+        place = show_text(written_path(match))
+        emit(f"{place}, {printable(match['comment'] or 'a key without a comment')}:")
+        emit(f"    offsync unlink --key '{match['key']}'")
+    if not linked:
+        emit(f"no key is linked in {show_text(path)}", error=True)
+    return 0
+
+
 def cmd_unlink(args: argparse.Namespace) -> int:
     own_account()
+    if args.key is None and args.key_file is None:
+        # A terminal, /dev/null and an empty pipe name no key.
+        empty = sys.argv[0] in ("-", "") or stat.S_ISCHR(os.fstat(0).st_mode)
+        args.key = "" if empty else sys.stdin.buffer.read(1 << 16).decode("utf-8", "replace")
+        if not args.key.strip():
+            return list_linked_keys()
     key = read_key_argument(args)
     path, _, line = find_authorized_key(key)
     set_authorized_key(key, None)
@@ -4043,9 +4158,7 @@ def describe_changed_key(home: Home, stderr: bytes) -> str:
     # Somebody may have edited the file since.
     with contextlib.suppress(OffsyncError, ValueError, IndexError):
         line = (
-            read_file(name, "known_hosts", "")
-            .decode("utf-8", "replace")
-            .split("\n")[int(number) - 1]
+            read_file(name, "known_hosts").decode("utf-8", "replace").split("\n")[int(number) - 1]
         )
         key = re.search(r" (?:ssh|ecdsa|sk)-\S+ +([A-Za-z0-9+/]+=*)", line)
         # "?" is no base64: then nothing is said of it.
@@ -4072,10 +4185,11 @@ def fetch_host_key(connection: Connection) -> tuple[str, str, str]:
         error = explain_login(connection, result)
         if last or not error.kind.retry:
             raise error
-    words = read_file(path, "host key", "").decode("utf-8", "replace").split()
+    words = read_file(path, "host key").decode("utf-8", "replace").split()
     if len(words) < 3:
         raise OffsyncError(
-            "%s: ssh could not write its host key down; is %s full?", target.login, shared.scratch
+            f"{target.login}: ssh could not write the target's host key down",
+            f"check that {shared.scratch} is not full",
         )
     return words[0], words[1], words[2]
 
@@ -4083,8 +4197,8 @@ def fetch_host_key(connection: Connection) -> tuple[str, str, str]:
 def confirm_host_key(target: Target, shown: str) -> None:
     """Ask whether a host key is the target's; raise unless a full "yes" says so."""
     emit(
-        "The host key of %s is not trusted yet. It shows:\n  %s\nCompare with what 'offsync link' "
-        "printed on the target's own console." % (target.login, shown),
+        f"The host key of {target.login} is not known. It presented:\n    {shown}\n"
+        "Compare with what 'offsync link' printed on the target's own console.",
         error=True,
     )
     answer = ask(
@@ -4093,8 +4207,8 @@ def confirm_host_key(target: Target, shown: str) -> None:
     )
     if answer != "yes":
         raise OffsyncError(
-            '%s: the host key was not confirmed (only a full "yes" does); nothing was saved',
-            target.login,
+            f"{target.login}: the host key was not accepted; nothing was saved",
+            'only the whole word "yes" accepts it',
         )
 
 
@@ -4108,12 +4222,11 @@ def trust_host_key(shared: Run, host: str, line: str) -> str:
         # Else the old key would go on being trusted.
         if removed.status != 0:
             raise OffsyncError(
-                "known_hosts %s: ssh-keygen cannot edit it; remove the line that it names, then "
-                "try again (it said: %s)",
-                show_text(shared.home.known_hosts),
-                quote_answer(removed.stderr),
+                f"known_hosts {show_text(shared.home.known_hosts)}: ssh-keygen cannot edit it",
+                "remove the line that it names, then try again",
+                said="ssh-keygen: " + quote_answer(removed.stderr),
             )
-        old = read_file(path, "known_hosts", "")
+        old = read_file(path, "known_hosts")
         old += b"\n" if old and not old.endswith(b"\n") else b""
     write_atomically(path, [old, line.encode() + b"\n"], 0o600)
     return path
@@ -4136,18 +4249,15 @@ def connect_trusted(shared: Run, target: Target, wanted: Sequence[str]) -> tuple
             if error.kind not in (Kind.HOST_KEY_UNKNOWN, Kind.HOST_KEY_CHANGED):
                 raise
             if error.kind is Kind.HOST_KEY_CHANGED:
-                warn("%s", error.text)
+                warn(error.message)
     host, key_type, blob = fetch_host_key(connection)
     shown = fingerprint(blob)
     if wanted and shown not in wanted:
         raise OffsyncError(
-            "%s: its host key is NOT the expected one; somebody else may answer there: compare "
-            "with what 'offsync link' printed on the target's console: expected %s, it "
-            "shows %s (%s)",
-            target.login,
-            " or ".join(wanted),
-            shown,
-            key_type,
+            f"{target.login}: the target's host key is NOT the expected one: wrong --host-key, or "
+            "someone is impersonating the target: expected "
+            f"{' or '.join(wanted)}, got {shown} ({key_type})",
+            "compare with what 'offsync link' prints on the target's own console",
         )
     if not wanted:
         confirm_host_key(target, "%s (%s)" % (shown, key_type))
@@ -4243,9 +4353,8 @@ def cmd_target_add(args: argparse.Namespace) -> int:
     for host_key in args.host_key:
         if not re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}", host_key):
             raise UsageError(
-                "host key %s: it must be SHA256: and 43 characters, as 'offsync link' and "
-                "ssh-keygen -l print it",
-                show_text(host_key),
+                f"host key {show_text(host_key)}: not SHA256: and 43 characters",
+                "copy it as 'offsync link' and ssh-keygen -l print it",
             )
     home = Home()
     # Without a config, there is nothing to lock.
@@ -4256,10 +4365,9 @@ def cmd_target_add(args: argparse.Namespace) -> int:
     known = [other for other in config.targets if other.login == target.login]
     if known and known != [target]:
         warn(
-            "%s is configured already, and will be replaced: it was %s; to have both, give one of "
-            "them a Host alias in ~/.ssh/config",
-            target.login,
-            add_arguments(known[0]),
+            f"{target.login} is configured already, and will be replaced: it was "
+            + add_arguments(known[0]),
+            "to have both, give one of them a Host alias in ~/.ssh/config",
         )
     with Run(home, config, Typed("target add", config)) as shared:
         connection, known_hosts = connect_trusted(shared, target, args.host_key)
@@ -4268,7 +4376,7 @@ def cmd_target_add(args: argparse.Namespace) -> int:
         if found:
             raise failure(target, Kind.OPEN, "; ".join(found))
         if known_hosts:
-            trusted = read_file(known_hosts, "known_hosts", "")
+            trusted = read_file(known_hosts, "known_hosts")
             write_atomically(home.known_hosts, [trusted], 0o600)
     home.replace_in_config("targets", format_targets([*others, target]))
     emit(
@@ -4311,7 +4419,7 @@ PACKAGE_MANAGERS = {
 }
 
 
-def missing_programs(role: str) -> dict[str, str]:
+def missing_programs(role: str) -> dict[str, OffsyncError]:
     """Return {program: why it cannot be used} of what a role needs and this host lacks."""
     checks: dict[str, Callable[[], Any]] = {"rsync": find_rsync}
     checks["ssh-keygen"] = lambda: program("ssh-keygen")
@@ -4324,7 +4432,7 @@ def missing_programs(role: str) -> dict[str, str]:
         try:
             check()
         except OffsyncError as error:
-            missing[name] = error.text
+            missing[name] = error
     return missing
 
 
@@ -4346,41 +4454,37 @@ def install_dependencies(role: str, assume_yes: bool = False) -> None:
     missing = missing_programs(role)
     names = ", ".join(missing)
     if not missing:
-        emit("install-deps: everything for the role %s is here" % role, error=True)
+        emit(f"install-deps: everything for the role {role} is installed", error=True)
         return
     manager = next((name for name in PACKAGE_MANAGERS if shutil.which(name)), None)
     if not manager:
         raise OffsyncError(
-            "install-deps: missing: %s, and no known package manager (%s) is here; install OpenSSH "
-            "and rsync with rrsync by hand",
-            names,
-            ", ".join(PACKAGE_MANAGERS),
+            f"install-deps: missing: {names}, and this host has no known package manager "
+            f"({', '.join(PACKAGE_MANAGERS)})",
+            "install OpenSSH, and rsync with rrsync, by hand",
         )
     commands = install_commands(manager, role)
-    emit("missing here: %s. These commands install it:" % names, error=True)
-    emit("\n".join(compose("  `%s`", shlex.join(words)) for words in commands), error=True)
+    emit(f"missing on this host: {names}; these commands install it:", error=True)
+    emit("\n".join("    " + shlex.join(words) for words in commands), error=True)
     if commands[0][0] == "sudo" and not shutil.which("sudo"):
         raise OffsyncError(
-            "install-deps: this account is not root, and there is no sudo; have root run these "
-            "commands without sudo"
+            "install-deps: this account is not root, and there is no sudo",
+            "have root run these commands without sudo",
         )
-    twin = compose(
-        "missing: %s; run: `offsync install-deps --role %s -y`, which asks nothing", names, role
-    )
+    twin = "to be asked nothing, run:", f"offsync install-deps --role {role} -y"
     if not assume_yes and ask("Run them now? Type y or n: ", twin) not in ("y", "yes"):
-        raise OffsyncError("install-deps: nothing was installed; missing: %s", names)
+        raise OffsyncError(f"install-deps: nothing was installed; missing: {names}")
     # What is missing afterwards tells whether it worked.
     for words in commands:
         run(words, shown=True)
     still = missing_programs(role)
     if still:
         raise OffsyncError(
-            "install-deps: still missing: %s; look at what %s printed above",
-            ", ".join(still),
-            manager,
+            f"install-deps: still missing: {', '.join(still)}",
+            f"look at what {manager} printed above",
         )
-    if "sshd" in missing:
-        emit("install-deps: make sure that sshd runs", error=True)
+    sshd = "; make sure that sshd runs" if "sshd" in missing else ""
+    emit(f"install-deps: done: installed {names}{sshd}", error=True)
 
 
 def require_programs(role: str) -> None:
@@ -4392,7 +4496,7 @@ def require_programs(role: str) -> None:
     if missing and set(missing) != {"rrsync"}:
         # openrsync, too old, or a wrong variable.
         if "rsync" in missing and (os.environ.get("OFFSYNC_RSYNC") or shutil.which("rsync")):
-            raise OffsyncError("%s", missing["rsync"])
+            raise missing["rsync"]
         install_dependencies(role)
 
 
@@ -4421,10 +4525,13 @@ YAML_ERRORS = (
     ("\ufeff", "a byte order mark (U+FEFF); save the file as UTF-8 without one"),
     (YAML_FORBIDDEN, "the character U+{0:04X} is not allowed; remove it"),
     ("[^\\S ]", "the character U+{0:04X} looks like a blank; write a blank"),
-    ("(?:^|[-:]) *~", "~ is not expanded here; write the whole path, from / on"),
+    ("^ *[A-Za-z_]+:[^ ]", "a blank is missing after the colon"),
+    ("(?:^|[-:]) *~", "~ is not expanded; write the whole path, from / on"),
     ("(?:^|[-:]) *([*&!%@?].*)", 'text that begins so needs double quotes: "{1}"'),
     ("^--- *$", "a second document; only the first line may be ---"),
     (r", *\]", "a comma before ]; remove it"),
+    (r"\[", 'text in brackets needs double quotes: [".git/", "cache/"]'),
+    ("[0-9]%", "a percentage is a number without the sign: 50"),
     ("", "unsupported syntax or value; put text in double quotes, as JSON"),
 )
 # Plain words that some YAML parser takes for a boolean, a null or a merge.
@@ -4477,8 +4584,9 @@ def parse_yaml(text: str) -> dict[str, Node]:
 
     def add(mapping: dict[str, Node], key: str, node: Node) -> None:
         if key in mapping:
+            why = f"the key {key} stands in line {mapping[key].line}, too"
             raise ValueError(
-                "the key %s stands in line %d, too; remove one" % (key, mapping[key].line)
+                why + (': each target begins with "- login:"' if mapping is not nodes else "")
             )
         mapping[key] = node
 
@@ -4569,9 +4677,8 @@ def validate_login(login: str) -> str:
     """Return a login: user@host, an IPv6 address in brackets."""
     if not re.fullmatch(LOGIN, login) or len(login) > 200:  # it is the name of a file, too
         raise UsageError(
-            "login %s: it is not of the form user@host (user@[address] for IPv6; a "
-            "port goes into --port)",
-            show_text(login),
+            f"login {show_text(login)}: not of the form user@host",
+            "an IPv6 address stands in brackets, user@[address]; a port goes into --port",
         )
     return login
 
@@ -4580,17 +4687,15 @@ def validate_absolute_path(path: str, what: str) -> str:
     """Return the path normalised; absolute, without control characters and undecodable bytes."""
     if not path.startswith("/") or re.search(CONTROL, path) or len(os.fsencode(path)) > 4000:
         raise UsageError(
-            "%s %s: it must be an absolute path in UTF-8, of at most 4000 bytes, "
-            "without control characters",
-            what,
-            show_text(path),
+            f"{what} {show_text(path)}: not an absolute path in UTF-8, of at most 4000 bytes, "
+            "without control characters"
         )
     return posixpath.normpath("/" + path.lstrip("/"))
 
 
 def validate_port(port: Any) -> int:
     if not re.fullmatch("[1-9][0-9]{0,4}", str(port)) or int(port) > 65535:
-        raise UsageError("port %s: it must be a number from 1 to 65535", show_text(str(port)))
+        raise UsageError(f"port {show_text(str(port))}: not a number from 1 to 65535")
     return int(port)
 
 
@@ -4711,35 +4816,39 @@ def add_arguments(target: Target) -> str:
     return shlex.join(words)
 
 
-def never_matches(rule: str, source: str) -> str:
-    """Return why an exclude matches no entry of any source, "" if it may match one.
+def never_matches(rule: str, *places: str) -> Optional[tuple[str, str]]:
+    """Return (why an exclude matches no entry of any source, what to write); None if it may match.
 
     rsync compares a pattern with the names as it builds them, component by component (rsync(1),
     PATTERN MATCHING). With "delete: true", what such a rule was to protect would be deleted.
+    places: the source's own path and those of the targets, which patterns do not begin with.
     """
     pattern = re.sub("^[-+] ", "", rule)
     if pattern != pattern.strip():
-        return "no name begins or ends with a blank; if one really does, write [ ] for the blank"
-    if within(pattern, source) and source != "/":
-        return "patterns are relative to the source; write it without %s" % show_text(source)
+        return "it begins or ends with a blank", "if a name really does, write [ ] for the blank"
+    for place in places:
+        if within(pattern, place) and place != "/":
+            return "patterns are relative to the source", f"write it without {show_text(place)}"
+    # A class of characters ends with the first ] that is not its first character.
+    classes = re.findall(r"(?<!\\)\[[!^]?\]?([^]]*)(\]?)", pattern)
+    if any("/" in characters or not end for characters, end in classes):
+        return "its [ begins no class of characters within a name", "write \\[ for the character ["
     parts = re.sub("^/|/$", "", pattern).split("/")
     if not {"", ".", ".."}.isdisjoint(parts):
-        return "no name has an empty component, . or ..; write it without them"
-    return ""
+        return "no name has an empty component, . or ..", "write it without them"
+    return None
 
 
 def validate_config(text: str, filename: str) -> Config:
     """Return the config; every refusal names file, line and what is allowed."""
 
-    def refuse(line: int, message: str) -> NoReturn:
-        raise UsageError("%s:%d: %s; correct that", filename, line, message)
+    def refuse(line: int, message: str, *hints: Hint) -> NoReturn:
+        raise UsageError(f"{filename}:{line}: {message}", *hints)
 
     def values_of(nodes: dict[str, Node], rules: dict[str, Rule], first: int) -> dict[str, Any]:
         for key, node in nodes.items():
             if key not in rules:
-                refuse(
-                    node.line, "the key %s is unknown; known here are %s" % (key, ", ".join(rules))
-                )
+                refuse(node.line, f"unknown key {key}", *did_you_mean(key, rules))
         values = {}
         for key, rule in rules.items():
             if key not in nodes and rule.default is ...:
@@ -4751,8 +4860,8 @@ def validate_config(text: str, filename: str) -> Config:
                 fine = fine or typed and rule.accept(given) == given
             if not fine:
                 home = isinstance(given, str) and given.startswith("~")
-                more = "; ~ is not expanded here" if home else ""
-                refuse(nodes[key].line, "%s must be %s%s" % (key, rule.what, more))
+                hints = ["~ is not expanded: write the whole path, from / on"] if home else []
+                refuse(nodes[key].line, f"{key} must be {rule.what}", *hints)
         return values
 
     try:
@@ -4763,9 +4872,6 @@ def validate_config(text: str, filename: str) -> Config:
     for node in values["exclude"]:
         if type(node.value) is not str or node.value in ("", "!") or re.search(CONTROL, node.value):
             refuse(node.line, "exclude takes rsync patterns as text")
-        why = never_matches(node.value, values["source"])
-        if why:
-            refuse(node.line, "the exclude %s protects nothing: %s" % (show_text(node.value), why))
     targets: dict[str, Target] = {}
     for node in values["targets"]:
         if not isinstance(node.value, dict):
@@ -4778,6 +4884,15 @@ def validate_config(text: str, filename: str) -> Config:
         if target.login in targets:
             refuse(node.line, "the target %s stands here for the second time" % target.login)
         targets[target.login] = target
+    # One component, such as /data, may be the name of an entry of the source, too.
+    places = [t.remote_path for t in targets.values() if t.remote_path.count("/") > 1]
+    for path in (posixpath.normpath(values["source"]), os.path.realpath(values["source"])):
+        places.append(path)
+    for node in values["exclude"]:
+        why = never_matches(node.value, *places)
+        if why:
+            fact = f"the exclude {show_text(node.value)} protects nothing: {why[0]}"
+            refuse(node.line, fact, why[1])
     del values["version"]
     values["delete"] = Deletion(values["delete"])
     values["exclude"] = tuple(node.value for node in values["exclude"])
@@ -4861,35 +4976,33 @@ def terminal_size(stream: Any) -> tuple[int, int]:
     return columns or 80, rows or 24
 
 
-def lay_out(text: str, columns: int) -> str:
-    """Return a message for a terminal: broken between words, each command on a line of its own.
+def fold(text: str, columns: int) -> str:
+    """Return a text for a terminal, each line broken between words; commands stay whole.
 
-    A command is never broken, so that it can be copied.
+    A command is a line that is indented by four. Colours take no place.
     """
-    import textwrap
-
     lines: list[str] = []
-    for paragraph in text.split("\n"):
-        parts = paragraph.split(COPY)
-        for number, part in enumerate(parts):
-            if number % 2:
-                lines.append("    " + part)
-            elif part.strip(" ;:,.()") or len(parts) == 1:
-                lines += textwrap.wrap(
-                    part.lstrip(" ;:,.)") if number else part,
-                    max(columns - 1, 20),
-                    initial_indent="  " if number else "",
-                    subsequent_indent="  ",
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
+    for line in text.split("\n"):
+        indent = len(line) - len(line.lstrip(" "))
+        lines.append(line[:indent])
+        width = indent
+        for number, word in enumerate(line[indent:].split(" ")):
+            length = len(re.sub("\x1b\\[[0-9;]*m", "", word))
+            if number and indent < 4 and width + 1 + length >= columns:
+                lines.append(" " * (indent + 2))
+                width = indent + 2
+            elif number:
+                lines[-1] += " "
+                width += 1
+            lines[-1] += word
+            width += length
     return "\n".join(lines)
 
 
 def emit(text: Union[str, bytes], error: bool = False, prose: bool = False) -> None:
     """Print a line, or bytes: a result on stdout, else on stderr. A reader who left is no error.
 
-    A message (all on stderr, and prose) is laid out for a terminal; in a pipe it is one line.
+    Prose (all on stderr is) is folded for a terminal; in a pipe every line stays as it is.
     """
     stream = sys.stderr if error else sys.stdout
     try:
@@ -4902,8 +5015,8 @@ def emit(text: Union[str, bytes], error: bool = False, prose: bool = False) -> N
                 stream.buffer.write(text)
             else:
                 if (error or prose) and stream.isatty() and not text.startswith("+ "):
-                    text = lay_out(text, terminal_size(stream)[0])
-                stream.write(plain(text) + "\n")
+                    text = fold(text, terminal_size(stream)[0])
+                stream.write(text + "\n")
             stream.flush()
     except OSError as problem:
         null = os.open(os.devnull, os.O_WRONLY)
@@ -4912,6 +5025,19 @@ def emit(text: Union[str, bytes], error: bool = False, prose: bool = False) -> N
         os.close(null)
         if not error and not isinstance(problem, BrokenPipeError):
             LOST_OUTPUT.append(str(problem.strerror))
+
+
+def emit_error(
+    text: str, hints: Iterable[Hint], said: str = "", stdout: bool = False, indent: str = ""
+) -> None:
+    """Print an error or a warning: the fact, what a program said of it, and each way out."""
+    lines = [f"{indent}{text} ({said})" if said else indent + text]
+    for hint in hints:
+        words, command = (hint, "") if isinstance(hint, str) else hint
+        lines.append(f"{indent}  hint: {printable(words)}")
+        if command:
+            lines.append(f"{indent}    {printable(command)}")
+    emit("\n".join(lines), error=not stdout, prose=True)
 
 
 def emit_lines(lines: Iterable[bytes]) -> None:
@@ -4939,13 +5065,28 @@ def print_table(rows: Sequence[Sequence[str]], below: Sequence[str] = ()) -> Non
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row, text in itertools.zip_longest(rows, below):
         line = "  ".join(map(str.ljust, row, widths)).rstrip()
+        # In a pipe, a line is a record.
+        if text and not sys.stdout.isatty():
+            line += "  " + printable(text)
+            text = ""
         emit(line if len(line) <= columns else line[: columns - 3] + "...")
         if text:
-            emit("    " + printable(text), prose=True)
+            emit("  " + printable(text), prose=True)
 
 
-def warn(text: str, *values: object) -> None:
-    emit("offsync: warning: " + compose(text, *values), error=True)
+def warn(message: str, *hints: Hint) -> None:
+    emit_error("offsync: warning: " + message, hints)
+
+
+def did_you_mean(word: str, known: Iterable[str], listed: bool = True) -> list[Hint]:
+    """Return the hints for a word that is none of the known ones; listed: name some of these."""
+    import difflib
+
+    names = sorted(known)
+    hints: list[Hint] = [
+        f"did you mean {name}?" for name in difflib.get_close_matches(word, names, 1)
+    ]
+    return [*hints, "known: " + (some_of(names) or "none")] if listed else hints
 
 
 COLOURS = {
@@ -4966,11 +5107,14 @@ def colour(kind: str, text: str) -> str:
     return "\x1b[%dm%s\x1b[0m" % (COLOURS[kind], text)
 
 
-def ask(question: str, twin: str) -> str:
-    """Return the answer typed on the terminal; without one, an error that names the twin.
+def ask(question: str, *hints: Hint) -> str:
+    """Return the answer typed on the terminal; without one, an error with these hints.
 
-    Under "su -c" only stdin leads to the terminal.
+    What was typed before the question is no answer to it. Under "su -c" only stdin leads to the
+    terminal.
     """
+    import termios
+
     try:
         try:
             terminal = open("/dev/tty", "r+b", buffering=0)
@@ -4979,10 +5123,11 @@ def ask(question: str, twin: str) -> str:
                 raise
             terminal = open(os.dup(0), "r+b", buffering=0)
         with terminal:
+            termios.tcflush(terminal, termios.TCIFLUSH)
             terminal.write(question.encode())
             return terminal.readline().decode("utf-8", "replace").strip()
-    except OSError:
-        raise OffsyncError("there is no terminal to ask on; %s", twin) from None
+    except (OSError, termios.error):
+        raise OffsyncError("no terminal to ask on", *hints) from None
 
 
 # --- Commands: init, targets --------------------------------------------------------------------
@@ -4996,9 +5141,9 @@ def make_key(path: str, comment: str) -> None:
         if made.status == 0:
             return
     raise OffsyncError(
-        "key %s: ssh-keygen cannot make it; mend what it says, then try again (it said: %s)",
-        show_text(path),
-        quote_answer(made.stderr),
+        f"key {show_text(path)}: ssh-keygen could not create it",
+        "fix the cause, then try again",
+        said="ssh-keygen: " + quote_answer(made.stderr),
     )
 
 
@@ -5012,26 +5157,28 @@ def read_public_key(path: str) -> bytes:
     done = run(argv, limit=SESSION_DEADLINE)
     if done.status == 0:
         return done.stdout
-    data, quoted = read_file(path, "key", "run: `offsync init`"), shlex.quote(path)
+    data, quoted = (
+        read_file(path, "key", ("create it:", offsync_command("init"))),
+        shlex.quote(path),
+    )
     if data and (b"\r" in data or not data.endswith(b"\n")):
         raise OffsyncError(
-            "key %s: its line ends are damaged (CR LF, or none at the end, as a CI variable leaves "
-            r"them); run: `sed -i -e 's/\r$//' -e '$a\' %s`",
-            show_text(path),
-            quoted,
+            f"key {show_text(path)}: CRLF line endings, or no final newline (a CI variable?)",
+            ("run:", rf"sed -i -e 's/\r$//' -e '$a\' {quoted}"),
         )
     if b"passphrase" in done.stderr:
         raise OffsyncError(
-            "key %s: it has a passphrase, and nobody is there to type it; take it away (it asks "
-            "for it): `ssh-keygen -p -N '' -f %s`",
-            show_text(path),
-            quoted,
+            f"key {show_text(path)}: has a passphrase, which offsync cannot enter",
+            ("remove the passphrase:", f"ssh-keygen -p -N '' -f {quoted}"),
         )
     raise OffsyncError(
-        "key %s: ssh-keygen cannot read it; restore it, or move it away, run init, and link the "
-        "new one (it said: %s)",
-        show_text(path),
-        quote_answer(done.stderr),
+        f"key {show_text(path)}: ssh-keygen cannot read it",
+        "restore it",
+        (
+            "or move it away, create a new one, and link it on every target:",
+            offsync_command("init"),
+        ),
+        said="ssh-keygen: " + quote_answer(done.stderr),
     )
 
 
@@ -5039,11 +5186,10 @@ def check_own_key(path: str) -> str:
     """Return the type of our key; raise for what keeps ssh from using it."""
     public, shown = read_public_key(path).split()[:2], path + ".pub"
     # ssh offers the public half that lies beside the private key.
-    if os.path.exists(shown) and read_file(shown, "key", "").split()[:2] != public:
+    if os.path.exists(shown) and read_file(shown, "key").split()[:2] != public:
         raise OffsyncError(
-            "key %s: ssh offers %s, which is of another key; run: `offsync init`",
-            show_text(path),
-            show_text(shown),
+            f"key {show_text(path)}: {show_text(shown)} belongs to a different key",
+            ("regenerate it:", offsync_command("init")),
         )
     return public[0].decode()
 
@@ -5060,9 +5206,8 @@ def cmd_init(args: argparse.Namespace) -> int:
         and os.path.realpath(source) == os.path.realpath(os.path.expanduser("~"))
     ):
         raise UsageError(
-            "source %s: it is empty, or the home directory; name the directory to deliver: "
-            "`offsync init --source DIR`",
-            show_text(named),
+            f"source {show_text(named)}: empty, or the home directory",
+            'name the directory to deliver: "offsync init --source DIR"',
         )
     if source:
         check_place(os.fsencode(source), (home.path, home.key))
@@ -5074,17 +5219,16 @@ def cmd_init(args: argparse.Namespace) -> int:
     config = home.load()
     if source and source != config.source:
         if config.targets:
+            count = plural(len(config.targets), "target")
             warn(
-                "the source was %s; %s will get the new one (a second tree has its own "
-                "OFFSYNC_HOME)",
-                show_text(config.source),
-                plural(len(config.targets), "target"),
+                f"the source was {show_text(config.source)}; {count} will get the new one",
+                "a second tree has its own OFFSYNC_HOME",
             )
         home.replace_in_config("source", ["source: " + format_yaml(source)])
     comment = "offsync@" + re.sub(r"[^A-Za-z0-9.-]", "", os.uname().nodename)
     if not os.path.lexists(home.key):
         if os.path.exists(home.key + ".pub"):
-            warn("the private key was gone: this is a new one, to be linked on each target again")
+            warn("the private key was missing; a new one was created", "link it on every target")
         make_key(home.key, comment)
     check_private(home.key)
     # ssh-keygen before OpenSSH 8.2 prints no comment.
@@ -5093,9 +5237,8 @@ def cmd_init(args: argparse.Namespace) -> int:
     write_atomically(home.key + ".pub", [key.encode() + b"\n"], 0o644)
     emit("source %s, config %s" % (show_text(home.load().source), show_text(home.config)), True)
     emit(
-        compose(
-            "Now run this on each target: `offsync link --path DIR --key %s`", shlex.quote(key)
-        ),
+        "Now run this on each target, as the account that receives, and paste the key that "
+        "follows:\n    offsync link --path DIR",
         error=True,
     )
     emit(key)
@@ -5120,7 +5263,7 @@ def read_statuses(home: Home) -> dict[str, Record]:
     found = {}
     for name in sorted(os.listdir(home.last)) if os.path.isdir(home.last) else ():
         with contextlib.suppress(OffsyncError):
-            record = read_record(read_file(os.path.join(home.last, name), "status", ""))
+            record = read_record(read_file(os.path.join(home.last, name), "status"))
             if record and record.login == name:
                 found[name] = record
     return found
@@ -5145,12 +5288,16 @@ def cmd_target_list(args: argparse.Namespace) -> int:
         for target in targets:
             record = last.get(target.login)
             fields = {**target._asdict(), "user": target.user, "host": target.host}
-            listed.append({**fields, "last": record and record.fields})
+            listed.append({**fields, "last": record and record._asdict()})
         emit(json.dumps({"version": 1, "targets": listed}, sort_keys=True))
         return 0
     print_targets(config, last)
     if not targets:
-        emit("no targets yet; on a target run: offsync link; then here: offsync target add", True)
+        emit(
+            'no targets yet: run "offsync link --path DIR" on a target, then, on this controller, '
+            "what it prints",
+            error=True,
+        )
     return 0
 
 
@@ -5179,19 +5326,15 @@ def cmd_target_remove(args: argparse.Namespace) -> int:
     targets = home.load().targets
     named = [target for target in targets if args.login in (target.login, target.host)]
     if len(named) != 1:
-        raise UsageError(
-            "target %s: %s; known targets: %s",
-            show_text(args.login),
-            "several have this host, name the login" if named else "unknown",
-            some_of(sorted(target.login for target in targets)) or "none",
-        )
+        known = sorted(target.login for target in targets)
+        why = "several targets have this host; name the login" if named else "no such target"
+        raise UsageError(f"target {show_text(args.login)}: {why}", *did_you_mean(args.login, known))
     home.replace_in_config("targets", format_targets([t for t in targets if t != named[0]]))
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(home.last, named[0].login))
-    emit(
-        "removed %s here; to revoke the key, run there: offsync unlink, with the key that "
-        "'offsync init' prints" % named[0].login,
-        error=True,
+    emit_error(
+        f"removed {named[0].login} from this controller's config; its key is still linked",
+        [("to revoke it, on the target, run:", "offsync unlink")],
     )
     return 0
 
@@ -5203,10 +5346,10 @@ def read_inventory(path: str) -> list[str]:
     patterns = list(filter(None, (re.split(r"(?:^|\s)#", line)[0].strip() for line in lines)))
     wrong = [pattern for pattern in patterns if pattern.startswith(("-", "@"))]
     if wrong or not patterns:
+        why = f"{show_text(wrong[0])} is no pattern" if wrong else "names no target"
         raise UsageError(
-            "list of targets %s: %s; list logins, hosts or patterns, one a line",
-            show_text(path),
-            "%s is no pattern" % show_text(wrong[0]) if wrong else "it names no target",
+            f"list of targets {show_text(path)}: {why}",
+            "list logins, hosts or patterns, one a line",
         )
     return patterns
 
@@ -5225,9 +5368,7 @@ def match_targets(logins: Iterable[str], patterns: Sequence[str]) -> set[str]:
             }
             if not matching:
                 raise UsageError(
-                    "target %s: nothing matches; known targets: %s",
-                    show_text(pattern),
-                    some_of(known) or "none",
+                    f"target {show_text(pattern)}: no such target", *did_you_mean(pattern, known)
                 )
             chosen |= matching
     return chosen
@@ -5241,35 +5382,42 @@ def select_targets(
     chosen = match_targets(logins, patterns) if patterns else logins
     chosen = chosen - match_targets(logins, excepted)
     if not chosen:
-        raise UsageError("targets: --except leaves none; name fewer")
+        raise UsageError("targets: --except excludes every target", "except fewer")
     return sorted(target for target in targets if target.login in chosen)
 
 
 def load_targets(home: Home, args: argparse.Namespace) -> tuple[Config, list[Target], Typed]:
     """Return (the config, with what the options change; the targets; what was typed)."""
     config = home.load()
-    plan, command = getattr(args, "plan", None), args.prog.split()[-1]
-    typed = Typed(command, config, args.targets, args.excepted, args.source, args.deletion, plan)
+    plan = getattr(args, "plan", None)
+    typed = Typed(
+        args.command, config, args.targets, args.excepted, args.source, args.deletion, plan
+    )
     if not config.targets:
         raise UsageError(
-            "targets: there are none yet; run on a target: `offsync link --path DIR`; then here "
-            "the 'offsync target add' command that it prints"
+            "targets: there are none yet",
+            'on a target, run "offsync link --path DIR"; then, on this controller, what it prints',
         )
     if args.source == "":
-        raise UsageError("source: it is empty; name a directory: --source DIR")
+        raise UsageError("source: empty", "name a directory: --source DIR")
     if args.source is not None:
         source = validate_absolute_path(os.path.abspath(args.source), "source")
         config = config._replace(source=source)
         for rule in config.exclude:
-            why = never_matches(rule, source)
+            why = never_matches(rule, source, os.path.realpath(source))
             if why:
-                raise UsageError("the exclude %s protects nothing: %s", show_text(rule), why)
+                raise UsageError(
+                    f"the exclude {show_text(rule)} protects nothing: {why[0]}", why[1]
+                )
     if args.deletion:
         config = config._replace(delete=args.deletion)
     return config, select_targets(config.targets, args.targets, args.excepted), typed
 
 
 # --- Commands: plan, apply, verify, log ---------------------------------------------------------
+
+
+EQUAL = "equal, nothing to do"
 
 
 def size_to_send(changes: Iterable[Change]) -> int:
@@ -5289,7 +5437,7 @@ def plan_summary(config: Config, plan: TargetPlan, planning: bool) -> str:
         if count:
             counts.append("%d %s" % (count, notes.get(kind, kind)))
     size = "; %s to send" % format_bytes(size_to_send(plan.changes)) if planning else ""
-    return ", ".join(counts) + size if counts else "equal, nothing to do"
+    return ", ".join(counts) + size if counts else EQUAL
 
 
 def change_line(change: Change, quoted: bool = False) -> str:
@@ -5311,7 +5459,7 @@ def change_line(change: Change, quoted: bool = False) -> str:
             reason += " setuid" if entry.mode & stat.S_ISUID else ""
             reason += " setgid" if entry.mode & stat.S_ISGID else ""
     shown = colour(kind, "%-8s" % ("missing" if kind == "kept" else kind))
-    return "  %s  %-14s  %10s  %s" % (shown, reason, size, path)
+    return "  %s  %-20s  %10s  %s" % (shown, reason, size, path)
 
 
 def print_plans(
@@ -5320,22 +5468,28 @@ def print_plans(
     """Print plans for people: a list for all targets with equal plans, or a line a target."""
     emit("source %s" % show(os.fsencode(config.source)))
     if summary:
-        rows = [(p.target.login, plain(plan_summary(config, p, planning))) for p in plans]
+        rows = [(p.target.login, plan_summary(config, p, planning)) for p in plans]
         print_table(rows)
         return
     groups: dict[Any, list[TargetPlan]] = {}
     for plan in plans:
-        key = without_words(plan.error.why) if plan.error else id(plan.changes)
+        key = plan.error.why if plan.error else id(plan.changes)
         groups.setdefault(key, []).append(plan)
-    for group in groups.values():
+    # What differs stands last, where it is read.
+    for group in sorted(groups.values(), key=lambda group: bool(group[0].changes)):
         plan = group[0]
-        for other in group:
+        shown = group if plan.changes or len(group) <= LISTED else group[:LISTED]
+        for other in shown:
             emit(other.target.where)
+        if len(shown) < len(group):
+            emit("and %d more" % (len(group) - len(shown)))
         similar = alike(change.path for change in plan.changes)
         for change in plan.changes:
             emit(change_line(change, change.path in similar))
-        each = "%d targets, each: " % len(group) if len(group) > 1 else ""
-        emit("  " + each + plan_summary(config, plan, planning), prose=True)
+        text = "%d targets, each: " % len(group) if len(group) > 1 else ""
+        text += plan_summary(config, plan, planning)
+        hints, said = (plan.error.hints, plan.error.said) if plan.error else ((), "")
+        emit_error(text, hints, said, stdout=True, indent="  ")
 
 
 def has_differences(plan: TargetPlan) -> bool:
@@ -5345,14 +5499,14 @@ def has_differences(plan: TargetPlan) -> bool:
 
 def raise_for_failed(plans: Sequence[TargetPlan], what: str, as_json: bool) -> None:
     """Raise if a target has no plan; why was printed unless as JSON, which has only its kind."""
-    failed = [str(plan.error) if as_json else plan.target.login for plan in plans if plan.error]
-    if failed:
+    errors = [plan.error for plan in plans if plan.error]
+    if errors:
+        logins = [plan.target.login for plan in plans if plan.error]
+        named = some_of([str(error) for error in errors] if as_json else logins)
+        count = f"{len(errors)} of {plural(len(plans), 'target')}"
         raise OffsyncError(
-            "%s: %d of %s could not be compared; mend what is said of each, then try again: %s",
-            what,
-            len(failed),
-            plural(len(plans), "target"),
-            some_of(failed),
+            f"{what}: {count} could not be compared: {named}",
+            "fix them, then try again" if as_json else "the reasons stand above",
         )
 
 
@@ -5362,20 +5516,21 @@ def cmd_plan(args: argparse.Namespace) -> int:
     with Run(home, config, typed, args.jobs) as shared:
         plans = plan_all(shared, targets)
         name, refused = home.keep_plan(config, plans), refusal(shared, plans)
-        unreviewed = "" if refused else review_needed(shared, plans)
-    differs = any(map(has_differences, plans))
+        unreviewed = None if refused else review_needed(shared, plans)
+    differs, problem = any(map(has_differences, plans)), refused or unreviewed
     refuses = "apply will refuse" if refused else "apply without --plan will refuse"
     if args.json:
         emit_lines(plan_lines(config, plans))
-        if refused or unreviewed:
-            warn("%s: %s", refuses, refused or unreviewed)
+        if problem:
+            warn(f"{refuses}: {problem.message}", *problem.hints)
     else:
         print_plans(config, plans, args.summary)
-        if refused or unreviewed:
-            emit("%s: %s" % (colour("failed", refuses), refused or unreviewed), prose=True)
+        if problem:
+            text = f"{colour('failed', refuses)}: {problem.message}"
+            emit_error(text, problem.hints, stdout=True)
         emit("plan " + name)
         if sys.stdout.isatty() and differs and not refused:
-            emit(compose("Next: `%s`", typed.again(command="apply", plan=name)), error=True)
+            emit("Next:\n    " + typed.again(command="apply", plan=name), error=True)
     raise_for_failed(plans, "plan", args.json)
     return 3 if args.exit_code and differs else 0
 
@@ -5394,17 +5549,11 @@ def describe_record(record: Record) -> str:
     counts = describe_counts(record)
     if record.result == "ok":
         sent, seconds = format_bytes(record.bytes_sent or 0), record.seconds or 0
-        done = "%s, verified; %s sent in %.1f s" % (counts, sent, seconds)
-        return done if counts else "equal, nothing to do"
-    so_far = "before that: " + (counts or "nothing was delivered")
+        return f"{counts}, verified; {sent} sent in {seconds:.1f} s" if counts else EQUAL
+    so_far = f"before that: {counts}" if counts else "nothing was delivered"
     if record.files_changed is None:
-        so_far = "what arrived is unknown: offsync plan tells"
-    return "%s (%s)" % (record.error, so_far)
-
-
-def without_words(why: str) -> str:
-    """Return a failure without what a program said of it, which differs by host and port."""
-    return re.sub(r" \(it said: .*\)", "", why)
+        so_far = "it is unknown what was delivered"
+    return f"{record.error}; {so_far}"
 
 
 def decide(
@@ -5415,7 +5564,7 @@ def decide(
         plans = plan_all(shared, targets)
         log.identify(identify_plan(shared.config, plans)[0])
     else:
-        stream, name = shared.home.open_plan(reviewed, shared.scratch)
+        stream, name = shared.home.open_plan(shared.typed, shared.scratch)
         log.identify(name)
         with stream:
             plans = plan_all(shared, targets)
@@ -5427,7 +5576,7 @@ def decide(
         why = review_needed(shared, plans)
     PROGRESS.update("(all)", None)
     if why:
-        raise OffsyncError("refused, nothing was sent: %s", why)
+        raise OffsyncError(f"refused, nothing was sent: {why.message}", *why.hints)
     return plans
 
 
@@ -5436,8 +5585,8 @@ class Report:
 
     def __init__(self, log: Log, as_json: bool) -> None:
         self.log, self.as_json = log, as_json
-        self.results: collections.Counter[str] = collections.Counter()
-        self.said: dict[tuple[str, str], list[str]] = {}  # failures, and whose they are
+        self.results: dict[str, list[str]] = {}  # result: logins
+        self.said: dict[str, list[str]] = {}  # failures, and whose they are
 
     def __enter__(self) -> "Report":
         return self
@@ -5445,33 +5594,34 @@ class Report:
     def __exit__(self, _: object, error: Optional[BaseException], __: object) -> None:
         # Where all were refused main() says why, once for all of them.
         quiet = is_refusal(error) and not self.results
-        for record in [self.log.ended[login] for login in sorted(self.log.ended)]:
-            self.print(record, quiet)
-        for (result, _text), logins in self.said.items():
+        for login in sorted(self.log.ended):
+            self.print(login, quiet)
+        for logins in self.said.values():
             if len(logins) > 1:
-                others = some_of(logins[1:])
-                emit(
-                    "offsync: %s for the same reason as %s: %s" % (result, logins[0], others), True
-                )
+                emit(f"offsync: error: {some_of(logins[1:])}: the same as {logins[0]}", error=True)
         if not quiet and not self.as_json:
-            counts = ["%d %s" % (self.results[key], key) for key in sorted(self.results)[::-1]]
-            emit("%s: %s" % (plural(sum(self.results.values()), "target"), ", ".join(counts)))
+            counts = []
+            for result in sorted(self.results, reverse=True):
+                logins = self.results[result]
+                named = "" if result == "ok" else f": {some_of(sorted(logins))}"
+                counts.append(f"{len(logins)} {result}{named}")
+            total = sum(map(len, self.results.values()))
+            emit(f"{plural(total, 'target')}: {', '.join(counts)}", prose=True)
 
-    def print(self, record: Record, quiet: bool = False) -> None:
+    def print(self, login: str, quiet: bool = False) -> None:
         """Print one record, once; an equal failure is counted, and named at the end."""
-        del self.log.ended[record.login]
-        self.results[record.result] += 1
+        record, failed = self.log.ended.pop(login)
+        self.results.setdefault(record.result, []).append(login)
         text = describe_record(record)
         if self.as_json:
-            emit(json_line(record.fields))
+            emit(json_line(record._asdict()))
         elif record.result == "ok":
-            emit("%s: %s: %s" % (record.login, colour("ok", "ok"), text), prose=True)
+            emit(f"{login}: {colour('ok', 'ok')}: {text}", prose=True)
         if record.result != "ok" and not (quiet and record.result == "refused"):
-            alike = record._replace(error=without_words(record.error or ""))
-            logins = self.said.setdefault((record.result, describe_record(alike)), [])
-            if not logins:
-                emit("offsync: %s: %s: %s" % (record.login, record.result, text), error=True)
-            logins.append(record.login)
+            logins = self.said.setdefault(text, [])
+            if not logins and failed:
+                emit_error(f"offsync: error: {login}: {text}", failed.hints, failed.said)
+            logins.append(login)
 
 
 def cmd_apply(args: argparse.Namespace) -> int:
@@ -5483,12 +5633,14 @@ def cmd_apply(args: argparse.Namespace) -> int:
         take_lock(home, "apply")
         log.locked = True
         if load_targets(home, args) != (config, targets, typed):
-            raise OffsyncError("config %s: it was changed at this moment; try again", home.config)
+            raise OffsyncError(
+                f"config {home.config}: it changed while apply was starting", "try again"
+            )
         with Run(home, config, typed, args.jobs, with_md5=True) as shared:
             plans = decide(shared, targets, args.plan, log)
             for plan, _ in shared.jobs.each(lambda plan: log.deliver(shared, plan), plans):
-                report.print(log.ended[plan.target.login])
-    return 0 if report.results["ok"] == len(targets) else 1
+                report.print(plan.target.login)
+    return 0 if report.results.keys() == {"ok"} else 1
 
 
 def cmd_verify(args: argparse.Namespace) -> int:
@@ -5512,49 +5664,57 @@ def cmd_verify(args: argparse.Namespace) -> int:
     return 3 if any(map(has_differences, plans)) else 0
 
 
+def names_that_match(record: Record, pattern: str) -> list[str]:
+    """Return what a run changed and deleted under such a name, or a path of that form."""
+    found = []
+    for verb, names in (("changed", record.files_changed), ("deleted", record.files_deleted)):
+        for name in names or ():
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(
+                os.path.basename(name), pattern
+            ):
+                found.append(f"{verb} {cut(name)}")
+    return found
+
+
 def cmd_log(args: argparse.Namespace) -> int:
     home = Home()
     records = list(read_log(home))
     logins = {record.login for _, record in records}
+    config = home.load() if os.path.exists(home.config) else None
     if args.targets:
-        known = home.load().targets if os.path.exists(home.config) else ()
-        logins = match_targets(logins | {target.login for target in known}, args.targets)
-    rows, below, unknown = [["WHEN (UTC)", "TARGET", "RESULT", "PLAN", "BY", "WHAT"]], [""], 0
-    on_terminal = sys.stdout.isatty()
+        known = {target.login for target in config.targets} if config else set()
+        logins = match_targets(logins | known, args.targets)
+    rows, below, unknown = [["WHEN (UTC)", "TARGET", "RESULT", "PLAN", "BY"]], [""], 0
+    found = False
     for line, record in records:
         if record.login not in logins:
             continue
-        what = describe_counts(record) or ("" if record.error else "equal, nothing to do")
+        what = describe_counts(record) or ("" if record.error else EQUAL)
         if args.name is not None:
-            found = []
-            for verb, names in ("changed", record.files_changed), ("deleted", record.files_deleted):
-                for name in names or ():
-                    if any(
-                        fnmatch.fnmatchcase(text, args.name)
-                        for text in (name, os.path.basename(name))
-                    ):
-                        found.append("%s %s" % (verb, cut(name)))
+            names = names_that_match(record, args.name)
             unknown += record.files_changed is None
-            what = some_of(found)
-            if not found:
+            what = some_of(names)
+            if not names:
                 continue
+        found = True
         if args.json:
             emit(line if line.endswith(b"\n") else line + b"\n")
             continue
         plan = (record.plan or "-")[:12]
-        rows.append([record.timestamp, record.login, record.result, plan, record.operator, what])
-        below.append(record.error or "")
-        # On a terminal, why a run failed stands below its row, whole.
-        rows[-1] += [] if on_terminal else below[-1:]
-    rows[0] += [] if on_terminal else [""]
+        rows.append([record.timestamp, record.login, record.result, plan, record.operator])
+        # What was asked for stands below its row, whole.
+        source = "" if config and record.source == config.source else f"from {record.source}"
+        below.append("; ".join(filter(None, (what, record.error, source))))
     if len(rows) > 1:
-        print_table(rows, below if on_terminal else ())
-    since = "the log begins at " + records[0][1].timestamp if records else "it holds no record"
-    lost = "; what %s changed is unknown" % plural(unknown, "run") if unknown else ""
-    emit(
-        "%s: %s%s; older records may have been rotated away" % (show_text(home.log), since, lost),
-        error=True,
-    )
+        print_table(rows, below)
+    if not records:
+        why = "no apply has run yet"
+    elif args.name is not None and not found:
+        why = f"no run changed {show_text(args.name)}"
+    else:
+        why = "the log begins at " + records[0][1].timestamp
+    lost = f"; what {plural(unknown, 'run')} changed is unknown" if unknown else ""
+    emit(f"{show_text(home.log)}: {why}{lost}", error=True)
     return 0
 
 
@@ -5621,14 +5781,10 @@ def read_manifest(name: str) -> dict[bytes, str]:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as stream:
             return parse_manifest(iter(lambda: stream.readline(1 << 20), b""))
     except OSError as error:
-        raise UsageError(
-            "manifest %s: %s; name the file", show_text(name), error.strerror
-        ) from None
+        raise UsageError(f"manifest {show_text(name)}: {error.strerror}", "name the file") from None
     except ValueError as error:
         raise UsageError(
-            "manifest %s:%s: this is no line as sha256sum writes it (without -z); correct it",
-            show_text(name),
-            error,
+            f"manifest {show_text(name)}:{error}: not a line as sha256sum writes it (without -z)"
         ) from None
 
 
@@ -5639,7 +5795,7 @@ def cmd_manifest(args: argparse.Namespace) -> int:
         config = Home().load()
         directory, exclude = config.source, config.exclude
     if not os.path.isdir(directory):
-        raise UsageError("manifest: %s is not a directory; name one", show_text(directory))
+        raise UsageError(f"manifest: {show_text(directory)} is not a directory", "name one")
     expected = {} if args.check is None else read_manifest(args.check)
     found = manifest_files(os.path.abspath(directory), exclude, args.check)
     if args.check is None:
@@ -5669,8 +5825,9 @@ def check_controller(home: Home) -> bool:
         except (OffsyncError, OSError) as error:
             # One cause may break several.
             if str(error) not in problems:
-                text = getattr(error, "text", str(error))
-                emit("%s %s" % (colour("failed", "PROBLEM "), text), prose=True)
+                problem = as_offsync_error(error)
+                text = f"{colour('failed', 'PROBLEM ')} {problem.message}"
+                emit_error(text, problem.hints, problem.said, stdout=True)
             problems.add(str(error))
 
     def source() -> str:
@@ -5688,7 +5845,9 @@ def check_controller(home: Home) -> bool:
         asked = run([program("ssh"), "-V"], limit=SESSION_DEADLINE)
         said = quote_answer(asked.stderr)
         if asked.status != 0:
-            raise OffsyncError("ssh: it fails, even for its version; install it again: %s", said)
+            raise OffsyncError(
+                "ssh: fails even when asked for its version", "install it again", said=said
+            )
         return "%s %s" % (program("ssh"), said)
 
     check("rsync", lambda: "%s %d.%d.%d" % (find_rsync()[0], *find_rsync()[1]))
@@ -5701,55 +5860,57 @@ def check_controller(home: Home) -> bool:
     return not problems
 
 
-def examine_target(shared: Run, target: Target) -> tuple[list[str], int]:
-    """Return (the lines that say what the key can do on a target, how many proofs it passed).
-
-    0 where something is wrong with it.
-    """
+def examine_target(shared: Run, target: Target) -> Union[list[Proof], OffsyncError]:
+    """Return what the key can and cannot do on a target, or why that cannot be told."""
     connection = Connection(shared, target)
     try:
         connection.open()
-        proofs = prove_all(connection)
+        return prove_all(connection)
     except (OffsyncError, OSError) as error:
-        why = getattr(error, "why", getattr(error, "text", str(error)))
-        return [target.where, "  %s  %s" % (colour("failed", "PROBLEM"), why)], 0
-    lines = [target.where]
-    for proof in proofs:
+        return as_offsync_error(error)
+
+
+def print_examined(target: Target, found: Union[list[Proof], OffsyncError], short: bool) -> bool:
+    """Print what was found out on a target; return whether all is right. short: then one line."""
+    if isinstance(found, OffsyncError):
+        emit(target.where)
+        text = f"{colour('failed', 'PROBLEM')}  {getattr(found, 'why', found.message)}"
+        emit_error(text, found.hints, found.said, stdout=True, indent="  ")
+        return False
+    healthy = all(proof.closed is not False for proof in found)
+    if healthy and short:
+        passed = sum(proof.closed is True for proof in found)
+        emit(f"{target.where}: {colour('ok', 'ok')}: {passed} proofs")
+        return True
+    emit(target.where)
+    for proof in found:
         word = {True: "ok", False: "OPEN", None: "unknown"}[proof.closed]
         word = colour("failed" if proof.closed is False else "ok", "%-8s" % word)
-        lines.append("  %s %-30s %s" % (word, proof.tried, proof.answer))
-    is_open = any(proof.closed is False for proof in proofs)
-    return lines, 0 if is_open else sum(proof.closed is True for proof in proofs)
+        emit("  %s %-30s %s" % (word, proof.tried, proof.answer), prose=True)
+    return healthy
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
     home, healthy = Home(), 0
     if not os.path.lexists(home.config) and not os.path.lexists(home.key):
-        raise OffsyncError(
-            "doctor: %s holds no controller's state: " + NO_STATE, show_text(home.path)
-        )
+        raise OffsyncError(f"doctor: {show_text(home.path)} holds no controller's state", *NO_STATE)
     if not check_controller(home):
         raise OffsyncError(
-            "doctor: this controller has problems; mend what is marked PROBLEM above, then run it "
-            "again"
+            "doctor: this controller has problems",
+            "fix what is marked PROBLEM above, then run it again",
         )
     config = home.load()
     any_target = config.targets or args.targets
     targets = select_targets(config.targets, args.targets) if any_target else []
     with Run(home, config, Typed("doctor", config), args.jobs) as shared:
         examined = shared.jobs.each(lambda target: examine_target(shared, target), targets)
-        for target, (lines, passed) in examined:
-            healthy += passed > 0
-            # Of several targets, a healthy one gets one line; failed proofs are printed in full.
-            if passed and len(targets) > 1:
-                lines = ["%s: %s: %d proofs" % (target.where, colour("ok", "ok"), passed)]
-            for line in lines:
-                emit(line, prose=True)
+        for target, found in examined:
+            healthy += print_examined(target, found, short=len(targets) > 1)
     failed = len(targets) - healthy
     problems = ", %d with problems" % failed if failed else ""
     emit("%s: %d ok%s" % (plural(len(targets), "target"), healthy, problems))
     if failed:
-        raise OffsyncError("doctor: there are problems; see what is marked PROBLEM or OPEN above")
+        raise OffsyncError("doctor: there are problems", "see what is marked PROBLEM or OPEN above")
     return 0
 
 
@@ -5792,7 +5953,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError("%s; see: `%s --help`", message, self.prog)
+        raise UsageError(message, ("see:", f"{self.prog} --help"))
 
     def print_help(self, file: Any = None) -> None:
         emit(self.format_help().rstrip("\n"))
@@ -6003,7 +6164,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--contract", **flag("print what it reads, writes, runs and never does"))
     verbose = flag("print every program before it starts")
     parser.add_argument("-v", "--verbose", **verbose)
-    parser.set_defaults(function=None, prog="offsync")
+    parser.set_defaults(function=None, prog="offsync", command=None)
     commands = parser.add_subparsers(
         metavar="COMMAND", parser_class=Parser, prog="offsync", help=argparse.SUPPRESS
     )
@@ -6020,7 +6181,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=example + typed,
         )
         command.add_argument("-v", "--verbose", **verbose, default=argparse.SUPPRESS)
-        command.set_defaults(function=function, prog=command.prog)
+        command.set_defaults(function=function, prog=command.prog, command=name)
         exclusive: Any = command
         if not arguments.keys().isdisjoint(EXCLUSIVE):
             exclusive = command.add_mutually_exclusive_group()
@@ -6033,11 +6194,25 @@ def build_parser() -> argparse.ArgumentParser:
 def run_command(argv: Sequence[str]) -> int:
     """Carry out a command line; return the exit status. Raises OffsyncError."""
     if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
-        raise UsageError("locale: file names are not UTF-8 here; run it with PYTHONUTF8=1")
+        raise UsageError(
+            "locale: file names are not UTF-8", ("run it so:", "PYTHONUTF8=1 " + typed_again())
+        )
+    words = [word for word in argv if not word.startswith("-")]
+    known = {name.split()[0] for name in COMMANDS}
+    if words and words[0] not in known:
+        raise UsageError(
+            f"unknown command {show_text(words[0])}",
+            *did_you_mean(words[0], known, listed=False),
+            ("all commands:", "offsync --help"),
+        )
     args, unknown = build_parser().parse_known_args(argv)
     if unknown:
+        arguments = COMMANDS[args.command][3] if args.command else {}
+        options = [option for name in arguments for option in name.split()]
         raise UsageError(
-            "unrecognized arguments: %s; see: `%s --help`", show_text(" ".join(unknown)), args.prog
+            f"unrecognized arguments: {show_text(' '.join(unknown))}",
+            *did_you_mean(unknown[0], options, listed=False),
+            ("see:", f"{args.prog} --help"),
         )
     if args.verbose:
         VERBOSE.value = True
@@ -6048,15 +6223,17 @@ def run_command(argv: Sequence[str]) -> int:
         home = Home()
         if not os.path.lexists(home.config):
             raise UsageError(
-                "no command (offsync --help shows all); next: `offsync init --source DIR` (on the "
-                "controller), or `offsync link --path DIR` (on a target)"
+                "no command",
+                'on the controller, begin with "offsync init --source DIR", on a target with '
+                '"offsync link --path DIR"',
+                ("all commands:", "offsync --help"),
             )
         config = home.load()
         print_targets(config, read_statuses(home))
-        following = "`offsync plan`"
+        following: Hint = ("see what an apply would do:", offsync_command("plan"))
         if not config.targets:
-            following = "`offsync link --path DIR` (on a target), then here what it prints"
-        raise UsageError("no command (offsync --help shows all); next: " + following)
+            following = 'run "offsync link --path DIR" on a target, then, here, what it prints'
+        raise UsageError("no command", following, ("all commands:", "offsync --help"))
     return int(args.function(args))
 
 
@@ -6080,7 +6257,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         handle_signals(end_now)
     except Interrupted as interrupted:
         name = signal.Signals(interrupted.signum).name
-        emit("offsync: interrupted by %s; the same command again goes on" % name, error=True)
+        emit(f"offsync: interrupted by {name}; run the same command again to continue", error=True)
         status = interrupted.status
     return status
 
@@ -6093,7 +6270,7 @@ def report_errors(argv: Sequence[str]) -> int:
     except SystemExit:  # --help
         status = 0
     except OffsyncError as error:
-        emit("offsync: " + error.text, error=True)
+        emit_error("offsync: error: " + error.message, error.hints, error.said)
         status = error.status
     except (OSError, MemoryError) as error:
         named = getattr(error, "filename", None)
@@ -6101,10 +6278,11 @@ def report_errors(argv: Sequence[str]) -> int:
         if named:
             why = "%s: %s" % (show(os.fsencode(named)), why)
         elif isinstance(error, FileNotFoundError):
-            why = "the current directory is gone: change to another"
-        emit("offsync: %s; mend that, then try again" % why, error=True)
+            why = "the current directory is gone"
+        emit_error("offsync: error: " + why, ["fix this, then try again"])
     if LOST_OUTPUT:
-        emit("offsync: standard output: %s; the rest of it is lost" % LOST_OUTPUT[0], error=True)
+        why = f"writing to standard output failed: {LOST_OUTPUT[0]}; the remaining output is lost"
+        emit_error("offsync: error: " + why, [])
         status = status or 1
     return status
 

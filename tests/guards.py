@@ -133,7 +133,7 @@ GUARDS = [
         (
             "if lost:\n    changed = {path for path, entry in lost.items() if not"
             " self.source.is_as(path, entry)}\n    kind = Kind.SOURCE_CHANGED if changed else"
-            " Kind.CHANGED_THERE\n    raise self.failure(kind, changed or set(lost))"
+            " Kind.CHANGED_MEANWHILE\n    raise self.failure(kind, changed or set(lost))"
         ),
         "pass",
         "test_hostile.HostileTarget",
@@ -596,7 +596,7 @@ GUARDS = [
         "test_state.UserBeside",
         FEW,
     ),
-    ("nor may its group", "find_strangers", "mode & 18", "mode & 2", "test_link.Paths"),
+    ("nor may its group", "judge_place", "mode & 18", "mode & 2", "test_link.Paths"),
     (
         "verify keeps writers out",
         "cmd_verify",
@@ -890,11 +890,18 @@ GUARDS = [
     ),
     (
         "no file is read through a basis directory",
-        "",
-        "'case $SSH_ORIGINAL_COMMAND in *--compare-dest*|*--copy-dest*|*--link-dest*)'"
-        "' echo offsync: basis directories are refused >&2; exit 1;; esac; exec '",
+        "format_forced_command",
+        "FORCED_GUARD",
         "'exec '",
         "test_link.KeyThief.test_it_reads_no_file_through_a_basis_directory",
+        FEW,
+    ),
+    (
+        "no file is read through fuzzy",
+        "format_forced_command",
+        "FORCED_GUARD",
+        "FORCED_GUARD.replace('*y*', '*nothing*')",
+        "test_link.KeyThief.test_it_reads_no_file_as_a_fuzzy_basis",
         FEW,
     ),
     (
@@ -943,7 +950,7 @@ GUARDS = [
     (
         "excludes that begin with the source",
         "never_matches",
-        "within(pattern, source) and source != '/'",
+        "within(pattern, place) and place != '/'",
         "False",
         "test_text.Config.test_excludes_that_protect_nothing",
     ),
@@ -957,8 +964,8 @@ GUARDS = [
     (
         "excludes with another source for one run",
         "load_targets",
-        "never_matches(rule, source)",
-        "''",
+        "never_matches(rule, source, os.path.realpath(source))",
+        "None",
         "test_deleting.Deleting.test_an_exclude_that_begins_with_the_source_of_this_run",
     ),
     (
@@ -1014,8 +1021,8 @@ GUARDS = [
     (
         "a file of the state that others may write to",
         "Home.refuse_strangers",
-        "(self.path, *names, self.plans, self.last)",
-        "(self.path,)",
+        "(self.named, *names, self.plans, self.last)",
+        "(self.named,)",
         "test_state.UserBeside",
     ),
     (

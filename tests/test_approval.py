@@ -1,4 +1,4 @@
-"""One approval for many steps: a reviewed plan, and what it does not approve."""
+"""One approval for many steps: a reviewed plan, and what it is not the reviewed plan."""
 
 from __future__ import annotations
 
@@ -40,9 +40,11 @@ class Approval(Fleet):
         lines = read(reviewed).splitlines(True)
         write(self.targets[0].path + "/extra", "x")
         self.refused(
-            reviewed, "made with another policy", args=["--delete", "--source", self.source]
+            reviewed,
+            "the policy is not that of the reviewed plan",
+            args=["--delete", "--source", self.source],
         )
-        self.refused(reviewed, "does not approve", "extra now exists only on the target")
+        self.refused(reviewed, "is not the reviewed plan", "extra now exists only on the target")
         os.unlink(self.targets[0].path + "/extra")
         with open(self.source + "/g", "a") as stream:
             stream.write("more")
@@ -69,7 +71,7 @@ class Approval(Fleet):
             with self.subTest(name=name):
                 write(self.lab.base + "/edited", "".join(kept))
                 done = self.lab.offsync("apply", "--plan", self.lab.base + "/edited")
-                self.assert_refused(done, 2, "no line of a plan")
+                self.assert_refused(done, 2, "not a line of a plan")
                 self.assertEqual([snapshot(target.path) for target in self.targets], [{}] * 3)
         for old, new in (
             ('"delete": false', '"delete": 0'),
@@ -84,7 +86,9 @@ class Approval(Fleet):
                 self.assertEqual([snapshot(target.path) for target in self.targets], [{}] * 3)
         write(self.lab.base + "/edited", "".join(li for li in lines if "127.0.0.3" not in li))
         done = self.lab.offsync("apply", "--plan", self.lab.base + "/edited", check=1)
-        self.assertIn("%s: failed: it was not reviewed" % self.targets[2].login, done.err)
+        self.assertIn(
+            "%s: this target is not covered by the reviewed plan" % self.targets[2].login, done.err
+        )
         self.assertIn("3 targets: 2 ok, 1 failed", done.out)
         self.assertEqual(snapshot(self.targets[2].path), {})
         other = json.loads(lines[-1])
@@ -123,7 +127,7 @@ class Approval(Fleet):
             plan = self.lab.base + "/forged.jsonl"
             write(plan, forged)
             self.assert_refused(
-                self.lab.offsync("apply", "--delete", "--plan", plan), 2, "no line of a plan"
+                self.lab.offsync("apply", "--delete", "--plan", plan), 2, "not a line of a plan"
             )
             self.assertTrue(os.path.exists(self.targets[0].path + "/gone"))
         write(plan, text)
@@ -137,6 +141,18 @@ class Approval(Fleet):
         self.lab.offsync("apply", "--plan", reviewed, check=0)
         write(self.targets[1].path + "/.f.aB3xY9", "")
         self.lab.offsync("apply", "--plan", reviewed, check=0)
+
+    def test_a_plan_file_writes_nothing_to_the_terminal(self) -> None:
+        write(self.source + "/f", "x")
+        reviewed = self.review()
+        text = read(reviewed)
+        for source in ("/x\\u001b]0;evil\\u0007", "/a\\nb", "relative"):
+            before, _, after = text.partition('"source": "')
+            write(reviewed, before + '"source": "' + source + after[after.index('"') :])
+            done = self.lab.offsync("apply", "--plan", reviewed)
+            self.assertEqual(done.returncode, 2, done.err)
+            self.assertNotIn("\x1b", done.err)
+            self.assertNotIn("--source", done.err)
 
     def test_a_leftover_that_was_not_reviewed_is_not_deleted(self) -> None:
         write(self.source + "/f", "x")
@@ -161,7 +177,7 @@ class Approval(Fleet):
         self.assertEqual(done.returncode, 0, done.stderr)
         write(self.lab.base + "/deep", "[" * 100_000 + "\n")
         self.assert_refused(
-            self.lab.offsync("apply", "--plan", self.lab.base + "/deep"), 2, "no line of a plan"
+            self.lab.offsync("apply", "--plan", self.lab.base + "/deep"), 2, "not a line of a plan"
         )
         write(self.lab.state + "/last/" + self.targets[0].login, "[" * 100_000)
         self.lab.offsync("target", "list", check=0)

@@ -27,9 +27,9 @@ class Deleting(SharedLab):
             self.lab.offsync("apply", "--delete"),
             1,
             "nothing was sent",
-            "from 31 to 1 entries",
+            "31 now, 1 afterwards",
             "max_delete",
-            "apply --plan",
+            "by its ID",
             "mounted",
         )
         self.assertEqual(snapshot(self.there), before)
@@ -92,7 +92,7 @@ class Deleting(SharedLab):
     def test_an_empty_name_of_a_source_is_not_this_directory(self) -> None:
         self.fill(1, 0)
         for command in ("plan", "apply", "verify"):
-            self.assert_refused(self.lab.offsync(command, "--source", ""), 2, "it is empty")
+            self.assert_refused(self.lab.offsync(command, "--source", ""), 2, "source: empty")
 
     def test_delete_holds_for_one_run_and_rollback_is_a_run(self) -> None:
         self.fill(2, 1)
@@ -114,7 +114,7 @@ class Deleting(SharedLab):
             (old, ["here0"], ["again", "here1"]),
         )
         self.assert_refused(
-            self.lab.offsync("plan", "--source", old + "/none"), 1, "not a readable directory"
+            self.lab.offsync("plan", "--source", old + "/none"), 1, "No such file or directory"
         )
 
 
@@ -186,6 +186,35 @@ class Keeping(Fleet):
             self.assert_refused(done, 1, "empty source")
         self.assertEqual(len(snapshot(self.pid.path)), 92)
 
+    def test_a_kept_name_that_may_be_one_of_the_source(self) -> None:
+        """Where a target ignores case, delivering Readme would overwrite README, which is kept."""
+        write(self.pid.path + "/README", "the user's own")
+        write(self.pid.path + "/Readme", "old")
+        write(self.source + "/Readme", "new")
+        done = self.lab.offsync("apply", "--keep", self.pid.login)
+        self.assert_refused(done, 1, "may be one file", "README, Readme")
+        self.assertEqual(read(self.pid.path + "/Readme"), "old")
+        plan = self.lab.offsync("plan", "--keep", self.pid.login, check=0).out.split()[-1]
+        self.lab.offsync("apply", "--keep", self.pid.login, "--plan", plan, check=0)
+        self.assertEqual(read(self.pid.path + "/README"), "the user's own")
+        self.assertEqual(read(self.pid.path + "/Readme"), "new")
+
+    def test_an_unmounted_source_is_not_equal_to_what_is_kept(self) -> None:
+        self.lab.configure(delete='"keep"')
+        self.lab.offsync("apply", check=0)
+        shutil.rmtree(self.source)
+        os.mkdir(self.source)
+        self.lab.offsync("verify", check=3)
+        self.assertIn("empty source", self.lab.offsync("plan", "--exit-code", check=3).out)
+
+    def test_what_rsync_left_in_a_directory_that_has_to_go(self) -> None:
+        write(self.pid.path + "/conf/.~tmp~/part", "collected")
+        for option in ("--keep", "--source=" + self.source):
+            done = self.lab.offsync("apply", self.pid.login, option)
+            self.assert_refused(done, 1, "conf/.~tmp~/part")
+        self.lab.offsync("apply", self.pid.login, "--delete", check=0)
+        self.assertEqual(snapshot(self.pid.path), snapshot(self.source))
+
     def test_it_does_not_go_with_delete_and_an_option_wins_over_the_config(self) -> None:
         self.put_in_place()
         self.assert_refused(self.lab.offsync("apply", "--keep", "--delete"), 2, "not allowed with")
@@ -208,7 +237,7 @@ class Keeping(Fleet):
         # A plan brings no option with it; the hint does.
         self.lab.configure(delete="false")
         done = self.lab.offsync("apply", self.pid.address, "--plan", reviewed)
-        self.assert_refused(done, 1, "another policy", 'delete "keep", not false')
+        self.assert_refused(done, 1, "the policy is not that", 'delete was "keep", is false')
         command = "offsync apply %s --keep --plan %s" % (self.pid.address, reviewed)
         self.assertIn(command, done.err)
         self.lab.offsync(*command.split()[1:], check=0)

@@ -370,7 +370,7 @@ class Trouble(SharedLab):
         self.addCleanup(write, self.target.keys, line)
         write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
         done = self.lab.offsync("apply", check=1)
-        self.assertRegex(done.err, "the source changed after the plan.*: f ")
+        self.assertRegex(done.err, "the source changed after it was planned.*: f;")
         self.assertEqual(self.lab.records()[-1]["result"], "failed")
 
     def test_a_target_that_discards_what_it_gets(self) -> None:
@@ -386,7 +386,7 @@ class Trouble(SharedLab):
         line = read(self.target.keys)
         self.addCleanup(write, self.target.keys, line)
         write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
-        self.failing("verification found differences;", ": f (before that: nothing was delivered)")
+        self.failing("verification found differences:", ": f; nothing was delivered")
         self.assertEqual(
             (self.lab.records()[-1]["result"], self.lab.records()[-1]["files_changed"]),
             ("failed", []),
@@ -409,7 +409,7 @@ class Trouble(SharedLab):
         for content in ("good", "fine"):
             write(self.source + "/f", content + "\n")
             write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
-            self.failing("verification found differences;", ": f (before that: ")
+            self.failing("verification found differences:", ": f; ")
             self.assertEqual(
                 self.lab.records()[-1]["files_changed"], [] if content == "fine" else ["unchanging"]
             )
@@ -431,9 +431,7 @@ class Trouble(SharedLab):
         line = read(self.target.keys)
         self.addCleanup(write, self.target.keys, line)
         write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
-        self.failing(
-            "verification found differences;", ": new.conf (before that: nothing was delivered)"
-        )
+        self.failing("verification found differences:", ": new.conf; nothing was delivered")
         self.assertEqual(read(self.there + "/old.conf"), "content")
         write(self.target.keys, line)
         self.lab.offsync("apply", check=0)
@@ -447,11 +445,11 @@ class Trouble(SharedLab):
         self.lab.offsync("apply", check=0)
         write(self.source + "/big", os.urandom(3 * MEBIBYTE))
         write(self.source + "/old", "new")
-        self.failing("the disk is full", "free some space")
+        self.failing("disk is full", "free some space")
         self.assertEqual(read(self.there + "/old"), "old")
         os.unlink(self.source + "/big")
         done = self.lab.offsync("apply", "--delete", check=1)
-        self.assertIn("the disk is full", done.err)
+        self.assertIn("disk is full", done.err)
         self.assertNotIn("--delete", done.err)
         shutil.rmtree(self.there + "/.~tmp~")
         self.lab.offsync("apply", "--delete", check=0)
@@ -461,7 +459,7 @@ class Trouble(SharedLab):
         write(self.source + "/f")
         shutil.rmtree(self.there)
         write(self.there, "a file")
-        self.failing("is gone there or is no directory")
+        self.failing("is gone or is no directory")
         os.unlink(self.there)
         os.mkdir(self.there)
         if (
@@ -470,7 +468,7 @@ class Trouble(SharedLab):
             == 0
         ):
             try:
-                self.failing("lsattr, chattr -ia")
+                self.failing("lsattr")
             finally:
                 subprocess.run(["chattr", "-i", self.there], check=True)
         self.lab.offsync("apply", check=0)
@@ -556,9 +554,12 @@ class Trouble(SharedLab):
         keys = read(other.keys)
         os.unlink(other.keys)
         done = self.lab.offsync("apply", check=1)
-        self.assertIn("offsync: %s: failed: it refused our key" % other.login, done.err)
-        self.assertEqual(done.err.count("it refused our key"), 1)
-        self.assertTrue(done.out.endswith("2 targets: 1 ok, 1 failed\n"), done.out)
+        self.assertIn(
+            "offsync: error: %s: the target refused this controller's key" % other.login, done.err
+        )
+        self.assertEqual(done.err.count("refused this controller's key"), 1)
+        last = "2 targets: 1 ok, 1 failed: %s\n" % other.login
+        self.assertTrue(done.out.endswith(last), done.out)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
         self.assertEqual(
             {r["login"]: r["result"] for r in self.lab.records()[-2:]},
@@ -611,7 +612,8 @@ class BadSurroundings(LabCase):
                 done = shell(command)
                 self.assertEqual(done.returncode, 1)
                 self.assertRegex(
-                    done.stderr, r"(?m)^offsync: standard output: No space left on device; .*\n\Z"
+                    done.stderr,
+                    r"(?m)^offsync: error: writing to standard output failed: No space left .*\n\Z",
                 )
         self.assertEqual(snapshot(self.lab.base + "/one/data"), snapshot(self.lab.source))
         two = self.lab.joined_by_hand(
@@ -770,13 +772,11 @@ class ManyTargets(LabCase):
             silent: "did not answer in time|closed the connection|timed out",
             hanging: "did not answer in time",
             mute: "did not answer in time",
-            keyless: "refused our key",
+            keyless: "refused this controller's key",
             **({full: "disk is full"} if small else {}),
         }
-        said = dict(re.findall(r"(?m)^offsync: (\S+@\S+): failed: (.*)$", done.err))
-        for first, others in re.findall(
-            r"(?m)^offsync: failed for the same reason as (\S+): (.*)$", done.err
-        ):
+        said = dict(re.findall(r"(?m)^offsync: error: (\S+@\S+): ((?!the same as ).*)$", done.err))
+        for others, first in re.findall(r"(?m)^offsync: error: (.*): the same as (\S+)$", done.err):
             said.update((login, said[first]) for login in others.split(", "))
         for target, reason in reasons.items():
             self.assertRegex(said[target.login], reason)

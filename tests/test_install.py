@@ -81,7 +81,9 @@ class InstallDeps(LabCase):
             with self.subTest(manager=manager, role=role):
                 calls = self.fake(manager, succeed=False)
                 done = self.run_deps("--role", role, "-y", check=1)
-                shown = [line.strip() for line in done.err.splitlines() if line[:2] == "  "]
+                shown = [
+                    line.strip() for line in done.err.splitlines() if re.match("    \\S", line)
+                ]
                 if os.geteuid() == 0:
                     commands = [command.replace("sudo ", "") for command in commands]
                 self.assertEqual(shown, commands)
@@ -99,7 +101,7 @@ class InstallDeps(LabCase):
         self.run_deps("--role", "controller", "-y", check=0)
         self.assertEqual(len(read(calls).splitlines()), 3)
         self.assertIn(
-            "everything for the role controller is here",
+            "everything for the role controller is installed",
             self.run_deps("--role", "controller", check=0).err,
         )
         self.assertEqual(len(read(calls).splitlines()), 3)
@@ -391,7 +393,7 @@ class Asking(InstallDeps):
     def test_without_a_terminal_the_error_names_install_deps(self) -> None:
         for args, role in ((["init"], "controller"), (["link"], "target")):
             done = self.lab.offsync(*args, env=self.env, check=1)
-            self.assertIn("run: offsync install-deps --role %s -y" % role, done.err)
+            self.assertIn("\n    offsync install-deps --role %s -y\n" % role, done.err)
             self.assertFalse(os.path.exists(self.calls))
 
     def test_the_word_of_the_option(self) -> None:

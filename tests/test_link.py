@@ -103,7 +103,7 @@ class Linking(LabCase):
 
     @unittest.skipIf(os.geteuid() == 0, "root may create it anywhere")
     def test_a_path_that_only_root_may_create(self) -> None:
-        self.assert_refused(self.link(path="/srv/offsync-test/x"), 1, "it cannot be created")
+        self.assert_refused(self.link(path="/srv/offsync-test/x"), 1, "cannot be created")
         self.assertFalse(os.path.exists(self.keys))
 
     def test_paths_that_would_be_a_shell(self) -> None:
@@ -163,7 +163,7 @@ class Linking(LabCase):
                 self.assertFalse(os.path.exists(self.keys))
         self.assertFalse(os.path.exists(self.target_home + "/x"))
         write(self.lab.base + "/file", "")
-        self.assert_refused(self.link(path=self.lab.base + "/file"), 2, "no directory")
+        self.assert_refused(self.link(path=self.lab.base + "/file"), 2, "not a directory")
         self.link(path=self.target_home + "/inside", check=0)  # the legitimate twin: below home
 
     def test_a_foreign_line_with_the_key_is_refused_by_number(self) -> None:
@@ -328,7 +328,7 @@ class Linking(LabCase):
         args = offsync.build_parser().parse_args(["link", "--path", self.path, "--key", self.key])
         with (
             mock.patch.object(pwd, "getpwuid", side_effect=KeyError),
-            self.assertRaisesRegex(offsync.OffsyncError, "has no account here"),
+            self.assertRaisesRegex(offsync.OffsyncError, "has no account on this host"),
         ):
             offsync.cmd_link(args)
         self.assertFalse(os.path.exists(self.path))
@@ -360,7 +360,7 @@ class Rrsync(Linking):
         script = self.lab.base + "/tools/bin/rrsync"
         write(script, read(require("rrsync")), 0o755)
         self.assert_refused(
-            self.link("--rrsync", script, path=self.lab.base + "/tools"), 2, "it contains " + script
+            self.link("--rrsync", script, path=self.lab.base + "/tools"), 2, "contains " + script
         )
 
 
@@ -461,7 +461,7 @@ class KeyThief(LabCase):
         self.assert_refused(
             done,
             1,
-            "lets the key out",
+            "does not confine the key",
             "login shell",
             "update rsync",
             "--no-symlinks",
@@ -475,11 +475,11 @@ class KeyThief(LabCase):
         done = self.link(
             "--rrsync", self.rrsync, "--no-symlinks"
         )  # it takes the option, and does nothing with it
-        self.assert_refused(done, 1, "lets the key out", "--accept-risk rrsync")
-        self.assertNotIn("--no-symlinks", done.err)
+        self.assert_refused(done, 1, "does not confine the key", "--accept-risk rrsync")
+        self.assertNotIn("link without them", done.err)
         self.assert_nothing_left()
         done = self.link("--rrsync", self.rrsync, "--accept-risk", "rrsync", check=0)
-        self.assertIn("a thief of the key may get out", done.err)
+        self.assertIn("a thief of the key may write outside", done.err)
         self.assertTrue(os.path.exists(self.keys))
 
     def test_ones_that_do_not_work(self) -> None:
@@ -492,7 +492,9 @@ class KeyThief(LabCase):
             ),
         ):
             write(self.rrsync, text, 0o755)
-            self.assert_refused(self.link("--rrsync", self.rrsync), 1, "does not work here", said)
+            self.assert_refused(
+                self.link("--rrsync", self.rrsync), 1, "does not work on this host", said
+            )
             self.assert_nothing_left()
 
     def test_it_reads_no_file_through_a_basis_directory(self) -> None:
@@ -549,6 +551,44 @@ class KeyThief(LabCase):
                         self.assertEqual(said.stdout, "")
                 self.assertEqual(push(self.lab.base + "/honest").returncode, 0)
 
+    def test_it_reads_no_file_as_a_fuzzy_basis(self) -> None:
+        """A directory is planted as a symlink, and a file sent into it whose name is like that of a
+        file in it: rsync sends a checksum for each byte of that file, and then refuses to write.
+        """
+        write(self.lab.base + "/secret/id_secret", "s3cret", 0o600)
+        os.mkdir(self.lab.base + "/planted")
+        os.symlink(self.lab.base + "/secret", self.lab.base + "/planted/d")
+        write(self.lab.base + "/guess/d/id_secreu", b"\0" * 300)
+        target = self.lab.target("one")
+        self.home, self.keys = target.home, target.keys
+        ssh = "ssh -F /dev/null -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
+        ssh += " -o LogLevel=ERROR -p %d -i %s/id_ed25519" % (target.port, self.lab.state)
+
+        def push(*words: str) -> str:
+            done = subprocess.run(
+                ["rsync", "-e", ssh, *words, target.login + ":."],
+                cwd=self.lab.base + "/guess",
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            return done.stdout
+
+        read_it = "-R --no-W --no-implied-dirs --block-size=1 --debug=deltasum3".split()
+        os.mkdir(self.lab.base + "/data")
+        basis_only = offsync.FORCED_GUARD.split("set -f")[0] + "exec /usr/bin/rrsync -wo "
+        command = "/bin/sh -c '%s%s/data'" % (basis_only, self.lab.base)
+        write(self.keys, 'command="%s",%s %s\n' % (command, offsync.KEY_RESTRICTIONS, self.key))
+        push("-rl", self.lab.base + "/planted/")
+        # The threat is real with the basis directories refused alone.
+        self.assertIn("chunk[5]", push("-y", *read_it, "./d/id_secreu"))
+        self.link(*risk(), check=0)
+        for fuzzy in ("-y", "-yy", "--fuzzy", "-rlpy", "-tyI"):
+            said = push(fuzzy, *read_it, "./d/id_secreu")
+            self.assertIn("offsync: fuzzy is refused", said)
+            self.assertNotIn("chunk[", said)
+        push("-rlt", "--delay-updates", self.lab.base + "/guess/")
+
     def test_the_plain_line_goes_on_working_and_is_recognised(self) -> None:
         """As the reference wrote it, without restrict, or as README had it."""
         target = self.lab.target("one")
@@ -570,14 +610,19 @@ class KeyThief(LabCase):
             linked = self.link(*risk(), check=0)
             self.assertIn("replaced the plain line", linked.err)
             self.assertNotIn("no longer write", linked.err)
-            self.assertEqual((read(self.keys).count("-wo"), read(self.keys).count("case ")), (1, 1))
+            self.assertEqual((read(self.keys).count("-wo"), read(self.keys).count("fuzzy")), (1, 1))
+            foreign = "command=\"/bin/sh -c 'id; true -wo x'\",%s %s\n"
+            write(self.keys, foreign % (offsync.KEY_RESTRICTIONS, self.key))
+            self.assert_refused(self.link(*risk()), 1, "a line that offsync did not write")
+            write(self.keys, plain % (self.lab.base, final, self.key))
+            self.link(*risk(), check=0)
             again = self.link(*risk(), check=0).err
             self.assertNotIn("replaced", again)
 
     def test_no_symlinks_with_an_rrsync_that_knows_none_of_it(self) -> None:
         write(self.rrsync, "#!/bin/sh\necho 'unknown option' >&2\nexit 1\n", 0o755)
         done = self.link("--rrsync", self.rrsync, "--no-symlinks")
-        self.assert_refused(done, 1, "does not work here", "3.2.4 for --no-symlinks")
+        self.assert_refused(done, 1, "does not work on this host", "3.2.4 for --no-symlinks")
 
     def test_no_symlinks(self) -> None:
         target = self.lab.target("one")
@@ -599,7 +644,7 @@ class KeyThief(LabCase):
         self.lab.offsync("apply", check=0)
         self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
         os.symlink("f", self.lab.source + "/l")
-        self.assertIn("takes no symlinks", self.lab.offsync("apply", check=1).err)
+        self.assertIn("was added with --no-symlinks", self.lab.offsync("apply", check=1).err)
         self.assertEqual(sorted(os.listdir(target.path)), ["f"])
         self.lab.configure(exclude=["l"])
         self.lab.offsync("plan", check=0)
@@ -776,8 +821,9 @@ class SshdSays(LabCase):
         for path in ("/srv/app-data", "/var/lib/app", "/opt/app/data", "/var/www/html"):
             self.assertEqual(offsync.validate_link_path(path, (), False), path)
         for path in ("/opt/cni/bin", "/var/lib/extensions/x", "/var/lib/confexts"):
-            with self.assertRaisesRegex(offsync.UsageError, "--accept-risk path"):
+            with self.assertRaises(offsync.UsageError) as caught:
                 offsync.validate_link_path(path, (), False)
+            self.assertTrue(caught.exception.hints[-1][1].endswith("--accept-risk path"))
 
     def test_a_directory_that_looks_like_a_home(self) -> None:
         """A thief of the key can make .ssh, and must not keep its owner from linking again."""
@@ -797,6 +843,9 @@ class SshdSays(LabCase):
             ("acceptenv BASH_ENV", True),
             ("acceptenv PERL5*", True),
             ("acceptenv ?ATH", True),
+            ("acceptenv OPENSSL_CONF", True),
+            ("acceptenv XDG_DATA_*", True),
+            ("acceptenv BASH_FUNC_*", True),
             ("acceptenv LANG\nacceptenv LC_*", False),
             ("acceptenv COLORTERM LC_* TZ", False),
             ("permittunnel yes", True),
@@ -879,7 +928,7 @@ class Neighbour(KeyThief):
             0o755,
         )
         done = self.link("--rrsync", self.rrsync)
-        self.assert_refused(done, 1, "lets the key out", "--accept-risk rrsync")
+        self.assert_refused(done, 1, "does not confine the key", "--accept-risk rrsync")
         self.assert_nothing_left()
 
 

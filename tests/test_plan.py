@@ -63,7 +63,7 @@ class Scope(SharedLab):
 
     def test_a_source_that_contains_the_private_key(self) -> None:
         self.lab.configure(source='"%s"' % self.lab.home)
-        self.assert_refused(self.lab.offsync("plan"), 1, "it contains", "private key")
+        self.assert_refused(self.lab.offsync("plan"), 1, "contains the private key", "private key")
 
     def test_through_other_symlinks(self) -> None:
         os.makedirs(self.source + "/deep/er")
@@ -367,20 +367,23 @@ class PlanIds(SharedLab):
         os.unlink(self.source + "/new")
         other = self.lab.joined_by_hand("other")
         done = self.lab.offsync("apply", "--plan", plan_id, check=1)
-        self.assertIn("%s: failed: it was not reviewed" % other.login, done.err)
+        self.assertIn("%s: this target is not covered by the reviewed plan" % other.login, done.err)
         self.assertEqual(snapshot(other.path), {})
-        self.refused(plan_id, "shows none of these targets", args=[other.login])
+        self.refused(plan_id, "covers none of these targets", args=[other.login])
         write(self.there + "/g", b"hhhh")
         os.unlink(self.there + "/f")
         self.lab.offsync("target", "remove", other.login, check=0)
         self.refused(
-            plan_id, "made with another policy", "delete false, not true", args=["--delete"]
+            plan_id, "the policy is not that", "delete was false, is true", args=["--delete"]
         )
         self.assert_refused(
             self.lab.offsync("apply", "--plan", "f" * 64), 2, "No such file", "the whole ID"
         )
         self.assert_refused(
-            self.lab.offsync("apply", "--plan", plan_id[:32]), 2, "No such file", "the whole ID"
+            self.lab.offsync("apply", "--plan", plan_id[:32]),
+            2,
+            "32 of 64 digits",
+            "apply --plan " + plan_id,
         )
         self.lab.offsync("apply", "--plan", plan_id, check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
@@ -389,7 +392,7 @@ class PlanIds(SharedLab):
             "apply", "--plan", plan_id, check=0
         )  # again: all that it approves is there already
         os.unlink(self.source + "/f")
-        self.refused(plan_id, "f is not in the source as reviewed")
+        self.refused(plan_id, "f in the source is no longer what was reviewed")
 
     def test_what_is_there_already_may_be_absent_from_the_plan_of_now(self) -> None:
         write(self.source + "/f", b"ff")
@@ -406,10 +409,10 @@ class PlanIds(SharedLab):
         reviewed = self.lab.base + "/plan.jsonl"
         write(reviewed, self.lab.offsync("plan", "--json", check=0).stdout)
         os.rename(self.source + "/new", self.lab.base + "/new")
-        self.refused(reviewed, "new is not in the source as reviewed")
+        self.refused(reviewed, "new in the source is no longer what was reviewed")
         os.rename(self.lab.base + "/new", self.source + "/new")
         write(self.source + "/old", b"o")
-        self.refused(reviewed, "old is in the source again")
+        self.refused(reviewed, "old was to be deleted, but is back in the source")
         os.unlink(self.source + "/old")
         self.lab.offsync("apply", "--plan", reviewed, check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
@@ -428,7 +431,7 @@ class PlanIds(SharedLab):
                 self.lab.offsync("apply", "--plan", self.lab.base + "/p"),
                 2,
                 "/p:1",
-                "no line of a plan",
+                "not a line of a plan",
             )
         self.assert_refused(
             self.lab.offsync("apply", "--plan", self.lab.base + "/none"), 2, "No such file"
@@ -440,7 +443,7 @@ class PlanIds(SharedLab):
         plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
         with open(os.path.join(self.lab.state, "plans", plan_id), "a") as stream:
             stream.write("{}\n")
-        self.assert_refused(self.lab.offsync("apply", "--plan", plan_id), 1, "was changed")
+        self.assert_refused(self.lab.offsync("apply", "--plan", plan_id), 1, "was modified")
 
     def test_exit_code_and_identical_json(self) -> None:
         write(self.source + "/f")

@@ -52,11 +52,11 @@ class Sshd(SentenceCase):
             ),
             ("PubkeyAuthentication no\nPasswordAuthentication yes", "", "takes none"),
             ("MaxSessions 0", "", "raise MaxSessions"),
-            ("DenyUsers " + USER, "", "refused our key"),
-            ("AllowUsers nobody", "", "refused our key"),
+            ("DenyUsers " + USER, "", "refused this controller's key"),
+            ("AllowUsers nobody", "", "refused this controller's key"),
             ("ForceCommand internal-sftp", "", "sftp only"),
-            ("ForceCommand /bin/false", "", "no rsync ever answered"),
-            ("ForceCommand /usr/sbin/nologin", "", "give %s a real one" % USER),
+            ("ForceCommand /bin/false", "", "rsync did not start on the target"),
+            ("ForceCommand /usr/sbin/nologin", "", "getent passwd %s" % USER),
         )
         if os.geteuid() == 0:
             rows += (("ChrootDirectory /usr/share", "", "take ChrootDirectory"),)
@@ -78,18 +78,18 @@ class Answers(SentenceCase):
         fake = self.lab.base + "/fake"
         rrsync = "/usr/bin/rrsync -wo " + self.there
         rows = (
-            ("exit 1; " + rrsync, "no rsync ever answered"),
-            ("exec dash", "then did not answer in time"),
-            ("read -p name answer; " + rrsync, "then did not answer in time"),
-            ("cat > /dev/null; " + rrsync, "then did not answer in time"),
-            ("echo Welcome; " + rrsync, "prints text where rrsync must be alone"),
+            ("exit 1; " + rrsync, "rsync did not start on the target"),
+            ("exec dash", "but did not answer in time"),
+            ("read -p name answer; " + rrsync, "but did not answer in time"),
+            ("cat > /dev/null; " + rrsync, "but did not answer in time"),
+            ("echo Welcome; " + rrsync, "prints text, which breaks the rsync protocol"),
             (
                 "/usr/bin/python3 -c 'import no_such_module'",
                 "a library, a module or its interpreter is missing",
             ),
             ("/usr/bin/env no-such-python3", "a library, a module or its interpreter is missing"),
             ("true", "not rrsync"),
-            ("/usr/sbin/nologin", "give %s a real one" % USER),
+            ("/usr/sbin/nologin", "getent passwd %s" % USER),
             ("bash -r -c " + rrsync.replace(" ", "\\\\ "), "restricted one"),
             ("/nowhere/rrsync -wo /x", "rrsync, or its interpreter, is not at"),
             (fake + " '#!/nowhere/python3'", "rrsync, or its interpreter, is not at"),
@@ -100,11 +100,11 @@ class Answers(SentenceCase):
             ),
             (
                 "echo 'Password change required but no TTY available.' >&2; exit 1",
-                "chage -E -1 -d -1 -M -1",
+                "chage -l",
             ),
-            ("kill -9 $PPID", "accepted the login, then ended the connection"),
+            ("kill -9 $PPID", "accepted the login, then closed the connection"),
             ("/usr/bin/rrsync -ro " + self.there, "for reading only"),
-            ("/usr/bin/rrsync -wo /nowhere", "gone there or is no directory"),
+            ("/usr/bin/rrsync -wo /nowhere", "is gone or is no directory"),
         )
         for command, words in rows:
             with self.subTest(command=command):
@@ -125,7 +125,7 @@ class Answers(SentenceCase):
         script = self.lab.base + "/rrsync"
         write(script, read(require("rrsync")).replace("/usr/bin/rsync", "/nowhere/rsync"), 0o755)
         write(self.target.keys, self.keys.replace("/usr/bin/rrsync", script))
-        self.said("rsync is missing there", "install-deps --role target")
+        self.said("rsync is missing on the target", "install-deps --role target")
 
 
 @unittest.skipUnless(can_mount(), "no mount namespace can be had here (it needs root)")
@@ -134,16 +134,20 @@ class Host(SentenceCase):
 
     def test_accounts_and_shells(self) -> None:
         rows = [
-            (login_shell("/usr/sbin/nologin"), "", "give root a real one"),
-            (login_shell("/bin/false"), "", "the login shell a real one"),
-            (login_shell("/nowhere/sh"), "", "without a login shell"),
+            (login_shell("/usr/sbin/nologin"), "", "getent passwd root"),
+            (login_shell("/bin/false"), "", "the login shell an ordinary one"),
+            (login_shell("/nowhere/sh"), "", "journalctl -u ssh"),
             (login_shell("/bin/rbash"), "", "a restricted one such as rbash"),
             (
                 change("/etc/shadow", "s,^root:[^:]*:,root:!:,"),
                 "",
-                "a locked account (as root: usermod",
+                "a locked account",
             ),
-            (change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,"), "", "an expired one"),
+            (
+                change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,"),
+                "",
+                "journalctl -u ssh",
+            ),
         ]
         if os.path.exists("/usr/bin/git-shell"):
             rows.append((login_shell("/usr/bin/git-shell"), "", "git-shell"))
@@ -153,18 +157,18 @@ class Host(SentenceCase):
                 (
                     change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,") + account,
                     "UsePAM yes",
-                    "chage -E -1 -d -1 -M -1 root",
+                    "chage -l root",
                 ),
                 (
                     change("/etc/shadow", "s,^root:.*,root:*:0:0:99999:7:::,") + account,
                     "UsePAM yes",
-                    "chage -E -1 -d -1 -M -1 root",
+                    "chage -l root",
                 ),
-                (pam("account required pam_deny.so"), "UsePAM yes", "does PAM refuse it"),
+                (pam("account required pam_deny.so"), "UsePAM yes", "an expired account, PAM"),
                 (
                     pam("account required pam_permit.so", "session required pam_deny.so"),
                     "UsePAM yes",
-                    "does PAM open a session",
+                    "PAM opens a session",
                 ),
             ]
         for namespace, options, words in rows:
@@ -202,9 +206,9 @@ class Host(SentenceCase):
         """Each fails an apply; what the disk is mounted at is the target's path."""
         small = "mount -t tmpfs -o size=16k tmpfs %s\n" % self.there
         for namespace, command, words in (
-            (small, "apply", "the disk is full there"),
+            (small, "apply", "the target's disk is full"),
             ("ulimit -f 1\n", "apply", "a file is larger than"),
-            (small + "mount -o remount,ro %s\n" % self.there, "apply", "read-only there"),
+            (small + "mount -o remount,ro %s\n" % self.there, "apply", "mounted read-only"),
             (
                 small.replace("16k", "1m")
                 + "mkdir %s/m && mount -t tmpfs tmpfs %s/m\n" % (self.there, self.there),
@@ -260,7 +264,7 @@ class Dropbear(SentenceCase):
         os.chmod(self.target.home + "/.ssh", 0o700)
         for shell, options, keys, config, words in (
             ("/bin/sh", [], self.keys, "", ""),
-            ("/bin/sh", [], "\n", "", "refused our key"),
+            ("/bin/sh", [], "\n", "", "refused this controller's key"),
             ("/bin/rbash", [], self.keys, "", "restricted one"),
             (
                 "/bin/sh",
@@ -269,7 +273,7 @@ class Dropbear(SentenceCase):
                 "Ciphers aes256-gcm@openssh.com\n",
                 "no algorithm in common",
             ),
-            ("/bin/sh", ["-c", "/usr/sbin/nologin"], self.keys, "", "give root a real one"),
+            ("/bin/sh", ["-c", "/usr/sbin/nologin"], self.keys, "", "getent passwd root"),
             ("/bin/sh", ["-t"], self.keys, "", "wants more than a key"),
         ):
             with self.subTest(words=words or "it works"):
@@ -367,7 +371,7 @@ class Way(SentenceCase):
 
     def test_the_key_and_the_name(self) -> None:
         write(self.target.keys, 'from="10.9.9.9",' + self.keys)
-        self.said("refused our key", "--from")
+        self.said("refused this controller's key", "--from")
         write(self.target.keys, self.keys)
         write(
             self.lab.ssh_config,

@@ -1,4 +1,4 @@
-"""The state directory, and a user beside you: what others could change is refused."""
+"""The state directory, and a user beside you: what could modify it is refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class UserBeside(LabCase):
                         self.lab.offsync(*command),
                         1,
                         "state directory",
-                        "others could change",
+                        "could modify it",
                         "chmod go-w",
                     )
         os.chmod(self.lab.state, 0o700)
@@ -78,7 +78,7 @@ class UserBeside(LabCase):
             for wrong in (mode | 0o020, mode | 0o002):
                 os.chmod(path, wrong)
                 done = self.lab.offsync("plan")
-                self.assert_refused(done, 1, "others could change", "chmod go-w " + path)
+                self.assert_refused(done, 1, "could modify it", "chmod go-w " + path)
             os.chmod(path, mode)
         self.lab.offsync("apply", "--plan", plan_id, check=0)
 
@@ -94,6 +94,27 @@ class UserBeside(LabCase):
         self.assertIn(" ok ", self.lab.offsync("log", check=0).out)
         os.chmod(os.path.dirname(elsewhere), 0o777)
         self.assert_refused(self.lab.offsync("plan"), 1, "everybody may write", "logs")
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root can give directories away")
+    def test_a_symlink_on_the_way_that_another_user_can_turn(self) -> None:
+        """What it leads to is ours; who owns its directory can lead it to another place."""
+        self.lab.joined_by_hand("one")
+        log = self.lab.state + "/operations.log"
+        write(self.lab.base + "/logs/log", "")
+        os.mkdir(self.lab.base + "/eve")
+        os.symlink(self.lab.base + "/logs/log", self.lab.base + "/eve/l")
+        os.symlink(self.lab.base + "/eve/l", log)
+        self.lab.offsync("plan", check=0)
+        os.chown(self.lab.base + "/eve", 65534, 65534)
+        self.assert_refused(self.lab.offsync("plan"), 1, "eve belongs to nobody")
+        os.unlink(log)
+        os.symlink("/dev/null", log)
+        done = self.lab.offsync("plan")
+        self.assert_refused(done, 1, "may write to /dev/null")
+        self.assertNotIn("chmod", done.err)
+        os.unlink(log)
+        os.symlink(log, log)
+        self.assert_refused(self.lab.offsync("plan"), 1, "too many symlinks")
 
     def test_nothing_beside_it_or_in_the_current_directory_is_imported(self) -> None:
         trap = self.lab.base + "/trap"
@@ -136,7 +157,7 @@ class UserBeside(LabCase):
         self.lab.joined_by_hand("one")
         os.rename(self.lab.state + "/id_ed25519", self.lab.source + "/key")
         os.symlink(self.lab.source + "/key", self.lab.state + "/id_ed25519")
-        self.assert_refused(self.lab.offsync("plan"), 1, "so the private key")
+        self.assert_refused(self.lab.offsync("plan"), 1, "contains the private key")
 
     def test_a_log_that_cannot_be_written_stops_only_what_it_belongs_to(self) -> None:
         one, two = self.lab.joined_by_hand("one"), self.lab.joined_by_hand("two")
@@ -145,8 +166,8 @@ class UserBeside(LabCase):
             self.lab.state + "/last/" + one.login + "/in-the-way", ""
         )  # no status can be written for this one
         done = self.lab.offsync("apply", check=1)
-        self.assertIn("offsync: %s: failed" % one.login, done.err)
-        self.assertIn("2 targets: 1 ok, 1 failed", done.out)
+        self.assertIn("offsync: error: %s: " % one.login, done.err)
+        self.assertIn("2 targets: 1 ok, 1 failed: " + one.login, done.out)
         self.assertEqual(snapshot(two.path), snapshot(self.lab.source))
         shutil.rmtree(self.lab.state + "/last")
         write(self.lab.state + "/last", "a file")  # nor for any of them
@@ -167,21 +188,21 @@ class Records(Standing):
         plan = self.lab.base + "/plan"
         policy = '"delete": false, "exclude": [], "overwrite": true, "source": "/s"'
         for text, said in (
-            ("nonsense\n", "this is no line of a plan"),
+            ("nonsense\n", "not a line of a plan"),
             (
                 "{%s, %s}\n" % (policy, '"verify": "hash"'),
-                "this is no line of a plan, as this version",
+                "not a line of a plan exactly as this version",
             ),
-            ('{"kind": "set", "path": "the config", %s}\n' % policy, "this is no line of a plan"),
-            ('{"source": "/s", "targets": [], "version": 1}\n', "or plan again"),
+            ('{"kind": "set", "path": "the config", %s}\n' % policy, "not a line of a plan"),
+            ('{"source": "/s", "targets": [], "version": 1}\n', "or have a new plan reviewed"),
             (
                 '{"kind": "leftover", "login": [], "path": ".~tmp~", "type": "directory"}\n',
-                "this is no line of a plan",
+                "not a line of a plan",
             ),
             (
                 '{"changes": [], "kind": "added", "login": "u@h", "mode": "0644", "path": "f",'
                 ' "sha256": "%s", "size": [], "type": "file"}\n' % ("0" * 64),
-                "this is no line of a plan",
+                "not a line of a plan",
             ),
         ):
             with self.subTest(text=text):
@@ -192,7 +213,7 @@ class Records(Standing):
                 self.assertEqual(
                     (self.last()["result"], self.last()["files_changed"]), ("refused", [])
                 )
-                self.assertIn(said, self.last()["error"])
+                self.assertIn("not a line of a plan", self.last()["error"])
 
     def test_refused_by_the_policy(self) -> None:
         write(self.there + "/mine", "x")
@@ -264,8 +285,8 @@ class OwnKey(Standing):
         for text in said:
             for word in ("key %s: " % self.key, *words):
                 self.assertIn(word, text)
-            self.assertNotRegex(text, "refused our key|run there|make a new")
-        remedy = re.search(r"(?:run|for it\)): (.*?)\n", said[2])[1]
+            self.assertNotRegex(text, "refused this controller's key|make a new")
+        remedy = re.search(r"\n    (\S.*)\n", said[2])[1]
         subprocess.run(
             ["sh", "-c", remedy],
             check=True,
@@ -283,7 +304,7 @@ class OwnKey(Standing):
         ):
             with self.subTest(end=text[-4:]):
                 write(self.key, text.encode(), 0o600)
-                self.assert_mended("its line ends are damaged")
+                self.assert_mended("CRLF line endings")
 
     def test_the_public_half_of_another_key(self) -> None:
         """ssh offers what lies beside the private key."""
@@ -292,7 +313,7 @@ class OwnKey(Standing):
         make = [require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", other]
         subprocess.run(make, check=True)
         shutil.copy(other + ".pub", public)
-        self.assertIn("which is of another key", self.lab.offsync("plan", check=1).out)
+        self.assertIn("belongs to a different key", self.lab.offsync("plan", check=1).out)
         self.lab.offsync("init", check=0)
         self.lab.offsync("plan", check=0)
 
@@ -304,7 +325,7 @@ class OwnKey(Standing):
         )
         for command in ("plan", "doctor", "init"):
             done = self.lab.offsync(command, check=1)
-            self.assertIn("it has a passphrase", done.out + done.err)
+            self.assertIn("has a passphrase", done.out + done.err)
             self.assertIn("ssh-keygen -p -N '' -f", done.out + done.err)
         subprocess.run(
             [require("ssh-keygen"), "-q", "-p", "-P", "secret", "-N", "", "-f", self.key],
@@ -508,7 +529,10 @@ class Surroundings(Standing):
                     env=self.lab.env,
                 )
             self.assertEqual(done.returncode, 1)
-            self.assertRegex(done.stderr, r"\Aoffsync: standard output: No space left .*\n\Z")
+            self.assertRegex(
+                done.stderr,
+                r"\Aoffsync: error: writing to standard output failed: No space left .*\n\Z",
+            )
 
     @unittest.skipUnless(
         os.geteuid() == 0 and os.path.exists("/usr/bin/python3"),
@@ -556,7 +580,7 @@ class Surroundings(Standing):
         other = self.lab.base + "/receives"
         write(other + "/.ssh/authorized_keys", read(self.target.keys))
         done = self.lab.offsync("plan", home=other)
-        self.assert_refused(done, 2, "run first", "or work as the account that has the state")
+        self.assert_refused(done, 2, "create it", "or work as the account that has the state")
         self.assert_refused(self.lab.offsync("doctor", home=other), 1, "or set OFFSYNC_HOME")
 
     @unittest.skipIf(os.geteuid() == 0, "root may read it")
@@ -616,7 +640,7 @@ class Surroundings(Standing):
         os.makedirs(other, exist_ok=True)
         write(self.target.keys, line.replace(self.there, other))
         done = self.lab.offsync("plan", program=slow, check=1, timeout=50)
-        self.assertIn("the key is for another path there", done.out + done.err)
+        self.assertIn("the key is restricted to a different path", done.out + done.err)
         write(self.target.keys, line)
         before = self.target.read_log().count("Starting session")
         process = subprocess.Popen(

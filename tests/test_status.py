@@ -33,7 +33,7 @@ class Status(Fleet):
         self.assertEqual([row[column:].split()[0] for row in rows], ["ok", "failed", "ok"])
         done = self.lab.offsync(check=2)  # without a command: the same, and what is next
         self.assertEqual(done.out.splitlines(), [heading, *rows])
-        self.assertIn("next: offsync plan", done.err)
+        self.assertIn("\n    offsync plan\n", done.err)
         last = {
             t["login"]: t["last"]
             for t in json.loads(self.lab.offsync("target", "list", "--json", check=0).out)[
@@ -66,7 +66,7 @@ class Status(Fleet):
             ("# only\n", "names no target"),
             ("--jobs\n", "is no pattern"),
             ("@other\n", "is no pattern"),
-            ("nobody\n", "nothing matches"),
+            ("nobody\n", "no such target"),
         ):
             write(names, text)
             self.assert_refused(self.lab.offsync("plan", "@" + names), 2, said)
@@ -195,11 +195,11 @@ class OperationsLog(Fleet):
         )
         done = self.lab.offsync("log", check=0)
         self.assertIn("the log begins at %s" % records[0]["timestamp"][:10], done.err)
-        self.assert_refused(self.lab.offsync("log", "nobody"), 2, "nothing matches")
+        self.assert_refused(self.lab.offsync("log", "nobody"), 2, "no such target")
 
     def test_a_rotated_and_a_half_written_log(self) -> None:
         log = self.lab.state + "/operations.log"
-        self.assertIn("it holds no record", self.lab.offsync("log", check=0).err)
+        self.assertIn("no apply has run yet", self.lab.offsync("log", check=0).err)
         unknown = {
             "timestamp": "2026-01-01T00:00:00Z",
             "operator": "root",
@@ -229,7 +229,7 @@ class GoingOn(Fleet):
         logins = [target.login for target in self.targets]
         write(self.targets[1].path + "/stray", "mine")
         done = self.lab.offsync("apply", check=1)
-        words = done.err.split("leave those targets out: ")[1].strip()
+        words = done.err.split("leave that target out:\n    ")[1].split("\n")[0]
         self.assertEqual(words, "offsync apply --except " + logins[1])
         self.assertIn("stray", done.err)
         done = self.lab.offsync(*words.split()[1:], check=0)
@@ -240,9 +240,9 @@ class GoingOn(Fleet):
         out = self.lab.offsync("plan", "--summary", "--except", "@" + names, check=0).out
         self.assertEqual([login in out for login in logins], [False, False, True])
         for args, said in (
-            (["--except", "nobody"], "nothing matches"),
-            (["--except", "127.*"], "leaves none"),
-            (["--except", "@" + names, logins[0]], "leaves none"),
+            (["--except", "nobody"], "no such target"),
+            (["--except", "127.*"], "excludes every target"),
+            (["--except", "@" + names, logins[0]], "excludes every target"),
         ):
             self.assert_refused(self.lab.offsync("verify", *args), 2, said)
 
@@ -253,11 +253,13 @@ class GoingOn(Fleet):
         write(reviewed, self.lab.offsync("plan", "--json", check=1).stdout)
         self.targets[2].start()
         done = self.lab.offsync("apply", "--plan", reviewed, check=1)
-        self.assertIn("%s: failed: it was not reviewed" % self.targets[2].login, done.err)
+        self.assertIn(
+            "%s: this target is not covered by the reviewed plan" % self.targets[2].login, done.err
+        )
         self.assertIn("3 targets: 2 ok, 1 failed", done.out)
         self.assertEqual([os.path.exists(t.path + "/f") for t in self.targets], [True, True, False])
         done = self.lab.offsync("apply", self.targets[2].login, "--plan", reviewed)
-        self.assert_refused(done, 1, "does not approve", "shows none of these targets")
+        self.assert_refused(done, 1, "is not the reviewed plan", "covers none of these targets")
 
     def test_equal_failures_are_said_once_with_their_targets(self) -> None:
         write(self.source + "/f", "x")

@@ -60,12 +60,12 @@ class Completion(LabCase):
                     "offsync plan --exi\t %s\t\n" % one.login[:-1],
                     "offsync install-d\t--role target -y\n",
                 )
-                self.assertIn("removed six@[2001:db8::1] here", shown)
-                self.assertIn("removed far@127.0.0.11 here", shown)
+                self.assertIn("removed six@[2001:db8::1] from", shown)
+                self.assertIn("removed far@127.0.0.11 from", shown)
                 self.assertNotIn("six@", read(config))
                 self.assertIn('far@127.0.0.1"', read(config).replace("'", '"'), shown)
                 self.assertIn("equal, nothing to do", shown)
-                self.assertIn("everything for the role target is here", shown)
+                self.assertIn("everything for the role target is installed", shown)
 
     def test_every_command_option_target_and_plan_that_begins_as_typed(self) -> None:
         one = self.lab.joined_by_hand("one")
@@ -97,7 +97,7 @@ class WrongWords(LabCase):
             (["paln"], "plan"),
             (["target", "delete"], "remove"),
             (["install-deps", "--role", "targets"], "controller"),
-            (["plan", one.login + "9"], "known targets: " + one.login),
+            (["plan", one.login + "9"], "known: " + one.login),
             (["target", "remove", one.login + "1"], one.login),
             (["plan", "--jsn"], "--jsn"),
             (["target", "list", "x"], "x"),
@@ -210,9 +210,10 @@ class ProgressLines(LabCase):
         self.assertIn("  2 targets, each: 600 added; 29.3 KiB to send", out)
         self.assertIn("  600 added, 1 missing; 29.3 KiB to send", out)
         short = self.lab.offsync("plan", "--summary", check=0).out.splitlines()
-        self.assertEqual(short[:1] + short[-2:], out[:1] + out[-2:])
+        end = next(n for n, line in enumerate(short) if line.startswith("apply will refuse"))
+        self.assertEqual(short[:1] + short[end:], out[:1] + out[end - len(short) :])
         self.assertEqual(
-            [line.split(";")[0].split("  ") for line in short[1:-2]],
+            [line.split(";")[0].split("  ") for line in short[1:end]],
             [
                 [self.one.login, "600 added"],
                 [two.login, "600 added"],
@@ -269,7 +270,8 @@ class EightyColumns(LabCase):
         os.unlink(one.keys)
         for columns in (80, 50):
             lines = self.on_terminal("plan", columns=columns)
-            command = "    offsync link --path %s --key '...'" % one.path
+            key = read(self.lab.state + "/id_ed25519.pub").strip()
+            command = "      offsync link --path %s --key '%s'" % (one.path, key)
             self.assertIn(command, lines)
             self.assertEqual(
                 [
@@ -282,8 +284,8 @@ class EightyColumns(LabCase):
             )
             self.assertFalse([line for line in lines if line.endswith(" ")])
         piped = self.lab.offsync("plan", check=1)
-        self.assertEqual(len(piped.err.splitlines()), 1)
-        self.assertIn("run there, as %s: offsync link" % USER, piped.out)
+        self.assertEqual(len(piped.err.splitlines()), 2)
+        self.assertIn("    hint: on the target, as %s, run:\n      offsync link" % USER, piped.out)
 
     def test_a_terminal_that_is_too_narrow(self) -> None:
         self.lab.init()

@@ -335,7 +335,7 @@ class Restriction(LabCase):
         write(quick, read(OFFSYNC).replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 2.0"))
         self.answer_the_proof("sleep 6")
         done = self.lab.offsync("apply", program=quick, check=1)
-        self.assertIn("failed: it accepted the login, then did not answer in time", done.err)
+        self.assertIn("the target accepted the login but did not answer in time", done.err)
         self.assertEqual(snapshot(self.target.path), {})
 
     def test_the_status_with_which_ssh_fails_is_no_refusal(self) -> None:
@@ -363,7 +363,7 @@ class Restriction(LabCase):
         os.mkdir(other)
         write(self.target.keys, self.line.replace(self.target.path, other))
         self.assert_nothing_written(
-            "the key is for another path there",
+            "the key is restricted to a different path",
             "OFFSYNC_HOME",
             "its key writes below %s, not below %s" % (other, self.target.path),
         )
@@ -440,7 +440,7 @@ class Restriction(LabCase):
         )
         write(two.keys, read(two.keys).replace("/usr/bin/rrsync", script))
         done = self.lab.offsync("apply", check=1)
-        self.assertIn("%s: failed: the key is for another path there" % self.target.login, done.err)
+        self.assertIn("%s: the key is restricted to a different path" % self.target.login, done.err)
         self.assertEqual(os.listdir(other), [])
         record = next(r for r in self.lab.records()[-2:] if r["login"] == self.target.login)
         self.assertEqual((record["files_changed"], record["files_deleted"]), (None, None))
@@ -512,13 +512,13 @@ class Restriction(LabCase):
 
     def test_a_shell_that_prints_a_banner(self) -> None:
         self.force("echo Welcome; " + self.line.split('"')[1])
-        self.assert_nothing_written("prints text where rrsync must be alone", "Welcome")
+        self.assert_nothing_written("prints text, which breaks the rsync protocol", "Welcome")
 
     def test_a_directory_that_is_gone(self) -> None:
         os.rmdir(self.target.path)
-        self.assertIn("is gone there", self.lab.offsync("plan", check=1).out)
+        self.assertIn("is gone or is no directory", self.lab.offsync("plan", check=1).out)
         write(self.target.path, "a file")
-        self.assertIn("is gone there or is no directory", self.lab.offsync("plan", check=1).out)
+        self.assertIn("is gone or is no directory", self.lab.offsync("plan", check=1).out)
 
     def test_the_agent_and_other_keys_are_not_used(self) -> None:
         os.unlink(self.target.keys)
@@ -537,7 +537,9 @@ class Restriction(LabCase):
         try:
             env = {"SSH_AUTH_SOCK": self.lab.base + "/agent"}
             subprocess.run(["ssh-add", "-q", key], env=dict(self.lab.env, **env), check=True)
-            self.assertIn("refused our key", self.lab.offsync("plan", env=env, check=1).out)
+            self.assertIn(
+                "refused this controller's key", self.lab.offsync("plan", env=env, check=1).out
+            )
         finally:
             os.kill(int(pid), 15)
 
@@ -563,7 +565,7 @@ class Banners(LabCase):
                 write(banner, text)
                 done = self.lab.offsync("apply", check=1, timeout=60)
                 self.assertNotIn("CHANGED, somebody", done.err)
-                self.assertIn("%s: failed: it refused our key" % bad.login, done.err)
+                self.assertIn("%s: the target refused this controller's key" % bad.login, done.err)
                 self.assertEqual(snapshot(good.path), snapshot(self.lab.source))
 
 
@@ -658,7 +660,7 @@ class ManInTheMiddle(LabCase):
                 )
                 self.assertEqual(done.returncode, 1 if refused else 0, done.stderr)
                 if refused:
-                    self.assertIn("is marked as revoked", done.stderr)
+                    self.assertIn("host key is revoked", done.stderr)
                     self.assertNotIn(target.login, read(self.lab.state + "/config.yaml"))
 
     def test_revoked_host_keys_of_ssh_config_is_one_sentence_after_one_attempt(self) -> None:
@@ -667,10 +669,10 @@ class ManInTheMiddle(LabCase):
         write(revoked, read(target.host_key + ".pub"))
         write(self.lab.ssh_config, "RevokedHostKeys %s\n" % revoked)
         before = target.read_log().count("Connection from")
-        self.assertIn("is marked as revoked", self.lab.offsync("plan", check=1).out)
+        self.assertIn("host key is revoked", self.lab.offsync("plan", check=1).out)
         self.assertEqual(target.read_log().count("Connection from"), before + 1)
         done = self.lab.add(target, check=1)
-        self.assertIn("is marked as revoked", done.err)
+        self.assertIn("host key is revoked", done.err)
         self.assertLess(target.read_log().count("Connection from"), before + 5)
         write(self.lab.ssh_config, "")
         self.lab.offsync("plan", check=0)
@@ -685,7 +687,7 @@ class ManInTheMiddle(LabCase):
         for order in ("rsa-sha2-512", "rsa-sha2-512,ssh-ed25519"):
             write(self.lab.ssh_config, "HostKeyAlgorithms %s\n" % order)
             done = self.lab.add(target, check=1)
-            self.assertIn("it shows SHA256:", done.err)
+            self.assertIn("got SHA256:", done.err)
             self.assertIn("(ssh-rsa)", done.err)
             self.assertFalse(os.path.exists(self.lab.state + "/known_hosts"))
         write(self.lab.ssh_config, "HostKeyAlgorithms ssh-ed25519,rsa-sha2-512\n")
@@ -774,7 +776,7 @@ class OneKey(LabCase):
         write(self.lab.ssh_config, "ProxyCommand %s %%h %%p\nSendEnv PROFILE\n" % proxy)
         os.unlink(self.target.keys)
         done = self.lab.offsync("plan", env={"PROFILE": "x"}, check=1)
-        self.assertIn("refused our key", done.out)
+        self.assertIn("refused this controller's key", done.out)
         self.assertIn("no profile", self.lab.offsync("plan", check=1).out)
 
 
