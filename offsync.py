@@ -28,7 +28,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 334 to 3088, in the order in
+To audit it, read the trust core first: lines 339 to 3130, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -131,7 +131,9 @@ class Failure:
     name = ""
 
     def __init__(self, words: str, why: str, *hints: Hint, retry: bool = False) -> None:
-        self.words = [[part.encode() for part in way.split("&")] for way in words.split("|") if way]
+        self.patterns = [
+            [part.encode() for part in way.split("&")] for way in words.split("|") if way
+        ]
         self.why, self.hints, self.retry = why, hints, retry
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -153,7 +155,7 @@ def as_offsync_error(problem: BaseException) -> OffsyncError:
     return OffsyncError(str(problem) or "not enough memory", "fix this, then try again")
 
 
-class Stopped(OffsyncError):
+class Cancelled(OffsyncError):
     """Work that ends because a signal asked offsync to stop, or because the run is over."""
 
 
@@ -170,7 +172,7 @@ class Interrupted(BaseException):
 
 
 DEFAULT_RRSYNC = "/usr/bin/rrsync"
-KINDS = ("added", "modified", "missing", "leftover")
+CHANGE_KINDS = ("added", "modified", "missing", "leftover")
 LISTED = 5  # names in a message: the first ones, then a count
 NAME_SHOWN = 200  # characters of a name in a message
 
@@ -195,7 +197,7 @@ class Target(NamedTuple):
 
     @property
     def where(self) -> str:
-        return "%s:%s" % (self.login, show(os.fsencode(self.remote_path)))
+        return "%s:%s" % (self.login, quote_name(os.fsencode(self.remote_path)))
 
 
 class Deletion(enum.Enum):
@@ -293,8 +295,11 @@ def offsync_command(*words: str) -> str:
 
 def typed_again(*more: str, user: str = "") -> str:
     """Return the command line as it was typed, with more options, or as another account."""
-    command = shlex.join(["offsync", *sys.argv[1:], *more])
-    return f"sudo -iu {shlex.quote(user)} {command}" if user else command
+    command = offsync_command(*sys.argv[1:], *more)
+    if not user:
+        return command
+    # sudo -i starts a new environment.
+    return f"sudo -iu {shlex.quote(user)} {'env ' if '=' in command.split()[0] else ''}{command}"
 
 
 class Typed(NamedTuple):
@@ -316,8 +321,8 @@ class Typed(NamedTuple):
             words += ["--except", pattern]
         if typed.source is not None:
             words += ["--source", typed.source]
-        if typed.deletion:
-            words.append("--keep" if typed.deletion is Deletion.KEEP else "--delete")
+        options = {Deletion.KEEP: ["--keep"], Deletion.ALLOW: ["--delete"]}
+        words += options.get(typed.deletion, []) if typed.deletion else []
         if typed.plan is not None:
             words += ["--plan", typed.plan]
         return offsync_command(*words)
@@ -334,7 +339,7 @@ class Result(NamedTuple):
 # === Trust core: running programs ===============================================================
 
 
-class Flag:
+class SignalFlag:
     """A flag that a signal handler can set.
 
     threading.Event takes a lock that the interrupted code may already hold, so setting one in the
@@ -355,10 +360,10 @@ class Flag:
 
 
 # Set when a signal arrives or the run is over: no program starts, and no wait lasts.
-STOP = Flag()
+STOPPING = SignalFlag()
 # The programs that end with the run.
-RUNNING: set["subprocess.Popen[bytes]"] = set()
-VERBOSE = Flag()
+LIVE_PROCESSES: set["subprocess.Popen[bytes]"] = set()
+VERBOSE = SignalFlag()
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FOREVER = threading.TIMEOUT_MAX  # seconds
 CONNECT_DEADLINE = 60.0  # seconds for a connection
@@ -373,7 +378,7 @@ SESSION_END = 0.5  # seconds
 Argv = Sequence[Union[str, bytes]]
 
 
-def kill(process: "subprocess.Popen[bytes]") -> None:
+def kill_group(process: "subprocess.Popen[bytes]") -> None:
     """SIGKILL a program and what it started (each has a session of its own).
 
     A gentler signal would gain nothing: no program of ours keeps a state on this controller, and
@@ -395,36 +400,36 @@ def handle_signals(handler: Callable[[int, Any], NoReturn]) -> None:
             signal.signal(signum, handler)
 
 
-def stop_all(signum: int, _: object) -> NoReturn:
+def handle_signal(signum: int, _: object) -> NoReturn:
     """Handle the first signal: the run ends what it has begun (Run.__exit__), and tells of it."""
     handle_signals(end_now)
-    STOP.value = True
+    STOPPING.value = True
     raise Interrupted(signum)
 
 
-def environment(rsync: bool = False, strong: bool = False) -> dict[str, str]:
+def child_environment(for_rsync: bool = False, force_md5: bool = False) -> dict[str, str]:
     """Return the environment of a program: ours, with messages in English.
 
     rsync gets no HOME, since it would take options and programs to run from ~/.popt (popt(3)), and
-    no RSYNC_* (rsync(1), ENVIRONMENT VARIABLES). strong makes it agree on MD5 with every server:
+    no RSYNC_* (rsync(1), ENVIRONMENT VARIABLES). force_md5 makes it agree on MD5 with every server:
     nobody can make a second file for a given MD5, as they can for xxh128.
     """
     ours = {key: value for key, value in os.environ.items() if not key.startswith("RSYNC_")}
     # The ssh of a jump host would ask by a program with a window.
     ours.update(LC_ALL="C", SSH_ASKPASS_REQUIRE="never")
-    if rsync:
+    if for_rsync:
         ours.pop("HOME", None)
-    if strong:
+    if force_md5:
         ours["RSYNC_CHECKSUM_LIST"] = "md5"
     return ours
 
 
-def run(
+def run_program(
     argv: Argv,
     *,
     stdin: Union[int, IO[bytes]] = subprocess.DEVNULL,
     stderr: Optional[BinaryIO] = None,
-    shown: bool = False,
+    attach_terminal: bool = False,
     env: Optional[dict[str, str]] = None,
     limit: float = FOREVER,
     silence: float = 0,
@@ -437,54 +442,54 @@ def run(
     pipe. stdout is returned, or given to on_line line by line (\\r ends a line, too).
     limit: seconds for all of it; with silence, seconds until the first output, and silence is the
     longest time between two outputs from then on. room: bytes that it may print.
-    shown: a package manager, which writes to our stderr, and which no signal of ours ends.
+    attach_terminal: a package manager: it writes to our stderr, and no signal of ours ends it.
     The working directory is /, since ours may be gone.
-    Raises Stopped where the run is over, EndlessOutput, and OffsyncError if it cannot be started.
+    Raises Cancelled where the run is over, EndlessOutput, and OffsyncError if it cannot be started.
     """
     if VERBOSE.is_set():
         emit("+ " + shlex.join(os.fsdecode(word) for word in argv), error=True)
-    if STOP.is_set():
-        raise Stopped("interrupted")
+    if STOPPING.is_set():
+        raise Cancelled("interrupted")
     pipe = subprocess.PIPE
     try:
         process = subprocess.Popen(
             argv,
             stdin=stdin,
-            stdout=2 if shown else pipe,
-            stderr=2 if shown else stderr or pipe,
-            env=env or environment(),
-            start_new_session=not shown,
+            stdout=2 if attach_terminal else pipe,
+            stderr=2 if attach_terminal else stderr or pipe,
+            env=env or child_environment(),
+            start_new_session=not attach_terminal,
             cwd="/",
         )
     except OSError as error:
         raise OffsyncError(
-            f"{show(os.fsencode(argv[0]))}: cannot be started: {error.strerror}",
+            f"{quote_name(os.fsencode(argv[0]))}: cannot be started: {error.strerror}",
             "check the program, the interpreter in its first line, and the limits (ulimit -a)",
         ) from None
     output = Output(on_line, room, stderr)
     try:
-        if not shown:
-            RUNNING.add(process)
+        if not attach_terminal:
+            LIVE_PROCESSES.add(process)
             # The run may have ended before the program was added.
-            if STOP.is_set():
-                kill(process)
+            if STOPPING.is_set():
+                kill_group(process)
         late = output.read(process, limit, silence)
     except BaseException:
-        kill(process)
+        kill_group(process)
         raise
     finally:
         status = process.wait()
-        RUNNING.discard(process)
+        LIVE_PROCESSES.discard(process)
         for stream in filter(None, (process.stdin, process.stdout, process.stderr)):
             stream.close()
-    if STOP.is_set():
-        raise Stopped("interrupted")
+    if STOPPING.is_set():
+        raise Cancelled("interrupted")
     result = Result(None if late else status, bytes(output.stdout), output.stderr)
     if cannot_start(argv[0], result):
         raise OffsyncError(
-            f"{show(os.fsencode(argv[0]))}: this program cannot start on this host",
+            f"{quote_name(os.fsencode(argv[0]))}: this program cannot start on this host",
             "install it again, or what it names",
-            said=quote_answer(result.stderr),
+            said=quote_output(result.stderr),
         )
     return result
 
@@ -518,7 +523,7 @@ class Output:
     ) -> None:
         self.on_line, self.room, self.stderr_file = on_line, room, stderr_file
         self.stdout = bytearray()  # where there is no on_line
-        self.partial = b""  # a line of stdout that has no end yet
+        self.partial_line = b""  # a line of stdout that has no end yet
         self.stderr = b""  # the end of it
 
     def feed(self, chunk: bytes) -> None:
@@ -528,11 +533,11 @@ class Output:
             self.stdout += chunk
             return
         # A name holds no raw \r or \n: rsync escapes them.
-        *lines, self.partial = (self.partial + chunk).replace(b"\r", b"\n").split(b"\n")
+        *lines, self.partial_line = (self.partial_line + chunk).replace(b"\r", b"\n").split(b"\n")
         self.use_room(LINE_COST * len(lines))
         for line in lines:
             self.on_line(line)
-        if len(self.partial) > MAX_LINE:
+        if len(self.partial_line) > MAX_LINE:
             self.use_room(self.room + 1)
 
     def feed_stderr(self, chunk: bytes) -> None:
@@ -547,8 +552,8 @@ class Output:
     def read(self, process: "subprocess.Popen[bytes]", limit: float, silence: float = 0) -> bool:
         """Read what a program prints until it ends; return whether it was ended for being late.
 
-        limit and silence are those of run(). The end is that of the program, not of its pipes,
-        which an ssh in the background may hold open. For rsync, its session is waited for, too.
+        limit and silence are those of run_program(). The end is that of the program, not of its
+        pipes, which an ssh in the background may hold open. For rsync, its session is waited for.
         """
         heard, over, late = time.monotonic(), 0.0, False
         patience = SESSION_END if self.on_line else 0
@@ -580,14 +585,14 @@ class Output:
                     break
                 if not late and not ended and now - heard > limit:
                     late = True
-                    kill(process)
-        if self.partial and self.on_line:
-            self.on_line(self.partial)
+                    kill_group(process)
+        if self.partial_line and self.on_line:
+            self.on_line(self.partial_line)
         try:
             process.wait(max(heard + limit - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:  # it closed its pipes, and goes on
             late = True
-            kill(process)
+            kill_group(process)
         if self.stderr_file:
             end = os.lseek(self.stderr_file.fileno(), 0, os.SEEK_END)
             self.stderr = os.pread(
@@ -596,7 +601,7 @@ class Output:
         return late
 
 
-def attempts() -> Iterator[bool]:
+def retry_attempts() -> Iterator[bool]:
     """Yield whether this attempt is the last one, and wait between them; the only loop of retries.
 
     For connections that sshd drops (MaxStartups; PerSourcePenalties of sshd 9.8: 16 s for two
@@ -604,11 +609,11 @@ def attempts() -> Iterator[bool]:
     """
     for delay in (0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0):
         yield False
-        STOP.wait(delay)
+        STOPPING.wait(delay)
     yield True
 
 
-class Threads:
+class ThreadPool:
     """Threads that carry out functions; the only helper for that.
 
     What a function touches is its own, or says at its definition who else does.
@@ -629,7 +634,7 @@ class Threads:
                 "cannot start a thread", "raise the limit (ulimit -u), or use --jobs 1"
             ) from None
 
-    def each(
+    def imap_unordered(
         self, function: Callable[[_Item], _Value], items: Sequence[_Item]
     ) -> Iterator[tuple[_Item, _Value]]:
         """Begin function(item) for all items; return an iterator over (item, value) as they end."""
@@ -652,15 +657,15 @@ class Threads:
 # --- Trust core: names ----------------------------------------------------------------------------
 
 # What str.isprintable() lets pass, and is drawn as nothing all the same.
-UNSEEN = re.compile(
+INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
     "\U0001d159\U000e0100-\U000e01ef]"
 )
-LETTERS = {7: "a", 8: "b", 9: "t", 10: "n", 11: "v", 12: "f", 13: "r", 34: '"', 92: "\\"}
+C_ESCAPES = {7: "a", 8: "b", 9: "t", 10: "n", 11: "v", 12: "f", 13: "r", 34: '"', 92: "\\"}
 MISLEADING = re.compile(r'["\\]|^ | $| {3}| -> ')
 
 
-def show(name: bytes, quoted: bool = False) -> str:
+def quote_name(name: bytes, quoted: bool = False) -> str:
     """Return a name for people and logs: as it is, or quoted as git does where it could mislead.
 
     Unambiguous: what is not quoted has no quote and no backslash. Nothing in it moves a cursor.
@@ -670,12 +675,12 @@ def show(name: bytes, quoted: bool = False) -> str:
         text = name.decode("utf-8")
     except UnicodeDecodeError:
         text = ""
-    seen = text.isprintable() and not MISLEADING.search(text) and not UNSEEN.search(text)
+    seen = text.isprintable() and not MISLEADING.search(text) and not INVISIBLE.search(text)
     if text and seen and not quoted and not unicodedata.combining(text[0]):
         return text
     letters = (
-        "\\" + LETTERS[byte]
-        if byte in LETTERS
+        "\\" + C_ESCAPES[byte]
+        if byte in C_ESCAPES
         else chr(byte)
         if 32 <= byte < 127
         else "\\%03o" % byte
@@ -684,19 +689,19 @@ def show(name: bytes, quoted: bool = False) -> str:
     return '"' + "".join(letters) + '"'
 
 
-def show_text(text: str) -> str:
-    return cut(show(os.fsencode(text)))
+def quote_text(text: str) -> str:
+    return truncate(quote_name(os.fsencode(text)))
 
 
-def show_path(path: bytes) -> str:
-    return cut(show(path))
+def quote_path(path: bytes) -> str:
+    return truncate(quote_name(path))
 
 
-def cut(text: str) -> str:
+def truncate(text: str) -> str:
     return text if len(text) <= NAME_SHOWN else text[:NAME_SHOWN] + "..."
 
 
-def folded(path: bytes) -> str:
+def casefold_nfc(path: bytes) -> str:
     """Return what paths have in common that a file system may take for one.
 
     It may ignore case, Unicode form, and final dots and blanks of a name.
@@ -712,7 +717,7 @@ def above(path: bytes) -> Iterator[bytes]:
         yield path
 
 
-def alike(paths: Iterable[bytes]) -> set[bytes]:
+def nfc_lookalikes(paths: Iterable[bytes]) -> set[bytes]:
     """Return those paths that look like another one of them: equal after NFC."""
     seen: dict[str, set[bytes]] = {}
     names = list(paths)
@@ -722,7 +727,7 @@ def alike(paths: Iterable[bytes]) -> set[bytes]:
     return set().union(*(group for group in seen.values() if len(group) > 1))
 
 
-def json_name(name: bytes, key: str = "path") -> dict[str, str]:
+def name_to_json(name: bytes, key: str = "path") -> dict[str, str]:
     """Return the JSON fields of a name: "path", and "path_b64" where it is not UTF-8."""
     try:
         return {key: name.decode("utf-8")}
@@ -731,27 +736,27 @@ def json_name(name: bytes, key: str = "path") -> dict[str, str]:
         return {key: name.decode("utf-8", "replace"), key + "_b64": encoded}
 
 
-def read_json_name(fields: dict[str, Any], key: str = "path") -> bytes:
-    """Return the name that json_name() wrote. Raises KeyError, ValueError or AttributeError."""
+def name_from_json(fields: dict[str, Any], key: str = "path") -> bytes:
+    """Return the name that name_to_json() wrote. Raises KeyError, ValueError or AttributeError."""
     if key + "_b64" in fields:
         return base64.b64decode(fields[key + "_b64"], validate=True)
     return bytes(fields[key].encode("utf-8"))
 
 
-def inside(path: bytes) -> bytes:
+def check_relative(path: bytes) -> bytes:
     """Return a path that does not leave the directory that it is relative to. Raises ValueError."""
     if b"\0" in path or not {b"..", b".", b""}.isdisjoint(path.split(b"/")):
-        raise ValueError("a name that leaves the directory: " + show(path[:100]))
+        raise ValueError("a name that leaves the directory: " + quote_name(path[:100]))
     return path
 
 
-def leaves(path: bytes, link: bytes) -> bool:
+def escapes_source(path: bytes, link: bytes) -> bool:
     """Return whether a symlink, as it is written, leads out of the source."""
     led = os.path.normpath(os.path.join(os.path.dirname(path), link))
     return led.startswith((b"/", b"../")) or led == b".."
 
 
-def listed_name(path: bytes) -> bytes:
+def files_from_entry(path: bytes) -> bytes:
     """Return a path as --files-from takes it: "/" keeps a leading # or ; from being a comment.
 
     rsync reads it as relative to the source, and, unlike "./path", sends no root of the source.
@@ -759,7 +764,7 @@ def listed_name(path: bytes) -> bytes:
     return b"/" + path
 
 
-def include_rule(path: bytes) -> bytes:
+def exact_filter_pattern(path: bytes) -> bytes:
     """Return the anchored rsync pattern that matches only this path (rsync(1), PATTERN MATCHING).
 
     A backslash escapes only in a pattern that has a wildcard character; else it is a plain byte.
@@ -769,35 +774,37 @@ def include_rule(path: bytes) -> bytes:
     return b"/" + path
 
 
-def printed_name(name: bytes) -> bytes:
+def unescape_rsync_name(name: bytes) -> bytes:
     r"""Return the exact bytes of a name that rsync printed: it writes control bytes as \#ooo."""
     return re.sub(rb"\\#([0-7]{3})", lambda match: bytes([int(match[1], 8) & 255]), name)
 
 
-def printable(text: str) -> str:
+def replace_unprintable(text: str) -> str:
     """Return a text in which nothing moves a cursor."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def quote_answer(output: bytes) -> str:
+def quote_output(output: bytes) -> str:
     """Return the end of what a program said: one line, safe for a terminal, 300 characters."""
     lines = [line.strip() for line in output[-4096:].decode("utf-8", "replace").splitlines()]
-    text = printable(" | ".join([line for line in lines if line.strip("^~ \t")][-4:]))  # no "^^^"
+    text = replace_unprintable(
+        " | ".join([line for line in lines if line.strip("^~ \t")][-4:])
+    )  # no "^^^"
     return text if len(text) <= 300 else "..." + text[-297:]
 
 
-def some_of(names: Sequence[str], separator: str = ", ") -> str:
+def join_first(names: Sequence[str], separator: str = ", ") -> str:
     more = len(names) - LISTED
     return separator.join([*names[:LISTED], *(["and %d more" % more] if more > 0 else [])])
 
 
-def some_paths(paths: Iterable[bytes]) -> str:
+def quote_first(paths: Iterable[bytes]) -> str:
     names = sorted(paths)
-    similar = alike(names)
-    return some_of([cut(show(name, name in similar)) for name in names])
+    similar = nfc_lookalikes(names)
+    return join_first([truncate(quote_name(name, name in similar)) for name in names])
 
 
-def quote_for_rsync(word: str) -> str:
+def quote_rsh_word(word: str) -> str:
     """Return a word of rsync's -e option: it splits at blanks and knows quotes, doubled within."""
     plain = re.fullmatch(r"[A-Za-z0-9_./=@:,~-]+", word)
     return word if plain else "'" + word.replace("'", "''") + "'"
@@ -806,7 +813,7 @@ def quote_for_rsync(word: str) -> str:
 # --- Trust core: failures -------------------------------------------------------------------------
 
 
-class Kind:
+class FailureKind:
     """How ssh, rrsync and rsync say that something is wrong, and what we say instead.
 
     The first row that matches what they wrote on stderr counts: exit statuses say little (12 and
@@ -859,7 +866,7 @@ class Kind:
         "raise MaxSessions in its sshd_config",
         retry=True,
     )
-    ENDED = Failure(
+    CLOSED_AFTER_LOGIN = Failure(
         "offsync-connection-ended",
         "the target's sshd accepted the login, then closed the connection",
         "try again; if it persists, see sshd's log on the target",
@@ -873,7 +880,7 @@ class Kind:
         retry=True,
     )
     # What only offsync finds
-    OPEN = Failure(
+    NOT_RESTRICTED = Failure(
         "",
         "the key is NOT restricted on the target, so nothing was sent",
         "on the target, remove every line of authorized_keys that has the key without command=",
@@ -899,7 +906,7 @@ class Kind:
         "nothing was sent",
         ("on the target, as {user}, link the key:", "offsync link --path {path}"),
     )
-    SILENT = Failure(
+    NO_RESPONSE = Failure(
         "",
         "the target accepted the login but did not answer in time, or rsync printed nothing for "
         'longer than "timeout" of the config',
@@ -911,7 +918,7 @@ class Kind:
         "the target answered at first, then fell silent: the connection was lost, or a disk hangs",
         "apply again to finish",
     )
-    PRINTS = Failure(
+    SHELL_OUTPUT = Failure(
         "is your shell clean|unexpected tag |protocol incompatibility",
         "the login prints text, which breaks the rsync protocol, so nothing was sent",
         "on the target, let the shell start files of {user} (.bashrc and the like) print nothing; "
@@ -919,7 +926,7 @@ class Kind:
         "look at /etc/ssh/sshrc, and for a ForceCommand for {user} in its sshd_config",
         ("if the text is the forced command's own, link the key:", "offsync link --path {path}"),
     )
-    MUTE = Failure(
+    PATH_UNKNOWN = Failure(
         "",
         "cannot determine where the key writes, so nothing was sent",
         "check that the forced command is rrsync, of the same release as the target's rsync",
@@ -954,25 +961,25 @@ class Kind:
         "verification found differences",
         "apply again; if they return, something on the target modifies these files",
     )
-    SAME_NAME = Failure(
+    NAME_COLLISION = Failure(
         "",
         "the target's file system may take these names for one file (it ignores case, or Unicode "
         "form)",
         "rename one of them in the source, exclude it, or deliver to another file system",
     )
-    NO_MODES = Failure(
+    MODES_NOT_KEPT = Failure(
         "",
         "verification found differences: content arrived, modes did not",
         "the file system may keep none (exFAT, FAT, SMB): mount it with the modes of the source "
         "(fmask, dmask), give the source those modes, or exclude what is named",
         "or a file on the target has another name (a hard link): delete one of the names",
     )
-    ELSEWHERE = Failure(
+    UNEXPECTED_REPORT = Failure(
         "",
         "the target's rsync reported what was not asked for",
         "check the configured path, and the rsync installed on the target",
     )
-    ROUTE = Failure(
+    PROXY_FAILED = Failure(
         "",
         "the jump host or ProxyCommand failed before the target's sshd answered",
         ("test the way there by itself:", "ssh -v {login}"),
@@ -983,9 +990,9 @@ class Kind:
         "path, or could not be compared then",
         "plan again, and have that reviewed",
     )
-    LOCAL = Failure("", "a failure on this controller")
+    LOCAL_ERROR = Failure("", "a failure on this controller")
     # The way to it, and the login
-    SSH_HERE = Failure(
+    SSH_CLIENT_ERROR = Failure(
         "Bad configuration option|bad configuration options|Bad SSH2 |Bad owner or permissions on|"
         "UNPROTECTED PRIVATE KEY|Load key&Permission denied|Load key&invalid format|"
         "Load key&error in libcrypto|No user exists for uid|unknown user |daemon() failed|"
@@ -1002,12 +1009,12 @@ class Kind:
         "or allow what the target offers: in ~/.ssh/config HostKeyAlgorithms, KexAlgorithms, "
         "Ciphers or MACs, with a + before it; the first line that matches wins",
     )
-    NAME = Failure(
+    UNRESOLVED_HOST = Failure(
         "Could not resolve host|Name or service not known",
         "the name {host} does not resolve",
         "check the name and DNS",
     )
-    REFUSED = Failure(
+    CONNECTION_REFUSED = Failure(
         "Connection refused",
         "the connection was refused",
         "check that sshd runs on the target, on this port",
@@ -1040,7 +1047,7 @@ class Kind:
         "the target is booting, shutting down, or closed for logins (/etc/nologin)",
         "wait, or see who closed it: /etc/nologin on the target",
     )
-    CLOSED = Failure(
+    CLOSED_DURING_LOGIN = Failure(
         "Connection closed by&port|Connection reset by&port",
         "the target's sshd closed the connection during login",
         (
@@ -1104,11 +1111,11 @@ class Kind:
         ("see whether a disk is to be mounted; on the target:", "findmnt -T {path}"),
         "if not, create it again, for the account {user}",
     )
-    OPTION = Failure(
+    RRSYNC_REJECTED_OPTION = Failure(
         "has been disabled on this server|invalid rsync-command syntax|option is not supported|"
         "unknown option|unrecognized option|unrecognized arguments|is not rsync|"
         "Not invoked via sshd|does not run rsync|offsync: fuzzy is refused|"
-        "offsync: basis directories are refused",
+        "offsync: basis directories are refused|offsync: characters that are not ASCII",
         "the target's rrsync refused the command or an option",
         "update rsync on the target, so that rrsync and rsync are of the same release, 3.1.2 or "
         "newer",
@@ -1158,13 +1165,13 @@ class Kind:
         "what is mounted at or below {path} on the target has gone away",
         "mount it again, then plan again",
     )
-    IN_THE_WAY = Failure(
+    BLOCKED_BY_DIRECTORY = Failure(
         "could not make way for|cannot delete non-empty directory|Device or resource busy",
         "a directory that holds excluded or new files, or a mount point, is in the way of a "
         "planned entry",
         "move or unmount it, or exclude it, then plan again",
     )
-    NOT_HELD = Failure(
+    UNSUPPORTED_NAME = Failure(
         'symlink "&Operation not permitted|symlink "&not implemented|symlink "&not supported|'
         "Invalid argument (22)|mkstemp&No such file or directory (2)",
         "the target's file system (exFAT, FAT, SMB?) does not support symlinks or some characters "
@@ -1200,7 +1207,7 @@ class Kind:
         "check that the shell start files of {user} (.bashrc and the like) do not exit or exec, "
         "and that PAM opens a session",
     )
-    LOST = Failure(
+    CONNECTION_LOST = Failure(
         "connection unexpectedly closed|unexpected EOF|unexpectedly close|Broken pipe|"
         "error in rsync protocol|onnection to&closed|error in socket IO|mux_client|client_loop",
         "the connection was lost",
@@ -1214,10 +1221,10 @@ class Kind:
     )
 
 
-FAILURES = [row for row in vars(Kind).values() if isinstance(row, Failure)]
+FAILURES = [row for row in vars(FailureKind).values() if isinstance(row, Failure)]
 # Once a host key is verified, what a server says must not look like a failure of that: these are
 # the rows before the first of another kind.
-LOGIN_FAILURES = FAILURES[FAILURES.index(Kind.LOCKED) :]
+LOGIN_FAILURES = FAILURES[FAILURES.index(FailureKind.LOCKED) :]
 
 
 def failure(
@@ -1233,14 +1240,14 @@ def failure(
         "host": target.host,
         "user": shlex.quote(target.user),
         "rrsync": target.rrsync,
-        "add": add_arguments(target),
+        "add": target_add_args(target),
         "path": shlex.quote(target.remote_path),
         "login": shlex.quote(target.login),
         "key": shlex.quote(key),
     }
     # A path may be what a target says of itself.
-    words = {name: printable(word) for name, word in words.items()}
-    why = ": ".join(filter(None, [kind.why.format(**words), facts, some_paths(names)]))
+    words = {name: replace_unprintable(word) for name, word in words.items()}
+    why = ": ".join(filter(None, [kind.why.format(**words), facts, quote_first(names)]))
     hints = []
     for hint in kind.hints:
         text, command = (hint, "") if isinstance(hint, str) else hint
@@ -1253,26 +1260,28 @@ def diagnose(
 ) -> TargetError:
     """Return what a failed program meant, with its own words."""
     if result.status is None:
-        return failure(target, Kind.SILENT)
+        return failure(target, FailureKind.NO_RESPONSE)
     lines = result.stderr.splitlines()
-    said = quote_answer(result.stderr) or "nothing, status %d" % result.status
+    said = quote_output(result.stderr) or "nothing, status %d" % result.status
     said = said if said.startswith(program) else f"{program}: {said}"
     for kind in kinds:
         # Most rows end at the whole text: that costs nothing.
         if any(
             all(part in result.stderr for part in parts)
             and any(all(part in line for part in parts) for line in lines)
-            for parts in kind.words
+            for parts in kind.patterns
         ):
             # Those words would be ours.
-            return failure(target, kind, said="" if kind is Kind.ENDED else said)
-    return failure(target, Kind.OTHER, said)
+            return failure(
+                target, kind, said="" if kind is FailureKind.CLOSED_AFTER_LOGIN else said
+            )
+    return failure(target, FailureKind.OTHER, said)
 
 
 # --- Trust core: the source ---------------------------------------------------------------------
 
 HASHERS = 4  # threads that hash source entries, outside the interpreter's lock
-STAGING = b".~tmp~"  # where --delay-updates collects files
+STAGING_DIR = b".~tmp~"  # where --delay-updates collects files
 # A killed receiver leaves .NAME.XXXXXX beside NAME, one dot for names that have one (receiver.c).
 # Six characters of one kind are a word or a number, such as .env.backup: of rsync's, one in a
 # hundred is so, and it counts as a user's, to be safe.
@@ -1316,8 +1325,8 @@ def hash_file(
         # Not until the end of the file: so most files need one read.
         while size < status.st_size:
             chunk = os.read(descriptor, min(status.st_size + 1, 1 << 18))
-            if STOP.is_set():
-                raise Stopped("interrupted")
+            if STOPPING.is_set():
+                raise Cancelled("interrupted")
             if not chunk:
                 break
             for digest in digests:
@@ -1340,7 +1349,7 @@ def describe_entry(root: bytes, path: bytes, with_md5: bool = False) -> Entry:
         if stat.S_ISLNK(status.st_mode):
             link = os.readlink(name, dir_fd=parent)
             # It is not the one that was scanned.
-            if leaves(path, link):
+            if escapes_source(path, link):
                 raise OSError(errno.EINVAL, "it is a symlink that leaves the source", path)
             return Entry("symlink", 0o777, len(link), link=link)
         # Anything else is not even opened.
@@ -1360,7 +1369,7 @@ class Source:
 
     def __init__(self, path: str, exclude: Sequence[str] = (), with_md5: bool = False) -> None:
         self.root, self.exclude, self.with_md5 = os.fsencode(path), exclude, with_md5
-        self.count = 0  # of entries, excluded ones too, once it is scanned
+        self.entry_count = 0  # of entries, excluded ones too, once it is scanned
         self.symlinks: list[bytes] = []  # not excluded; for targets that take none
         self.accepted = threading.Event()  # it is scanned, and all of it can be delivered
         self.entries: dict[bytes, Optional[Entry]] = {}  # None until it is described
@@ -1369,9 +1378,9 @@ class Source:
         self.wanted: collections.deque[bytes] = collections.deque()
         self.working = 0  # threads
         self.pending: list[Any] = []  # their futures
-        self.threads = Threads(HASHERS)
+        self.threads = ThreadPool(HASHERS)
 
-    def want(self, path: bytes) -> None:
+    def request(self, path: bytes) -> None:
         """Have an entry described by a thread, once."""
         with self.lock:
             if path in self.entries:
@@ -1380,10 +1389,10 @@ class Source:
             self.wanted.append(path)
             if self.working < HASHERS:
                 self.pending = [future for future in self.pending if not future.done()]
-                self.pending.append(self.threads.submit(self.describe))
+                self.pending.append(self.threads.submit(self.describe_batch))
                 self.working += 1
 
-    def describe(self) -> None:
+    def describe_batch(self) -> None:
         """Describe entries until none is wanted; a thread does so."""
         while True:
             with self.lock:
@@ -1391,8 +1400,8 @@ class Source:
                     self.working -= 1
                     return
                 path = self.wanted.popleft()
-            if STOP.is_set():
-                raise Stopped("interrupted")
+            if STOPPING.is_set():
+                raise Cancelled("interrupted")
             try:
                 self.entries[path] = describe_entry(self.root, path, self.with_md5)
             except (OSError, ValueError, MemoryError) as error:
@@ -1406,13 +1415,15 @@ class Source:
             PROGRESS.update("source", "hashing, %d left" % (len(self.wanted) + 1))
             future.result()
         PROGRESS.update("source", None)
-        if STOP.is_set():
-            raise Stopped("interrupted")
+        if STOPPING.is_set():
+            raise Cancelled("interrupted")
         if self.errors:
-            named = ["%s: %s" % (show_path(path), why) for path, why in sorted(self.errors.items())]
+            named = [
+                "%s: %s" % (quote_path(path), why) for path, why in sorted(self.errors.items())
+            ]
             raise OffsyncError(
-                f"source {show(self.root)}: changed or became unreadable while it was hashed: "
-                + some_of(named),
+                f"source {quote_name(self.root)}: changed or became unreadable while it was hashed"
+                f": {join_first(named)}",
                 "deliver from a snapshot, or try again",
             )
 
@@ -1421,39 +1432,43 @@ class Source:
         # No thread could be started for it.
         if entry is None:
             raise OffsyncError(
-                f"source {show(self.root)}: {show_path(path)} was not read", "try again"
+                f"source {quote_name(self.root)}: {quote_path(path)} was not read", "try again"
             )
         return entry
 
-    def is_as(self, path: bytes, planned: Entry) -> bool:
+    def still_matches(self, path: bytes, planned: Entry) -> bool:
         """Return whether an entry is now what was planned; its content is read again."""
         try:
             return describe_entry(self.root, path, bool(planned.md5)) == planned
         except OSError:
             return False
 
-    def included(self, rsync: str, complete: bool = True) -> set[bytes]:
+    def list_included(self, rsync: str, complete: bool = True) -> set[bytes]:
         """Return the paths that the excludes leave, as a local rsync dry run applies them.
 
         complete raises OffsyncError if anything is unreadable.
         """
         names: set[bytes] = set()
-        out_format, on_line = marked(b"%n", lambda name: names.add(printed_name(name).rstrip(b"/")))
+        out_format, on_line = tag_items(
+            b"%n", lambda name: names.add(unescape_rsync_name(name).rstrip(b"/"))
+        )
         argv: list[Union[str, bytes]] = [rsync, "-8", "-n", "-rlD", out_format]
         argv += ["--exclude=" + rule for rule in self.exclude]
         argv += ["--", self.root.rstrip(b"/") + b"/", "/nonexistent/%s/" % os.urandom(8).hex()]
-        result = run(argv, env=environment(rsync=True), on_line=on_line, room=sys.maxsize)
+        result = run_program(
+            argv, env=child_environment(for_rsync=True), on_line=on_line, room=sys.maxsize
+        )
         # 23 and 24: it could not read everything, or something vanished.
         if result.status not in ((0,) if complete else (0, 23, 24)):
             raise OffsyncError(
-                f"source {show(self.root)}: rsync cannot read all of it",
+                f"source {quote_name(self.root)}: rsync cannot read all of it",
                 "fix the permissions, or exclude the entry, then try again",
-                said="rsync: " + quote_answer(result.stderr),
+                said="rsync: " + quote_output(result.stderr),
             )
         return names - {b".", b""}
 
 
-def symlink_offence(root: bytes, real_root: bytes, path: bytes) -> str:
+def symlink_problem(root: bytes, real_root: bytes, path: bytes) -> str:
     """Return why a symlink cannot be delivered, "" if it stays inside, written and resolved."""
     place = os.path.join(root, path)
     try:
@@ -1463,12 +1478,12 @@ def symlink_offence(root: bytes, real_root: bytes, path: bytes) -> str:
     if link.startswith(b"/"):
         return "it is a symlink to an absolute path"
     within = (real + b"/").startswith(real_root.rstrip(b"/") + b"/")
-    if leaves(path, link) or not within:
+    if escapes_source(path, link) or not within:
         return "it is a symlink that leaves the source"
     return ""
 
 
-def entry_offence(entry: "os.DirEntry[bytes]") -> str:
+def entry_problem(entry: "os.DirEntry[bytes]") -> str:
     """Return why a file or directory of the source cannot be delivered, "" if it can."""
     if entry.is_dir(follow_symlinks=False):
         access = os.R_OK | os.X_OK
@@ -1490,36 +1505,37 @@ def scan(source: Source) -> dict[bytes, str]:
     while pending:
         directory = pending.pop()
         prefix = directory + b"/" if directory else b""
-        PROGRESS.update("source", "scanning " + show_path(directory or b"."))
-        if STOP.is_set():
-            raise Stopped("interrupted")
+        PROGRESS.update("source", "scanning " + quote_path(directory or b"."))
+        if STOPPING.is_set():
+            raise Cancelled("interrupted")
         try:
             with os.scandir(os.path.join(source.root, directory)) as entries:
                 for entry in entries:
-                    source.count += 1
+                    source.entry_count += 1
                     path = prefix + entry.name
                     if entry.is_symlink():
                         source.symlinks.append(path)
-                        why = symlink_offence(source.root, real_root, path)
+                        why = symlink_problem(source.root, real_root, path)
                     else:
-                        why = entry_offence(entry)
+                        why = entry_problem(entry)
                         if entry.is_dir(follow_symlinks=False):
                             pending.append(path)
-                    if entry.name == STAGING:
+                    if entry.name == STAGING_DIR:
                         why = "rsync reserves the name .~tmp~ for itself; rename it"
                     if why:
                         offences[path] = why
         except OSError as error:
             if not directory:
                 raise OffsyncError(
-                    f"source {show(source.root)}: {error.strerror}", "name a readable directory"
+                    f"source {quote_name(source.root)}: {error.strerror}",
+                    "name a readable directory",
                 ) from None
             offences.setdefault(directory, "it cannot be read")
     PROGRESS.update("source", None)
     return offences
 
 
-def check_place(root: bytes, private: Iterable[str]) -> None:
+def check_source_location(root: bytes, private: Iterable[str]) -> None:
     """Raise unless a source is a readable directory that holds none of these private files."""
     problem = "Permission denied"
     try:
@@ -1531,7 +1547,7 @@ def check_place(root: bytes, private: Iterable[str]) -> None:
         problem = str(error.strerror)
     if problem:
         raise OffsyncError(
-            f"source {show(root)}: {problem}",
+            f"source {quote_name(root)}: {problem}",
             'name a directory with --source (for this run), or with "offsync init --source DIR"',
         )
     top = os.path.realpath(root).rstrip(b"/") + b"/"
@@ -1539,7 +1555,7 @@ def check_place(root: bytes, private: Iterable[str]) -> None:
     for path in private:
         if (os.path.realpath(os.fsencode(path)) + b"/").startswith(top):
             raise OffsyncError(
-                f"source {show(root)}: contains the private key ({show_text(path)})",
+                f"source {quote_name(root)}: contains the private key ({quote_text(path)})",
                 'choose another directory: "offsync init --source DIR"',
             )
 
@@ -1550,14 +1566,14 @@ def check_source(source: Source, rsync: str, targets: Sequence[Target]) -> None:
     if all(target.symlinks for target in targets):
         source.symlinks = []
     if source.exclude and (offences or source.symlinks):
-        included = source.included(rsync, complete=False)
+        included = source.list_included(rsync, complete=False)
         offences = {path: offences[path] for path in offences if path in included}
         source.symlinks = [path for path in source.symlinks if path in included]
     if offences:
-        named = ["%s: %s" % (show_path(path), offences[path]) for path in sorted(offences)]
+        named = ["%s: %s" % (quote_path(path), offences[path]) for path in sorted(offences)]
         count = plural(len(named), "entry", "entries")
         raise OffsyncError(
-            f"source {show(source.root)}: {count} cannot be delivered: {some_of(named)}",
+            f"source {quote_name(source.root)}: {count} cannot be delivered: {join_first(named)}",
             "remove or exclude them, then plan again",
         )
 
@@ -1612,7 +1628,7 @@ SSH_OPTIONS = tuple(
     )
     for word in ("-o", option)
 )
-SSH_ALONE = "-o ControlMaster=no -o ControlPath=none".split()  # for one question
+SSH_NO_MUX = "-o ControlMaster=no -o ControlPath=none".split()  # for one question
 # Logs in, opens no session, and stays in the background as the master of this connection. Without
 # -f, OpenSSH before 8.7 asks for a shell all the same. Without ControlPersist, and at LogLevel
 # VERBOSE, ssh hides nothing of what a jump host or sshd says when a login fails. These come first:
@@ -1630,54 +1646,54 @@ SSH_SESSION = (
 LISTING_ROOM, PASS_ROOM, ENTRY_ROOM = 1 << 31, 1 << 26, 1000
 
 
-class Run:
+class RunContext:
     """What all targets of one command share: config, programs, threads, the scratch directory."""
 
     def __init__(
         self,
-        home: "Home",
+        state: "StateDirectory",
         config: Config,
         typed: Typed,
         jobs: Optional[int] = None,
         with_md5: bool = False,
     ) -> None:
-        check_private(home.key)
-        self.home, self.config, self.typed = home, config, typed
-        self.ssh = program("ssh")
-        self.targets = 1  # how many are planned
+        check_private(state.key)
+        self.state, self.config, self.typed = state, config, typed
+        self.ssh = find_program("ssh")
+        self.target_count = 1  # how many are planned
         # Equal plans are one object. Written by the threads of all targets.
-        self.plans: dict[tuple[Change, ...], tuple[Change, ...]] = {}
+        self.equal_changes: dict[tuple[Change, ...], tuple[Change, ...]] = {}
         self.numbers = itertools.count()
         self.scratch = make_scratch()
         # An empty source, for what only asks.
         self.empty = os.fsencode(os.path.join(self.scratch, "empty"))
         os.mkdir(self.empty)
-        self.guard = start_guard(self.scratch, self.ssh)
+        self.reaper = start_reaper(self.scratch, self.ssh)
         self.source = Source(config.source, config.exclude, with_md5)
-        self.jobs, self.provers = (Threads(jobs or config.jobs) for _ in range(2))
+        self.pool, self.provers = (ThreadPool(jobs or config.jobs) for _ in range(2))
 
     @functools.cached_property
-    def rsync(self) -> str:
+    def rsync_path(self) -> str:
         """The path of the rsync that is used. Raises OffsyncError where there is none."""
         return find_rsync()[0]
 
     @functools.cached_property
     def included(self) -> set[bytes]:
         """The paths of the source that the excludes leave. Raises OffsyncError."""
-        return self.source.included(self.rsync)
+        return self.source.list_included(self.rsync_path)
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> "RunContext":
         return self
 
     def __exit__(self, *_: object) -> None:
         """End all work, and remove the scratch directory: the guard does so, or we without it."""
-        STOP.value = True
-        for process in list(RUNNING):
-            kill(process)
-        for threads in (self.jobs, self.provers, self.source.threads):
+        STOPPING.value = True
+        for process in list(LIVE_PROCESSES):
+            kill_group(process)
+        for threads in (self.pool, self.provers, self.source.threads):
             threads.close()
         PROGRESS.clear()
-        pid, pipe = self.guard
+        pid, pipe = self.reaper
         os.close(pipe)
         if os.waitpid(pid, 0)[1] != 0:
             with contextlib.suppress(OSError):
@@ -1687,19 +1703,19 @@ class Run:
 class Connection:
     """One authenticated ssh connection to a target; sessions and rsyncs go over it or nowhere."""
 
-    def __init__(self, shared: Run, target: Target, known_hosts: str = "") -> None:
-        self.shared, self.target = shared, target
-        self.known_hosts = known_hosts or shared.home.known_hosts
-        self.socket = os.path.join(shared.scratch, "%d" % next(shared.numbers))
-        self.restricted = False  # proved: no command
+    def __init__(self, context: RunContext, target: Target, known_hosts: str = "") -> None:
+        self.context, self.target = context, target
+        self.known_hosts = known_hosts or context.state.known_hosts
+        self.socket = os.path.join(context.scratch, "%d" % next(context.numbers))
+        self.restriction_proved = False  # proved: no command
         self.path_proved = False  # proved: where it writes
         self.answered = False  # an rsync pass has succeeded
         # What the plan's pass took, and the proof of the path: a session that does nothing.
-        self.pass_seconds = self.session_seconds = 0.0
+        self.plan_pass_seconds = self.session_overhead = 0.0
 
     def options(self) -> list[str]:
         files = 'UserKnownHostsFile="%s" ~/.ssh/known_hosts ~/.ssh/known_hosts2' % self.known_hosts
-        words = [*SSH_OPTIONS, "-o", files, "-o", 'IdentityFile="%s"' % self.shared.home.key]
+        words = [*SSH_OPTIONS, "-o", files, "-o", 'IdentityFile="%s"' % self.context.state.key]
         if self.target.port:
             words += ["-o", "Port=%d" % self.target.port]
         return words
@@ -1713,36 +1729,36 @@ class Connection:
     def run(self, argv: Argv, **more: Any) -> Result:
         """Run a program that prints what the target sends. Raises TargetError if it has no end."""
         try:
-            return run(argv, **more)
+            return run_program(argv, **more)
         except EndlessOutput as error:
-            raise failure(self.target, Kind.ELSEWHERE, str(error)) from None
+            raise failure(self.target, FailureKind.UNEXPECTED_REPORT, str(error)) from None
 
     def open(self) -> None:
         """Log in, without a session, and leave the master of the connection behind.
 
         Raises TargetError.
         """
-        argv = [self.shared.ssh, *SSH_MASTER, "-o", "ControlPath=" + self.socket]
+        argv = [self.context.ssh, *SSH_MASTER, "-o", "ControlPath=" + self.socket]
         argv += [*self.options(), *self.destination()]
-        self.restricted = self.path_proved = False
-        for last in attempts():
+        self.restriction_proved = self.path_proved = False
+        for last in retry_attempts():
             # That of a master that is gone.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.socket)
             # No pipe: a ProxyCommand stays in the background with the master, and would hold it.
-            with scratch_file(self.shared.scratch) as stderr:
+            with scratch_file(self.context.scratch) as stderr:
                 result = self.run(argv, stderr=stderr, limit=CONNECT_DEADLINE)
             if result.status == 0:
                 break
-            error = explain_login(self, result)
+            error = diagnose_login(self, result)
             if last or not error.kind.retry:
                 raise error
         # A banner could look like this line: then that host alone is refused.
         if re.search(rb'(?m)^Authenticated to .* using "none"\.\r?$', result.stderr):
-            raise failure(self.target, Kind.NO_KEY_ASKED)
+            raise failure(self.target, FailureKind.NO_KEY_ASKED)
 
     def session(self, options: Sequence[str], command: str) -> Result:
-        argv = [self.shared.ssh, *self.session_options(), *options, *self.destination(), command]
+        argv = [self.context.ssh, *self.session_options(), *options, *self.destination(), command]
         return self.run(argv, stdin=subprocess.PIPE, limit=SESSION_DEADLINE)
 
     def prove_restricted(self, patient: bool = True) -> None:
@@ -1751,17 +1767,17 @@ class Connection:
         Where the answer tells nothing, patient tries again, and raises in the end; else restricted
         stays False.
         """
-        for last in attempts():
-            error = judge_refusal(self.target, self.session((), PROOF_COMMAND))
-            self.restricted = error is None
+        for last in retry_attempts():
+            error = check_refusal(self.target, self.session((), PROOF_COMMAND))
+            self.restriction_proved = error is None
             if error is None or not patient:
                 return
             if last or not error.kind.retry:
                 raise error
 
-    def rsync_words(self, path: str) -> list[str]:
+    def rsync_remote_args(self, path: str) -> list[str]:
         """Return rsync's words for this connection and a path on the target."""
-        shell = map(quote_for_rsync, [self.shared.ssh, *self.session_options()])
+        shell = map(quote_rsh_word, [self.context.ssh, *self.session_options()])
         host = "[%s]" % self.target.host if ":" in self.target.host else self.target.host
         return ["-e", " ".join(shell), "--", "%s@%s:%s" % (self.target.user, host, path)]
 
@@ -1784,15 +1800,15 @@ class Connection:
         MD5 sums. limit: seconds for all of it; without one, the server must answer in time, and
         then may stay silent for "timeout" of the config, in seconds.
         """
-        shared, config = self.shared, self.shared.config
-        out_format, on_line = marked(item_format, on_item, on_other)
-        *shell, destination = self.rsync_words(path)
+        context, config = self.context, self.context.config
+        out_format, on_line = tag_items(item_format, on_item, on_other)
+        *shell, destination = self.rsync_remote_args(path)
         timeout = min(SEND_TIMEOUT, config.timeout) if sends else config.timeout
         # -8: raw bytes in every locale. flist1 prints a line once the server has answered.
-        argv: list[Union[str, bytes]] = [shared.rsync, "-8", "--info=flist1", *options]
+        argv: list[Union[str, bytes]] = [context.rsync_path, "-8", "--info=flist1", *options]
         argv += ["--timeout=%d" % timeout, out_format, *shell]
-        argv += [(source or shared.source.root).rstrip(b"/") + b"/", destination]
-        room = LISTING_ROOM // shared.targets if "--delete" in options else PASS_ROOM
+        argv += [(source or context.source.root).rstrip(b"/") + b"/", destination]
+        room = LISTING_ROOM // context.target_count if "--delete" in options else PASS_ROOM
         if stdin:
             os.lseek(stdin.fileno(), 0, os.SEEK_SET)
         result = self.run(
@@ -1801,8 +1817,8 @@ class Connection:
             on_line=on_line,
             limit=limit or SESSION_DEADLINE,
             silence=0 if limit else config.timeout,
-            room=room + ENTRY_ROOM * shared.source.count,
-            env=environment(rsync=True, strong=sends or config.verify == "strong"),
+            room=room + ENTRY_ROOM * context.source.entry_count,
+            env=child_environment(for_rsync=True, force_md5=sends or config.verify == "strong"),
         )
         self.answered = self.answered or result.status == 0
         return result
@@ -1812,23 +1828,23 @@ class Connection:
         are as they must be: it is the connection that was lost.
         """
         error = diagnose(self.target, result)
-        if self.answered and error.kind in (Kind.SILENT, Kind.NO_ANSWER):
-            error = failure(self.target, Kind.STALLED)
+        if self.answered and error.kind in (FailureKind.NO_RESPONSE, FailureKind.NO_ANSWER):
+            error = failure(self.target, FailureKind.STALLED)
         return error
 
-    def rsync(self, options: Sequence[str], **more: Any) -> Result:
+    def rsync_with_retry(self, options: Sequence[str], **more: Any) -> Result:
         """Run one rsync as rsync_once() does; again where it did not even begin on the target.
 
         That is so where rrsync's lock is held, where sshd allows no further session, and where sshd
         has closed the connection while nothing went over it: then it is opened once more, with the
         proofs that it has passed before.
         """
-        for last in attempts():
+        for last in retry_attempts():
             result = self.rsync_once(options, **more)
             if result.status == 0 or last:
                 break
             kind = diagnose(self.target, result).kind
-            if kind is Kind.ENDED:
+            if kind is FailureKind.CLOSED_AFTER_LOGIN:
                 path_proved = self.path_proved
                 self.open()
                 self.prove_restricted()
@@ -1839,7 +1855,7 @@ class Connection:
         return result
 
 
-def explain_login(connection: Connection, result: Result) -> TargetError:
+def diagnose_login(connection: Connection, result: Result) -> TargetError:
     """Return what a connection that did not open meant. Raises OffsyncError for a bad key of ours.
 
     A banner of sshd stands before ssh's own words, and may look like anything: so ssh's last line
@@ -1847,7 +1863,7 @@ def explain_login(connection: Connection, result: Result) -> TargetError:
     """
     target, said = connection.target, [line for line in result.stderr.splitlines() if line.strip()]
     if result.status is None:
-        return failure(target, Kind.TIMEOUT)
+        return failure(target, FailureKind.TIMEOUT)
 
     # ssh says so where the program that leads to sshd (a jump host) has ended. Before sshd has
     # answered, no line can be sshd's: what stands before is that program's.
@@ -1858,7 +1874,7 @@ def explain_login(connection: Connection, result: Result) -> TargetError:
         aside = (*exchange, b"dlopen none failed")
         route = [line for line in said[:-1] if not line.startswith(aside)]
         if route:
-            return failure(target, Kind.ROUTE, quote_answer(b"\n".join(route)))
+            return failure(target, FailureKind.PROXY_FAILED, quote_output(b"\n".join(route)))
 
     def judge(lines: Sequence[bytes], kinds: Sequence[Failure]) -> TargetError:
         return diagnose(target, result._replace(stderr=b"\n".join(lines)), kinds, "ssh")
@@ -1869,47 +1885,47 @@ def explain_login(connection: Connection, result: Result) -> TargetError:
     else:
         # The reason of sshd or PAM may stand in the line before.
         error = judge(said[-1:], LOGIN_FAILURES)
-        if error.kind in (Kind.CLOSED, Kind.OTHER):
+        if error.kind in (FailureKind.CLOSED_DURING_LOGIN, FailureKind.OTHER):
             error = judge(said[-2:], LOGIN_FAILURES)
-    if error.kind is Kind.KEY_REFUSED or b"Load key" in result.stderr:
-        check_own_key(connection.shared.home.key)
-    if error.kind is Kind.KEY_REFUSED:
-        public = read_file(connection.shared.home.key + ".pub", "key").decode("utf-8", "replace")
+    if error.kind is FailureKind.KEY_REFUSED or b"Load key" in result.stderr:
+        check_own_key(connection.context.state.key)
+    if error.kind is FailureKind.KEY_REFUSED:
+        public = read_file(connection.context.state.key + ".pub", "key").decode("utf-8", "replace")
         return failure(target, error.kind, said=error.said, key=public.strip())
-    if error.kind is Kind.HOST_KEY_CHANGED:
-        facts = describe_changed_key(connection.shared.home, result.stderr)
-        return failure(target, Kind.HOST_KEY_CHANGED, facts)
+    if error.kind is FailureKind.HOST_KEY_CHANGED:
+        facts = describe_changed_key(connection.context.state, result.stderr)
+        return failure(target, FailureKind.HOST_KEY_CHANGED, facts)
     return error
 
 
 # --- Trust core: proofs -------------------------------------------------------------------------
 
-# A shell prints this without the quotes within it; what only repeats the command keeps them. It has
-# no "y", at which the forced command itself would stop: rrsync must refuse it.
+# A shell prints this without the quotes within it; what only repeats the command keeps them. The
+# forced command's own guard lets every word of it pass: rrsync itself must refuse it.
 PROOF_COMMAND, PROOF_OUTPUT = 'echo a-""shell-""answers', b"a-shell-answers"
 # How the Perl rrsync (up to 3.2.3) refuses it, and then exits with 255, as ssh does when it fails.
 PERL_REFUSAL = b"SSH_ORIGINAL_COMMAND='%s' is not rsync" % PROOF_COMMAND.encode()
 
 
-def judge_refusal(target: Target, result: Result) -> Optional[TargetError]:
+def check_refusal(target: Target, result: Result) -> Optional[TargetError]:
     """Return None if asking for a command was refused as rrsync does, else why that is not known.
 
     Raises TargetError where it is known that it was not refused.
     """
     if PROOF_OUTPUT in result.stdout:
-        raise failure(target, Kind.OPEN, "a shell command ran")
+        raise failure(target, FailureKind.NOT_RESTRICTED, "a shell command ran")
     # For example a shell start file that reads its stdin.
     if result.status is None:
-        raise failure(target, Kind.SILENT)
+        raise failure(target, FailureKind.NO_RESPONSE)
     if result.stdout.strip():
         # nologin(8) and others say on stdout what they are.
         said = result._replace(stderr=result.stdout + b"\n" + result.stderr)
         error = diagnose(target, said, program="ssh")
-        if error.kind in (Kind.NOLOGIN, Kind.EXPIRED, Kind.OTHER_SERVICE):
+        if error.kind in (FailureKind.NOLOGIN, FailureKind.EXPIRED, FailureKind.OTHER_SERVICE):
             raise error
-        raise failure(target, Kind.PRINTS, quote_answer(result.stdout))
+        raise failure(target, FailureKind.SHELL_OUTPUT, quote_output(result.stdout))
     if result.status == 0:
-        raise failure(target, Kind.NOT_RRSYNC)
+        raise failure(target, FailureKind.NOT_RRSYNC)
     # rrsync's own status, also when it only says that it is locked.
     if 0 < result.status < 255:
         return None
@@ -1927,46 +1943,48 @@ def prove_path(connection: Connection) -> str:
     """
     target, marker = connection.target, os.urandom(8).hex().encode()
     expected = os.fsencode(target.remote_path)
-    for number, last in enumerate(attempts()):
+    for number, last in enumerate(retry_attempts()):
         started = time.monotonic()
         result = connection.rsync_once(
             ("-n", "-r"),
-            source=connection.shared.empty,
+            source=connection.context.empty,
             path="/%s/x" % marker.decode(),
             limit=SESSION_DEADLINE,
         )
         # Without the time in which the target's rsync sleeps after an error (see SESSION_END).
-        connection.session_seconds = time.monotonic() - started - 0.1
+        connection.session_overhead = time.monotonic() - started - 0.1
         if result.status == 0:
-            raise failure(target, Kind.OPEN, "it writes anywhere")
-        before, found, _ = printed_name(result.stderr).partition(marker)
-        # Two slashes up to rsync 3.1.3.
-        before = before.rstrip(b"/")
-        if found and before.endswith(b'"' + expected.rstrip(b"/")):
-            connection.path_proved = True
-            return "it stays below " + show(expected)
+            raise failure(target, FailureKind.NOT_RESTRICTED, "it writes anywhere")
+        before, found, _ = unescape_rsync_name(result.stderr).partition(marker)
         quote = before.rfind(b'"')
         if found and quote >= 0:
-            elsewhere = before[quote + 1 :] or b"/"
-            facts = "its key writes below %s, not below %s" % (show(elsewhere), show(expected))
-            if elsewhere == b"/":
-                raise failure(target, Kind.OPEN, facts)
-            other = target._replace(remote_path=os.fsdecode(elsewhere))
-            raise failure(other, Kind.OTHER_PATH, facts)
+            # Up to rsync 3.1.3, two slashes follow the directory.
+            directory = before[quote + 1 :].rstrip(b"/")
+            facts = "its key writes below %s, not below %s" % (
+                quote_name(directory or b"/"),
+                quote_name(expected),
+            )
+            if not directory:
+                raise failure(target, FailureKind.NOT_RESTRICTED, facts)
+            if directory != expected.rstrip(b"/"):
+                other = target._replace(remote_path=os.fsdecode(directory))
+                raise failure(other, FailureKind.OTHER_PATH, facts)
+            connection.path_proved = True
+            return "it stays below " + quote_name(expected)
         error = diagnose(target, result)
         # A dying rsync now and then loses its last words: silence is asked again, four times.
         silent = not result.stderr and number < 4
         if last or not (error.kind.retry or silent):
             break
-    if error.kind in (Kind.OTHER, Kind.NO_ANSWER):
-        error = failure(target, Kind.MUTE, quote_answer(result.stderr))
+    if error.kind in (FailureKind.OTHER, FailureKind.NO_ANSWER):
+        error = failure(target, FailureKind.PATH_UNKNOWN, quote_output(result.stderr))
     raise error
 
 
 # --- Trust core: what rsync prints --------------------------------------------------------------
 
 
-def marked(
+def tag_items(
     item_format: bytes,
     on_item: Callable[[bytes], None],
     on_other: Callable[[bytes], None] = lambda line: None,
@@ -1993,17 +2011,17 @@ def parse_itemized(line: bytes) -> Optional[Change]:
     """
     code, blank, escaped = line[:11], line[11:12], line[12:]
     if len(code) != 11 or blank != b" " or not escaped:
-        raise ValueError("no itemized line: " + show(line[:100]))
-    name = printed_name(escaped)
+        raise ValueError("no itemized line: " + quote_name(line[:100]))
+    name = unescape_rsync_name(escaped)
     path = name.rstrip(b"/")
     if path == b"." or not path:
         return None
-    inside(path)
+    check_relative(path)
     if code.startswith(b"*deleting"):
         return Change(path, "missing", name.endswith(b"/"))
     update, letter = code[:1], code[1:2]
     if update not in b"<>ch." or letter not in b"fdL":
-        raise ValueError("an unknown itemize code: " + show(line[:100]))
+        raise ValueError("an unknown itemize code: " + quote_name(line[:100]))
     if code[2:3] == b"+":
         return Change(path, "added", letter == b"d")
     reasons = []
@@ -2040,9 +2058,9 @@ class TransferReport:
         mode, count, itemized = line[33:].split(b" ", 2)
         code = itemized[:11]
         # No path holds "//"; a directory's name ends with "/" of its own.
-        name, _, rest = printed_name(itemized[12:]).partition(b"//")
+        name, _, rest = unescape_rsync_name(itemized[12:]).partition(b"//")
         if code.startswith(b"*deleting"):
-            raise failure(self.target, Kind.ELSEWHERE, "a deletion", [name])
+            raise failure(self.target, FailureKind.UNEXPECTED_REPORT, "a deletion", [name])
         self.bytes += int(count)
         change = self.planned.get(name)
         if change is None:
@@ -2072,7 +2090,7 @@ def is_leftover(source: "Source", change: Change) -> bool:
     the same: so it never blocks, and is deleted only where the policy allows that.
     """
     directory, name = os.path.split(change.path)
-    if STAGING in change.path.split(b"/"):
+    if STAGING_DIR in change.path.split(b"/"):
         return True
     match = TEMPORARY_NAME.fullmatch(name)
     if not match or change.directory:
@@ -2084,7 +2102,7 @@ def is_leftover(source: "Source", change: Change) -> bool:
 # --- Trust core: the plan -----------------------------------------------------------------------
 
 # One pass shows additions, changes and deletions. -t only adds time flags, which quick needs;
-# differences of time alone are not reported. strong is hash with MD5 (see environment()).
+# differences of time alone are not reported. strong is hash with MD5 (see child_environment()).
 RSYNC_HASH = ("-n", "-rlptc", "--delete")
 RSYNC_PLAN = {"hash": RSYNC_HASH, "strong": RSYNC_HASH, "quick": ("-n", "-rlpt", "--delete")}
 # Of the listed entries, those that do not exist at all on the target.
@@ -2092,7 +2110,7 @@ RSYNC_ABSENT = ("-n", "-lpt", "--ignore-existing", "--from0", "--files-from=-")
 # Of the listed entries, those that differ by hash.
 RSYNC_COMPARE = ("-n", "-lptc", "--from0", "--files-from=-")
 PLAN_VERSION = 3  # counts the form of plans
-POLICY = ("source", "delete", "overwrite", "verify", "exclude")  # what a review approves
+POLICY_KEYS = ("source", "delete", "overwrite", "verify", "exclude")  # what a review approves
 
 
 class TargetPlan(NamedTuple):
@@ -2103,7 +2121,7 @@ class TargetPlan(NamedTuple):
     changes: tuple[Change, ...] = ()  # sorted by path
     error: Optional[TargetError] = None
 
-    def of(self, *kinds: str) -> list[Change]:
+    def changes_of(self, *kinds: str) -> list[Change]:
         return [change for change in self.changes if change.kind in kinds]
 
 
@@ -2119,64 +2137,68 @@ def itemize(
     want is called with each path that differs as it comes. Raises TargetError, also where the
     target reports a path twice, or a deletion in a pass over paths.
     """
-    shared, target = connection.shared, connection.target
+    context, target = connection.context, connection.target
     found: dict[bytes, Change] = {}
 
     def on_item(line: bytes) -> None:
         try:
             change = parse_itemized(line)
         except ValueError as error:
-            raise failure(target, Kind.ELSEWHERE, str(error)) from None
+            raise failure(target, FailureKind.UNEXPECTED_REPORT, str(error)) from None
         if not change:
             return
         if change.path in found:
-            raise failure(target, Kind.ELSEWHERE, "%s twice" % show(change.path))
+            raise failure(
+                target, FailureKind.UNEXPECTED_REPORT, "%s twice" % quote_name(change.path)
+            )
         found[change.path] = change
         if change.kind != "missing":
             want(change.path)
         elif paths is not None:
-            raise failure(target, Kind.ELSEWHERE, "a deletion", [change.path])
+            raise failure(target, FailureKind.UNEXPECTED_REPORT, "a deletion", [change.path])
 
     if paths is None:
-        excludes = ["--exclude=" + pattern for pattern in shared.config.exclude]
-        result = connection.rsync((*options, *excludes), on_item=on_item, **more)
+        excludes = ["--exclude=" + pattern for pattern in context.config.exclude]
+        result = connection.rsync_with_retry((*options, *excludes), on_item=on_item, **more)
     else:
-        with scratch_file(shared.scratch, map(listed_name, paths)) as names:
-            result = connection.rsync(options, stdin=names, on_item=on_item, **more)
+        with scratch_file(context.scratch, map(files_from_entry, paths)) as names:
+            result = connection.rsync_with_retry(options, stdin=names, on_item=on_item, **more)
     if result.status != 0:
         raise connection.explain(result)
     return found
 
 
-def compare_proved(connection: Connection) -> dict[bytes, Change]:
+def compare_with_proof(connection: Connection) -> dict[bytes, Change]:
     """Return what the plan's pass itemizes, once it is proved that the key runs no command.
 
     The proof runs beside the pass, on the same connection, from the moment in which the server has
     answered the pass: then the pass has rrsync's lock. Where that tells nothing (MaxSessions of
     sshd may allow one session), it is tried again after the pass.
     """
-    shared, failed = connection.shared, None
+    context, failed = connection.context, None
     proof: list[Any] = []
     started = time.monotonic()
 
     def begin_proof(_: bytes) -> None:
         if not proof:
-            proof.append(shared.provers.submit(connection.prove_restricted, False))
+            proof.append(context.provers.submit(connection.prove_restricted, False))
 
     try:
         changes = itemize(
             connection,
-            RSYNC_PLAN[shared.config.verify],
-            want=shared.source.want,
+            RSYNC_PLAN[context.config.verify],
+            want=context.source.request,
             on_other=begin_proof,
         )
     except TargetError as error:
         failed = error
-    connection.pass_seconds = time.monotonic() - started
+    connection.plan_pass_seconds = time.monotonic() - started
     for future in proof:
         future.result()
     # A target that did not answer the pass would only be waited for once more.
-    if not connection.restricted and (not failed or failed.kind is not Kind.SILENT):
+    if not connection.restriction_proved and (
+        not failed or failed.kind is not FailureKind.NO_RESPONSE
+    ):
         connection.prove_restricted()
     if failed:
         raise failed
@@ -2196,39 +2218,39 @@ def classify(connection: Connection, found: dict[bytes, Change]) -> list[Change]
         replaced -= set(itemize(connection, RSYNC_ABSENT, sorted(replaced)))
     for path in replaced:
         found[path] = found[path]._replace(kind="modified", reasons=("type",))
-    delete = connection.shared.config.delete
+    delete = connection.context.config.delete
     # What has to make way for an entry of another type cannot be left alone.
     in_place = {path for path in replaced if not found[path].directory}
     for path, change in found.items():
         if change.kind != "missing":
             continue
         stays = in_place.isdisjoint(above(path))
-        if is_leftover(connection.shared.source, change) and (stays or delete is Deletion.ALLOW):
+        if is_leftover(connection.context.source, change) and (stays or delete is Deletion.ALLOW):
             found[path] = change._replace(kind="leftover")
         elif stays and delete is Deletion.KEEP:
             found[path] = change._replace(kind="kept")
     return [found[path] for path in sorted(found)]
 
 
-def plan_target(shared: Run, target: Target) -> TargetPlan:
+def plan_target(context: RunContext, target: Target) -> TargetPlan:
     """Return the plan of one target, errors included.
 
     It connects while the source is scanned, and compares nothing before that is accepted. Where
     there is something to do, the key must really write below the configured path: that is proved
     while the source entries are hashed.
     """
-    connection, source = Connection(shared, target), shared.source
+    connection, source = Connection(context, target), context.source
     try:
         PROGRESS.update(target.login, "connecting")
         connection.open()
         while not source.accepted.wait(0.1):
             # The run is over, also where the source was refused.
-            if STOP.is_set():
-                raise Stopped("interrupted")
+            if STOPPING.is_set():
+                raise Cancelled("interrupted")
         if not target.symlinks and source.symlinks:
-            raise failure(target, Kind.SYMLINKS, names=source.symlinks)
+            raise failure(target, FailureKind.SYMLINKS, names=source.symlinks)
         PROGRESS.update(target.login, "comparing")
-        changes = classify(connection, compare_proved(connection))
+        changes = classify(connection, compare_with_proof(connection))
         if changes:
             prove_path(connection)
         source.wait()
@@ -2236,31 +2258,33 @@ def plan_target(shared: Run, target: Target) -> TargetPlan:
             if change.kind in ("added", "modified"):
                 changes[index] = change._replace(entry=source.entry(change.path))
         plan = TargetPlan(target, connection, tuple(changes))
-        if shared.targets > 1:
-            plan = plan._replace(changes=shared.plans.setdefault(plan.changes, plan.changes))
-    except Stopped:
+        if context.target_count > 1:
+            plan = plan._replace(
+                changes=context.equal_changes.setdefault(plan.changes, plan.changes)
+            )
+    except Cancelled:
         raise
     except TargetError as error:
         plan = TargetPlan(target, connection, error=error)
     except (OffsyncError, OSError) as problem:
         hints, said = getattr(problem, "hints", ()), getattr(problem, "said", "")
-        local = TargetError(target.login, Kind.LOCAL, str(problem), *hints, said=said)
+        local = TargetError(target.login, FailureKind.LOCAL_ERROR, str(problem), *hints, said=said)
         plan = TargetPlan(target, connection, error=local)
     PROGRESS.update(target.login, None)
     return plan
 
 
-def plan_all(shared: Run, targets: Sequence[Target]) -> list[TargetPlan]:
+def plan_all(context: RunContext, targets: Sequence[Target]) -> list[TargetPlan]:
     """Return the plan of each target, in the given order. Raises where the source is refused."""
-    source, home = shared.source, shared.home
+    source, state = context.source, context.state
     # Before any target is contacted.
-    check_place(source.root, (home.path, home.key))
-    shared.targets = len(targets)
-    planning = shared.jobs.each(lambda target: plan_target(shared, target), targets)
-    check_source(source, shared.rsync, targets)
+    check_source_location(source.root, (state.path, state.key))
+    context.target_count = len(targets)
+    planning = context.pool.imap_unordered(lambda target: plan_target(context, target), targets)
+    check_source(source, context.rsync_path, targets)
     source.accepted.set()
     plans = dict(planning)
-    if any(plan.of("kept") for plan in plans.values()) and not shared.included:
+    if any(plan.changes_of("kept") for plan in plans.values()) and not context.included:
         # Where the source has lost all, nothing is kept on purpose.
         for target, plan in plans.items():
             changes = (c._replace(kind="missing") if c.kind == "kept" else c for c in plan.changes)
@@ -2272,10 +2296,10 @@ def json_line(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True).encode() + b"\n"
 
 
-def split_line(change: Change) -> tuple[bytes, bytes]:
+def entry_line_parts(change: Change) -> tuple[bytes, bytes]:
     """Return an entry's line of a plan, in two pieces around its login."""
     kind = "missing" if change.kind == "kept" else change.kind
-    fields: dict[str, Any] = {"login": "", "kind": kind, **json_name(change.path)}
+    fields: dict[str, Any] = {"login": "", "kind": kind, **name_to_json(change.path)}
     entry = change.entry
     if entry is None:
         fields["type"] = "directory" if change.directory else "non-directory"
@@ -2285,14 +2309,14 @@ def split_line(change: Change) -> tuple[bytes, bytes]:
         if entry.type == "file":
             fields["sha256"] = entry.sha256.hex()
         if entry.type == "symlink":
-            fields.update(json_name(entry.link, "link"))
+            fields.update(name_to_json(entry.link, "link"))
     # No text in JSON has a plain quote.
     before, after = json_line(fields).split(b'"login": ""', 1)
     return before + b'"login": ', after
 
 
 def policy_line(config: Config) -> bytes:
-    fields = {key: getattr(config, key) for key in POLICY}
+    fields = {key: getattr(config, key) for key in POLICY_KEYS}
     return json_line({"version": PLAN_VERSION, **fields, "delete": config.delete.value})
 
 
@@ -2308,7 +2332,7 @@ def entry_lines(plans: Sequence[TargetPlan]) -> Iterator[tuple[TargetPlan, Chang
     pieces: dict[int, list[tuple[bytes, bytes]]] = {}
     for plan in plans:
         login, key = json.dumps(plan.target.login).encode(), id(plan.changes)
-        lines: Iterable[tuple[bytes, bytes]] = map(split_line, plan.changes)
+        lines: Iterable[tuple[bytes, bytes]] = map(entry_line_parts, plan.changes)
         if equal[key] > 1:
             lines = pieces[key] = pieces.get(key) or list(lines)
         for change, (before, after) in zip(plan.changes, lines):
@@ -2326,7 +2350,7 @@ def plan_lines(config: Config, plans: Sequence[TargetPlan]) -> Iterator[bytes]:
         yield line
 
 
-def identify_plan(config: Config, plans: Sequence[TargetPlan]) -> tuple[str, int]:
+def plan_id(config: Config, plans: Sequence[TargetPlan]) -> tuple[str, int]:
     """Return (the plan ID, the sha256 of the plan's lines; their size in bytes)."""
     digest, size = new_digest(), 0
     for line in plan_lines(config, plans):
@@ -2335,7 +2359,7 @@ def identify_plan(config: Config, plans: Sequence[TargetPlan]) -> tuple[str, int
     return digest.hexdigest(), size
 
 
-def read_line(line: bytes) -> set[Change]:
+def parse_plan_line(line: bytes) -> set[Change]:
     """Return the change of an entry's line of a plan, as a set; an empty one for a target's line.
 
     Raises ValueError, KeyError or TypeError unless the line is byte for byte what plan_lines()
@@ -2348,16 +2372,18 @@ def read_line(line: bytes) -> set[Change]:
         return set()
     entry = None
     if fields["kind"] in ("added", "modified"):
-        link = read_json_name(fields, "link") if fields["type"] == "symlink" else b""
+        link = name_from_json(fields, "link") if fields["type"] == "symlink" else b""
         sha256 = bytes.fromhex(fields.get("sha256", ""))
         entry = Entry(
             fields["type"], int(fields["mode"], 8), int(fields["size"]), sha256, link=link
         )
-    elif fields["kind"] not in KINDS:
+    elif fields["kind"] not in CHANGE_KINDS:
         raise ValueError("an unknown kind")
     reasons, directory = tuple(fields.get("changes", ())), fields["type"] == "directory"
-    change = Change(inside(read_json_name(fields)), fields["kind"], directory, reasons, entry)
-    before, after = split_line(change)
+    change = Change(
+        check_relative(name_from_json(fields)), fields["kind"], directory, reasons, entry
+    )
+    before, after = entry_line_parts(change)
     check_line(line, before + json.dumps(str(fields["login"])).encode() + after)
     # Raises TypeError for a list where a word belongs.
     return {change}
@@ -2374,7 +2400,7 @@ MANY_DELETIONS = 10  # from so many on, max_delete is asked
 
 
 def approve(
-    shared: Run, plans: Sequence[TargetPlan], reviewed: Iterable[bytes], name: str
+    context: RunContext, plans: Sequence[TargetPlan], reviewed: Iterable[bytes], name: str
 ) -> list[TargetPlan]:
     """Return the plans as far as a reviewed plan approves them.
 
@@ -2386,7 +2412,7 @@ def approve(
     Raises OffsyncError that names the differences, UsageError for what is no plan.
     """
     compared = [plan for plan in plans if not plan.error]
-    replan = shared.typed.again(command="plan", plan=None)
+    replan = context.typed.again(command="plan", plan=None)
     # What is not approved yet, by the digests of its lines: there may be millions.
     open_lines: dict[bytes, tuple[Target, Optional[Change]]] = {}
     for plan in compared:
@@ -2398,17 +2424,17 @@ def approve(
     for number, line in enumerate(reviewed, 1):
         try:
             if number == 1:
-                check_policy(shared, line)
+                check_policy(context, line)
             elif not open_lines.pop(new_digest(line).digest(), None):
-                done |= read_line(line)
+                done |= parse_plan_line(line)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UsageError(
-                f"plan {show_text(name)}:{number}: not a line of a plan exactly as this version of "
-                "offsync prints it",
+                f"plan {quote_text(name)}:{number}: not a line of a plan exactly as this version "
+                "of offsync prints it",
                 "use the unmodified output of 'offsync plan --json'",
                 ("or have a new plan reviewed:", replan),
             ) from None
-    elsewhere = [why for why in (not_done(shared.source, change) for change in done) if why]
+    elsewhere = [why for why in (not_done(context.source, change) for change in done) if why]
     unreviewed = {target for target, change in open_lines.values() if change is None}
     # What the review does not list, and nothing is done with.
     spared: dict[Target, set[bytes]] = {}
@@ -2419,7 +2445,7 @@ def approve(
         elif change and target not in unreviewed:
             state = "now exists only on the target" if change.kind == "missing" else "is now "
             state += change.kind if change.entry else ""
-            differing.append("%s: %s %s" % (target.login, show_path(change.path), state))
+            differing.append("%s: %s %s" % (target.login, quote_path(change.path), state))
             changed.add(target.login)
     if len(unreviewed) == len(compared) > 0:
         elsewhere.append("it covers none of these targets")
@@ -2427,17 +2453,17 @@ def approve(
     if differing:
         hints = [("have a new plan reviewed:", replan)]
         if len(changed) < len(compared) and not elsewhere:
-            excepted = [*shared.typed.excepted, *sorted(changed)]
-            hints.append(("or leave those targets out:", shared.typed.again(excepted=excepted)))
+            excepted = [*context.typed.excepted, *sorted(changed)]
+            hints.append(("or leave those targets out:", context.typed.again(excepted=excepted)))
         raise OffsyncError(
             "refused, nothing was sent: the current plan is not the reviewed plan "
-            f"{show_text(name)}: {some_of(sorted(set(differing)), '; ')}",
+            f"{quote_text(name)}: {join_first(sorted(set(differing)), '; ')}",
             *hints,
         )
     approved = []
     for plan in plans:
         if plan.target in unreviewed:
-            error = failure(plan.target, Kind.NOT_REVIEWED)
+            error = failure(plan.target, FailureKind.NOT_REVIEWED)
             plan = TargetPlan(plan.target, plan.connection, error=error)
         elif plan.target in spared:
             kept = (c for c in plan.changes if c.path not in spared[plan.target])
@@ -2446,12 +2472,12 @@ def approve(
     return approved
 
 
-def check_policy(shared: Run, reviewed: bytes) -> None:
+def check_policy(context: RunContext, reviewed: bytes) -> None:
     """Raise unless a reviewed plan's first line is the policy of this run, and none is taken over.
 
     Raises ValueError, KeyError or TypeError for what is no such line.
     """
-    now, then = json.loads(policy_line(shared.config)), json.loads(reviewed)
+    now, then = json.loads(policy_line(context.config)), json.loads(reviewed)
     deletion = Deletion(then["delete"])
     validate_absolute_path(then["source"], "source")
     printed = {**{key: then[key] for key in now}, "delete": deletion.value}
@@ -2462,7 +2488,7 @@ def check_policy(shared: Run, reviewed: bytes) -> None:
     differing = [pair for pair in pairs if pair[1] != pair[2]]
     if not differing:
         return
-    typed, options = shared.typed, {"source": then["source"], "deletion": deletion}
+    typed, options = context.typed, {"source": then["source"], "deletion": deletion}
     for option, configured in (
         ("source", typed.configured.source),
         ("deletion", typed.configured.delete),
@@ -2485,13 +2511,15 @@ def not_done(source: Source, change: Change) -> str:
     """Return how the source contradicts a reviewed change, "" if it agrees; hashes if it must."""
     path, entry = change.path, change.entry
     if change.kind == "missing" and os.path.lexists(os.path.join(source.root, path)):
-        return "%s was to be deleted, but is back in the source" % show_path(path)
+        return "%s was to be deleted, but is back in the source" % quote_path(path)
     now = source.entries.get(path)
-    agrees = entry is None or (now._replace(md5=b"") == entry if now else source.is_as(path, entry))
-    return "" if agrees else "%s in the source is no longer what was reviewed" % show_path(path)
+    agrees = entry is None or (
+        now._replace(md5=b"") == entry if now else source.still_matches(path, entry)
+    )
+    return "" if agrees else "%s in the source is no longer what was reviewed" % quote_path(path)
 
 
-def name_collisions(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[bytes]:
+def colliding_names(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[bytes]:
     """Return the names among the existing ones that a file system may take for one of these paths.
 
     Or for a directory above them, since it would merge the two directories; with the paths.
@@ -2499,83 +2527,83 @@ def name_collisions(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[by
     wanted: dict[str, set[bytes]] = {}
     for path in paths:
         for place in (path, *above(path)):
-            wanted.setdefault(folded(place), set()).add(place)
+            wanted.setdefault(casefold_nfc(place), set()).add(place)
     found: set[bytes] = set()
     for name in existing if wanted else ():
-        similar = wanted.get(folded(name), set()) - {name}
+        similar = wanted.get(casefold_nfc(name), set()) - {name}
         if similar:
             found |= {name, *similar}
     return found
 
 
-def refusal(shared: Run, plans: Sequence[TargetPlan]) -> Optional[OffsyncError]:
+def policy_violation(context: RunContext, plans: Sequence[TargetPlan]) -> Optional[OffsyncError]:
     """Return why none of these plans may be carried out, reviewed or not; None if all may."""
-    config, allowed = shared.config, shared.config.delete is Deletion.ALLOW
+    config, allowed = context.config, context.config.delete is Deletion.ALLOW
     gone = ("missing", "leftover") if allowed else ("missing",)
     # Where all is refused anyway, the excludes need not be asked.
-    emptied = config.delete is not Deletion.REFUSE or not shared.source.count
-    if emptied and any(plan.of(*gone) for plan in plans) and not shared.included:
+    emptied = config.delete is not Deletion.REFUSE or not context.source.entry_count
+    if emptied and any(plan.changes_of(*gone) for plan in plans) and not context.included:
         return OffsyncError(
-            f"the source {show_text(config.source)} is empty after the excludes, and an empty "
+            f"the source {quote_text(config.source)} is empty after the excludes, and an empty "
             "source never deletes",
             "check that it is mounted and filled",
         )
     facts: list[str] = []
     hints: list[Hint] = []
     for kind, permitted in (("missing", allowed), ("modified", config.overwrite)):
-        concerned = [plan for plan in plans if plan.of(kind)]
+        concerned = [plan for plan in plans if plan.changes_of(kind)]
         if concerned and not permitted:
-            fact, ways = refuse_kind(shared, kind, plans, concerned)
+            fact, ways = describe_forbidden_changes(context, kind, plans, concerned)
             facts.append(fact)
             hints += ways
     return OffsyncError("; and ".join(facts), *hints) if facts else None
 
 
-def review_needed(shared: Run, plans: Sequence[TargetPlan]) -> Optional[OffsyncError]:
-    """Return why these plans, which refusal() allows, need a review; None if they need none.
+def review_required(context: RunContext, plans: Sequence[TargetPlan]) -> Optional[OffsyncError]:
+    """Return why these plans need a review, as far as policy_violation() allows them, or None.
 
     Deletions may be the work of an empty mount, or of a file system that takes two names for one:
     where the target finds README under the name Readme, it reports README as missing and Readme as
     equal, and whoever deletes README deletes the only copy. Where the name of the source is added
     in the same plan, the target tells the two apart. What is kept could be overwritten likewise.
     """
-    review, allowed = shared.typed.again(command="plan"), shared.config.delete is Deletion.ALLOW
+    review, allowed = context.typed.again(command="plan"), context.config.delete is Deletion.ALLOW
     for plan in plans:
-        gone = plan.of("missing", "leftover") if allowed else plan.of("kept")
-        new = {change.path for change in plan.of("added")}
+        gone = plan.changes_of("missing", "leftover") if allowed else plan.changes_of("kept")
+        new = {change.path for change in plan.changes_of("added")}
         if not gone:
             continue
-        after = len(shared.included)
+        after = len(context.included)
         before = after - len(new) + len(gone)
-        percent = shared.config.max_delete
+        percent = context.config.max_delete
         if allowed and len(gone) >= MANY_DELETIONS and 100 * after < (100 - percent) * before:
             return OffsyncError(
                 f"{plan.target.login} would lose more than max_delete ({percent}%) of its entries: "
                 f"{before} now, {after} afterwards",
-                f"check that the source {show_text(shared.config.source)} is mounted and filled",
+                f"check that the source {quote_text(context.config.source)} is mounted and filled",
                 ("if this is intended, review the plan, then apply it by its ID:", review),
                 "or raise max_delete in the config",
             )
-        names = name_collisions((change.path for change in gone), shared.included - new)
+        names = colliding_names((change.path for change in gone), context.included - new)
         if names:
             return OffsyncError(
                 f"{plan.target.login}: these names may be one file on the target (case or Unicode "
                 "form), so that deleting or keeping one would delete or overwrite the other: "
-                + some_paths(names),
+                + quote_first(names),
                 ("if it tells them apart, review the plan, then apply it by its ID:", review),
                 "else rename them in the source, apply, rename them back, and apply again",
             )
     return None
 
 
-def refuse_kind(
-    shared: Run, kind: str, plans: Sequence[TargetPlan], concerned: Sequence[TargetPlan]
+def describe_forbidden_changes(
+    context: RunContext, kind: str, plans: Sequence[TargetPlan], concerned: Sequence[TargetPlan]
 ) -> tuple[str, list[Hint]]:
     """Return (why a kind of change that the policy forbids stops the run, the ways out)."""
-    keep = shared.config.delete is Deletion.KEEP
+    keep = context.config.delete is Deletion.KEEP
     # No other policy is that of a reviewed plan.
-    typed = shared.typed._replace(command="apply", plan=None)
-    total = sum(len(plan.of(kind)) for plan in concerned)
+    typed = context.typed._replace(command="apply", plan=None)
+    total = sum(len(plan.changes_of(kind)) for plan in concerned)
     fact = plural(total, "entry exists", "entries exist") + " only on a target"
     them = "it" if total == 1 else "them"
     hints: list[Hint] = []
@@ -2600,13 +2628,13 @@ def refuse_kind(
         hints.append((f"leave {those} out:", typed.again(excepted=excepted)))
     named = []
     for plan in concerned:
-        paths = {change.path for change in plan.of(kind)}
+        paths = {change.path for change in plan.changes_of(kind)}
         if kind == "missing" and keep:
             # What is in their place.
             replacing = {change.path for change in plan.changes if "type" in change.reasons}
             paths |= {place for path in paths for place in above(path) if place in replacing}
-        named.append(f"{plan.target.login}: {some_paths(paths)}")
-    return f"{fact}: {some_of(named, '; ')}", hints
+        named.append(f"{plan.target.login}: {quote_first(paths)}")
+    return f"{fact}: {join_first(named, '; ')}", hints
 
 
 # --- Trust core: delivery -----------------------------------------------------------------------
@@ -2618,7 +2646,7 @@ def refuse_kind(
 # file under the live name.
 RSYNC_SEND = ("-ii", "-lptO", "--from0", "--files-from=-", "--info=progress2")
 RSYNC_CONTENT = ("-I", "--delay-updates")  # -I: no quick check, which a forged time stamp passes
-RSYNC_AT_ONCE = ("-I",)  # for servers that do not put a staged file in place
+RSYNC_UNSTAGED = ("-I",)  # for servers that do not put a staged file in place
 RSYNC_MODES = ("--size-only",)  # equal by hash: only the mode is to be set
 RSYNC_SENT = b"%C %B %b %i %n//%L"
 # Deletes what the include rules name, protects all else, and can send nothing: the first filter
@@ -2645,21 +2673,21 @@ class Comparison(NamedTuple):
 class Delivery:
     """Carries one target's plan out and verifies it."""
 
-    def __init__(self, shared: Run, plan: TargetPlan) -> None:
-        self.shared, self.plan, self.connection = shared, plan, plan.connection
-        self.login, self.source = plan.target.login, shared.source
+    def __init__(self, context: RunContext, plan: TargetPlan) -> None:
+        self.context, self.plan, self.connection = context, plan, plan.connection
+        self.login, self.source = plan.target.login, context.source
         self.to_send = [change for change in plan.changes if change.entry]
-        allowed = shared.config.delete is Deletion.ALLOW
-        gone = plan.of("missing", "leftover") if allowed else ()
+        allowed = context.config.delete is Deletion.ALLOW
+        gone = plan.changes_of("missing", "leftover") if allowed else ()
         self.to_delete = {change.path for change in gone}
         # Entries that replace a directory.
         self.replacing = {c.path for c in self.to_send if "type" in c.reasons and not c.directory}
         self.bytes_sent: Optional[int] = 0
-        self.begun = False  # something may have changed on the target
+        self.target_touched = False  # something may have changed on the target
         self.tried_to_delete: set[bytes] = set()
         self.outcome: Optional[Comparison] = None  # at the end; None is unknown
 
-    def carry_out(self, record: Record) -> tuple[Record, Optional[OffsyncError]]:
+    def run_delivery(self, record: Record) -> tuple[Record, Optional[OffsyncError]]:
         """Send, delete and verify; return (the record of what became of it, why it failed)."""
         started, result = time.monotonic(), "ok"
         failed: Optional[OffsyncError] = None
@@ -2669,19 +2697,19 @@ class Delivery:
             if self.to_send or self.to_delete:
                 self.deliver()
             self.outcome = Comparison({}, set())
-        except Stopped:
+        except Cancelled:
             result, failed = "interrupted", OffsyncError("interrupted", "run apply again to finish")
         except (OffsyncError, OSError, MemoryError) as problem:
             result, failed = "failed", as_offsync_error(problem)
             # If the source changed, a comparison would mean nothing. A connection whose proofs
             # failed is asked nothing more.
-            known = getattr(problem, "kind", None) is not Kind.SOURCE_CHANGED
-            known = known and self.connection.restricted and self.connection.path_proved
-            if self.begun and not self.outcome and known:
+            known = getattr(problem, "kind", None) is not FailureKind.SOURCE_CHANGED
+            known = known and self.connection.restriction_proved and self.connection.path_proved
+            if self.target_touched and not self.outcome and known:
                 with contextlib.suppress(OffsyncError, OSError):
                     self.outcome = self.compare("hash", limit=RESCAN_DEADLINE)
         PROGRESS.update(self.login, None)
-        changed, deleted = self.delivered() if self.begun or result == "ok" else ([], [])
+        changed, deleted = self.delivered() if self.target_touched or result == "ok" else ([], [])
         record = record._replace(
             result=result,
             error=getattr(failed, "why", failed.message) if failed else None,
@@ -2703,9 +2731,9 @@ class Delivery:
         for change in self.to_send:
             left = self.outcome.differs.get(change.path)
             if left is None or left.reasons == ("mode",) and change.reasons != ("mode",):
-                changed.append(show(change.path))
+                changed.append(quote_name(change.path))
         deleted = self.tried_to_delete - self.outcome.extraneous
-        return changed, [show(path) for path in sorted(deleted)]
+        return changed, [quote_name(path) for path in sorted(deleted)]
 
     def deliver(self) -> None:
         """Do what the plan lists: files and directories, modes, symlinks, then deletions.
@@ -2717,44 +2745,44 @@ class Delivery:
         others = [change for change in self.to_send if not change.is_symlink]
         modes = [c for c in others if c.reasons == ("mode",)]
         content = [c for c in others if c.reasons != ("mode",)]
-        self.check_excluded()
-        self.make_way(content)
+        self.check_protected_directories()
+        self.delete_blocking(content)
         self.send(content, RSYNC_CONTENT)
         self.send(modes, RSYNC_MODES)
-        found = self.verify(others) if others else None
-        self.make_way(links)
+        found = self.verify_sent(others) if others else None
+        self.delete_blocking(links)
         self.send(links, ())
         if links or not found:
-            found = self.compare_tree()
+            found = self.compare_whole_tree()
         if not found.differs and found.extraneous & self.to_delete:
             self.delete(self.to_delete, found.extraneous)
-            found = self.compare_tree()
+            found = self.compare_whole_tree()
             # A file system that takes one of these names for one of the source may go on showing
             # that one from its cache: so such files are read.
-            twins = name_collisions(self.to_delete, self.shared.included) & self.shared.included
+            twins = colliding_names(self.to_delete, self.context.included) & self.context.included
             if twins and not found.differs:
                 found = found._replace(differs=self.compare("hash", sorted(twins)).differs)
         if found.differs or found.extraneous:
             self.outcome = found
             raise self.mismatch_error(found)
 
-    def check_excluded(self) -> None:
+    def check_protected_directories(self) -> None:
         """Raise if an entry would replace a directory of the target that an exclude protects.
 
         A rule such as "uploads/" protects a directory of that name, but none of what is in it once
         the source has a file or symlink called so. rsync is asked, with directories of these names.
         """
-        if not self.replacing or not self.shared.config.exclude:
+        if not self.replacing or not self.context.config.exclude:
             return
-        place = os.path.join(self.shared.scratch, "rules-%d" % next(self.shared.numbers))
+        place = os.path.join(self.context.scratch, "rules-%d" % next(self.context.numbers))
         for path in self.replacing:
             os.makedirs(os.path.join(os.fsencode(place), path), exist_ok=True)
-        directories = Source(place, self.shared.config.exclude)
-        protected = self.replacing - directories.included(self.shared.rsync)
+        directories = Source(place, self.context.config.exclude)
+        protected = self.replacing - directories.list_included(self.context.rsync_path)
         if protected:
-            raise self.failure(Kind.PROTECTED, protected)
+            raise self.target_error(FailureKind.PROTECTED, protected)
 
-    def make_way(self, changes: Sequence[Change]) -> None:
+    def delete_blocking(self, changes: Sequence[Change]) -> None:
         """Delete the planned entries below the directories that these entries replace."""
         replaced = self.replacing.intersection(change.path for change in changes)
         if replaced:
@@ -2766,7 +2794,7 @@ class Delivery:
         """Send exactly these; raise TargetError unless what went over is what was planned."""
         if not changes:
             return
-        config = self.shared.config
+        config = self.context.config
         report = TransferReport(self.plan.target, self.to_send)
         options = [*RSYNC_SEND, *how]
         options += ["--ignore-existing"] if not config.overwrite else []
@@ -2774,12 +2802,14 @@ class Delivery:
         options += ["-z"] if config.compress else []
         total = format_bytes(size_to_send(changes))
         PROGRESS.update(self.login, "sending " + total)
-        self.begun = True
+        self.target_touched = True
         # Unknown where rsync fails.
         before, self.bytes_sent = self.bytes_sent or 0, None
-        with scratch_file(self.shared.scratch, (listed_name(c.path) for c in changes)) as names:
+        with scratch_file(
+            self.context.scratch, (files_from_entry(c.path) for c in changes)
+        ) as names:
             try:
-                result = self.connection.rsync(
+                result = self.connection.rsync_with_retry(
                     options,
                     stdin=names,
                     on_item=report.take,
@@ -2788,54 +2818,58 @@ class Delivery:
                     sends=True,
                 )
             except ValueError as error:
-                raise failure(self.plan.target, Kind.ELSEWHERE, str(error)) from None
+                raise failure(self.plan.target, FailureKind.UNEXPECTED_REPORT, str(error)) from None
         if result.status == 0:
             self.bytes_sent = before + report.bytes
         if report.mismatched:
-            raise self.failure(Kind.SOURCE_CHANGED, report.mismatched)
+            raise self.target_error(FailureKind.SOURCE_CHANGED, report.mismatched)
         # It ends with 0 where nothing could be staged.
         if result.status != 0 or b"Unable to create partial-dir" in result.stderr:
             raise self.explain(result)
         lost = {c.path: c.entry for c in changes if c.entry and c.path not in report.confirmed}
         if lost:
-            changed = {path for path, entry in lost.items() if not self.source.is_as(path, entry)}
-            kind = Kind.SOURCE_CHANGED if changed else Kind.CHANGED_MEANWHILE
-            raise self.failure(kind, changed or set(lost))
+            changed = {
+                path for path, entry in lost.items() if not self.source.still_matches(path, entry)
+            }
+            kind = FailureKind.SOURCE_CHANGED if changed else FailureKind.CHANGED_MEANWHILE
+            raise self.target_error(kind, changed or set(lost))
 
-    def failure(self, kind: Failure, paths: Iterable[bytes]) -> TargetError:
+    def target_error(self, kind: Failure, paths: Iterable[bytes]) -> TargetError:
         return failure(self.plan.target, kind, names=paths)
 
     def explain(self, result: Result) -> TargetError:
         """Return what a failed pass that sends meant; names that may be one are told together."""
         error = self.connection.explain(result)
-        if error.kind is Kind.OTHER:
+        if error.kind is FailureKind.OTHER:
             sent = (change.path for change in self.to_send)
-            names = name_collisions(sent, self.shared.included)
-            error = self.failure(Kind.SAME_NAME, names) if names else error
+            names = colliding_names(sent, self.context.included)
+            error = self.target_error(FailureKind.NAME_COLLISION, names) if names else error
         return error
 
-    def verify(self, sent: Sequence[Change]) -> Optional[Comparison]:
+    def verify_sent(self, sent: Sequence[Change]) -> Optional[Comparison]:
         """Compare by hash what was sent; raise TargetError for what differs.
 
         Where all was sent, and where a pass over the tree costs less than two sessions, the tree is
         compared instead of a list of names: then this returns how, else None.
         """
         PROGRESS.update(self.login, "verifying %s" % plural(len(sent), "entry", "entries"))
-        near = self.connection.pass_seconds < 2 * self.connection.session_seconds
-        near = near and self.shared.config.verify != "quick"
-        whole = near or len(self.to_send) == self.source.count
+        near = self.connection.plan_pass_seconds < 2 * self.connection.session_overhead
+        near = near and self.context.config.verify != "quick"
+        whole = near or len(self.to_send) == self.source.entry_count
         paths = [change.path for change in sent]
         found = self.compare("hash", None if whole else paths)
         different = set(paths).intersection(found.differs)
         # rsync 3.2.0 to 3.2.3 never puts a file in place that it finds in .~tmp~.
-        left = {change.path for change in self.plan.of("leftover")}
+        left = {change.path for change in self.plan.changes_of("leftover")}
         stuck = [
             change
             for change in sent
-            if change.path in different and change.sends_content and staged(change.path) in left
+            if change.path in different
+            and change.sends_content
+            and staging_path(change.path) in left
         ]
         if stuck:
-            self.send(stuck, RSYNC_AT_ONCE)
+            self.send(stuck, RSYNC_UNSTAGED)
             whole, found = False, self.compare("hash", paths)
             different = set(found.differs)
         if different:
@@ -2849,14 +2883,14 @@ class Delivery:
         options = RSYNC_PLAN[how] if paths is None else RSYNC_COMPARE
         changes = itemize(self.connection, options, paths, limit=limit)
         extraneous = set()
-        keep = self.shared.config.delete is Deletion.KEEP
+        keep = self.context.config.delete is Deletion.KEEP
         for path in [path for path, change in changes.items() if change.kind == "missing"]:
             change = changes.pop(path)
             if path in self.to_delete or not (keep or is_leftover(self.source, change)):
                 extraneous.add(path)
         return Comparison(changes, extraneous)
 
-    def compare_tree(self) -> Comparison:
+    def compare_whole_tree(self) -> Comparison:
         """Return how the tree compares: what differs by size and time is compared by hash, too."""
         PROGRESS.update(self.login, "comparing again")
         found = self.compare("quick")
@@ -2870,15 +2904,19 @@ class Delivery:
         different = {*found.differs, *found.extraneous}
         suspects = [change for change in self.to_send if change.path in different]
         changed = [
-            c.path for c in suspects[:1000] if c.entry and not self.source.is_as(c.path, c.entry)
+            c.path
+            for c in suspects[:1000]
+            if c.entry and not self.source.still_matches(c.path, c.entry)
         ]
         if changed:
-            return self.failure(Kind.SOURCE_CHANGED, changed)
+            return self.target_error(FailureKind.SOURCE_CHANGED, changed)
         only_modes = all(change.reasons == ("mode",) for change in found.differs.values())
         if only_modes and not found.extraneous:
-            return self.failure(Kind.NO_MODES, different)
-        names = name_collisions(different, self.shared.included | self.to_delete)
-        return self.failure(Kind.SAME_NAME if names else Kind.DIFFERS, names or different)
+            return self.target_error(FailureKind.MODES_NOT_KEPT, different)
+        names = colliding_names(different, self.context.included | self.to_delete)
+        return self.target_error(
+            FailureKind.NAME_COLLISION if names else FailureKind.DIFFERS, names or different
+        )
 
     def delete(self, paths: set[bytes], extraneous: set[bytes]) -> None:
         """Delete these planned entries, unless others have appeared since: then nothing.
@@ -2887,56 +2925,58 @@ class Delivery:
         """
         surprises = extraneous - self.to_delete
         if surprises:
-            raise self.failure(Kind.APPEARED, surprises)
+            raise self.target_error(FailureKind.APPEARED, surprises)
         PROGRESS.update(self.login, "deleting %s" % plural(len(paths), "entry", "entries"))
         may_go = paths | self.replacing
 
         def judge(line: bytes) -> None:
-            code, name = line[:11], printed_name(line[12:]).rstrip(b"/")
+            code, name = line[:11], unescape_rsync_name(line[12:]).rstrip(b"/")
             gone = code.startswith(b"*deleting") and name in may_go
             # Once: a target can report it without end.
             may_go.discard(name)
             if not gone and not code.startswith(b".d"):
-                raise failure(self.plan.target, Kind.ELSEWHERE, "in a deletion", [name])
+                raise failure(
+                    self.plan.target, FailureKind.UNEXPECTED_REPORT, "in a deletion", [name]
+                )
 
         # rsync must be let into the directories above. Their rules end with a slash, so that they
         # match directories only: else a file that has just been delivered in place of such a
         # directory, and under its name, might be deleted.
-        rules = {include_rule(path) for path in paths}
+        rules = {exact_filter_pattern(path) for path in paths}
         for path in paths:
-            rules.update(include_rule(directory) + b"/" for directory in above(path))
-        self.begun = True
+            rules.update(exact_filter_pattern(directory) + b"/" for directory in above(path))
+        self.target_touched = True
         self.tried_to_delete |= paths
-        with scratch_file(self.shared.scratch, rules) as stream:
-            result = self.connection.rsync(RSYNC_DELETE, stdin=stream, on_item=judge)
+        with scratch_file(self.context.scratch, rules) as stream:
+            result = self.connection.rsync_with_retry(RSYNC_DELETE, stdin=stream, on_item=judge)
         if result.status != 0:
             raise self.connection.explain(result)
 
 
-def staged(path: bytes) -> bytes:
+def staging_path(path: bytes) -> bytes:
     directory, name = os.path.split(path)
-    return os.path.join(directory, STAGING, name)
+    return os.path.join(directory, STAGING_DIR, name)
 
 
 # --- Trust core: record, status and lock --------------------------------------------------------
 
 
-def take_lock(home: "Home", what: str, shared: bool = False) -> None:
+def take_lock(state: "StateDirectory", what: str, shared: bool = False) -> None:
     """Take the lock until the end: writers one at a time, readers (shared) beside each other.
 
     The loser says who has it. A writer logs the runs that were killed. The descriptor is never
     closed, on purpose.
     """
     flags = os.O_RDWR | os.O_CREAT
-    if shared and not os.access(home.path, os.W_OK):
+    if shared and not os.access(state.path, os.W_OK):
         flags = os.O_RDONLY
     try:
-        descriptor = os.open(home.lock_file, flags | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(state.lock_file, flags | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = quote_answer(read_file(home.lock_file, "lock", "try again")) or "another offsync"
+        holder = quote_output(read_file(state.lock_file, "lock", "try again")) or "another offsync"
         raise OffsyncError(
-            f"{holder} is running and holds the lock {show_text(home.lock_file)}",
+            f"{holder} is running and holds the lock {quote_text(state.lock_file)}",
             "try again when it has finished",
         ) from None
     except OSError as error:
@@ -2944,7 +2984,7 @@ def take_lock(home: "Home", what: str, shared: bool = False) -> None:
         if flags == os.O_RDONLY and isinstance(error, FileNotFoundError):
             return
         raise OffsyncError(
-            f"lock {show_text(home.lock_file)}: {error.strerror}; nothing was sent or changed",
+            f"lock {quote_text(state.lock_file)}: {error.strerror}; nothing was sent or changed",
             "fix this, then try again",
         ) from None
     # Only words for others: the disk may be full.
@@ -2952,33 +2992,33 @@ def take_lock(home: "Home", what: str, shared: bool = False) -> None:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, b"offsync %s (process %d)\n" % (what.encode(), os.getpid()), 0)
     if not shared:
-        log_killed_runs(home)
+        log_killed_runs(state)
 
 
-def open_log(home: "Home", so_far: str = "") -> int:
+def open_log(state: "StateDirectory", so_far: str = "") -> int:
     """Return a descriptor of the log, at its end. Raises OffsyncError."""
     try:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        log = os.open(home.log, flags | os.O_NONBLOCK, 0o600)
+        log = os.open(state.log, flags | os.O_NONBLOCK, 0o600)
         status = os.fstat(log)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         if not status.st_size:
-            sync_directory(os.path.dirname(os.path.realpath(home.log)))
+            sync_directory(os.path.dirname(os.path.realpath(state.log)))
         # The disk was full once: what follows stays readable.
         if status.st_size and os.pread(log, 1, status.st_size - 1) != b"\n":
             os.write(log, b"\n")
         return log
     except OSError as error:
         raise OffsyncError(
-            f"log {show_text(home.log)}: cannot be written: {error.strerror}{so_far}",
+            f"log {quote_text(state.log)}: cannot be written: {error.strerror}{so_far}",
             "fix this, then apply again",
         ) from None
 
 
-def append_log(home: "Home", record: Record) -> None:
+def append_log(state: "StateDirectory", record: Record) -> None:
     """Append one record with one write. Raises OffsyncError if it is not all there."""
-    line, log, why = json_line(record._asdict()), open_log(home), "no space left"
+    line, log, why = json_line(record._asdict()), open_log(state), "no space left"
     try:
         written = os.write(log, line)
         os.fsync(log)
@@ -2987,57 +3027,57 @@ def append_log(home: "Home", record: Record) -> None:
     os.close(log)
     if written != len(line):
         raise OffsyncError(
-            f"log {show_text(home.log)}: the record could not be written: {why}",
+            f"log {quote_text(state.log)}: the record could not be written: {why}",
             "free some space, or fix the permissions, then apply again",
         )
 
 
-def write_status(home: "Home", record: Record) -> None:
+def write_status(state: "StateDirectory", record: Record) -> None:
     """Replace a target's status, last/LOGIN: its newest record, without the names."""
-    make_directory(os.path.realpath(home.last), 0o700)
+    make_directory(os.path.realpath(state.last), 0o700)
     status = record._replace(files_changed=None, files_deleted=None)
-    write_atomically(os.path.join(home.last, record.login), [json_line(status._asdict())], 0o600)
+    write_atomically(os.path.join(state.last, record.login), [json_line(status._asdict())], 0o600)
 
 
-def log_killed_runs(home: "Home") -> None:
+def log_killed_runs(state: "StateDirectory") -> None:
     """Log the deliveries that were killed before they could do so themselves. With the lock."""
-    for name, record in read_statuses(home).items():
+    for name, record in read_statuses(state).items():
         if record.result == "started":
             why = (
                 "offsync was killed; it is unknown what was delivered; the next apply completes it"
             )
             record = record._replace(result="interrupted", error=why)
-            append_log(home, record)
-            write_status(home, record)
-            warn(f"the last apply to {show_text(name)} was killed; the next one will complete it")
+            append_log(state, record)
+            write_status(state, record)
+            warn(f"the last apply to {quote_text(name)} was killed; the next one will complete it")
 
 
-class Log:
+class RunLog:
     """The records of one apply, one for each target, whatever ends the run.
 
     deliver() and finish() are called by the threads of the targets.
     """
 
-    def __init__(self, home: "Home", config: Config, targets: Sequence[Target]) -> None:
-        self.home, self.locked = home, False
-        who, sudo = name_of(os.getuid()), os.environ.get("SUDO_USER")
+    def __init__(self, state: "StateDirectory", config: Config, targets: Sequence[Target]) -> None:
+        self.state, self.locked = state, False
+        who, sudo = user_name(os.getuid()), os.environ.get("SUDO_USER")
         who += " (sudo by %s)" % sudo if sudo else ""
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         # By login. They say "nothing" until a delivery begins, and "unknown" from then on.
-        self.open: dict[str, Record] = {}
+        self.unfinished: dict[str, Record] = {}
         for target in targets:
             record = Record(when, who, target.host, target.login, config.source)
-            self.open[target.login] = record._replace(
+            self.unfinished[target.login] = record._replace(
                 files_changed=[], files_deleted=[], bytes_sent=0
             )
-        self.ended: dict[str, tuple[Record, Optional[OffsyncError]]] = {}  # with why it failed
+        self.unreported: dict[str, tuple[Record, Optional[OffsyncError]]] = {}  # with why it failed
 
-    def __enter__(self) -> "Log":
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, _: object, error: Optional[BaseException], __: object) -> None:
         """End what has no end yet, for the reason that ended the run."""
-        for record in list(self.open.values()) if error else ():
+        for record in list(self.unfinished.values()) if error else ():
             unknown = record.files_changed is None
             result, why = "interrupted", OffsyncError("interrupted", "run apply again to finish")
             if error and is_refusal(error) and not unknown:
@@ -3045,17 +3085,19 @@ class Log:
             self.finish(record._replace(result=result, error=why.message, seconds=0.0), why)
 
     def identify(self, plan: str) -> None:
-        self.open = {login: record._replace(plan=plan) for login, record in self.open.items()}
+        self.unfinished = {
+            login: record._replace(plan=plan) for login, record in self.unfinished.items()
+        }
 
-    def deliver(self, shared: Run, plan: TargetPlan) -> None:
+    def deliver(self, context: RunContext, plan: TargetPlan) -> None:
         """Carry out one target's plan and log it at once, whatever becomes of the others."""
-        record, failed = self.open[plan.target.login], None
+        record, failed = self.unfinished[plan.target.login], None
         try:
             if plan.changes:
                 unknown = record._replace(files_changed=None, files_deleted=None, bytes_sent=None)
-                write_status(self.home, unknown)
-                self.open[record.login] = unknown
-            record, failed = Delivery(shared, plan).carry_out(record)
+                write_status(self.state, unknown)
+                self.unfinished[record.login] = unknown
+            record, failed = Delivery(context, plan).run_delivery(record)
         except OffsyncError as error:
             failed, why = error, f"{error.message}; nothing was sent"
             record = record._replace(result="failed", error=why)
@@ -3068,31 +3110,31 @@ class Log:
         without the lock, since the status is the other run's.
         """
         try:
-            append_log(self.home, record)
+            append_log(self.state, record)
             if self.locked and record.result != "refused":
-                write_status(self.home, record)
+                write_status(self.state, record)
         except OffsyncError as error:
             failed, why = error, record.error or "delivered and verified, but not logged"
             if error.message not in why:
                 record = record._replace(result="failed", error=f"{why}; {error.message}")
             # A status "started" would say that it was killed.
             with contextlib.suppress(OffsyncError):
-                if self.locked and self.open[record.login].files_changed is None:
-                    write_status(self.home, record)
-        self.ended[record.login] = record, failed
-        self.open.pop(record.login)
+                if self.locked and self.unfinished[record.login].files_changed is None:
+                    write_status(self.state, record)
+        self.unreported[record.login] = record, failed
+        self.unfinished.pop(record.login)
 
 
 def is_refusal(error: Optional[BaseException]) -> bool:
     """Return whether a run ended by a refusal or a failure that concerns all of its targets."""
-    return isinstance(error, Exception) and not isinstance(error, Stopped)
+    return isinstance(error, Exception) and not isinstance(error, Cancelled)
 
 
 # === The trust core ends here. Files and programs ===============================================
 
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"  # where sshd lives; often not in a user's PATH
 FILE_LIMIT = 1 << 26  # bytes of a config, key or status that are read
-RSYNC_OLDEST = (3, 1, 2)  # the first with rrsync -wo
+MIN_RSYNC = (3, 1, 2)  # the first with rrsync -wo
 # macOS ships openrsync as rsync.
 BREW_RSYNC = """
     /opt/homebrew/bin/rsync
@@ -3101,7 +3143,7 @@ BREW_RSYNC = """
 """.split()
 
 
-def program(name: str) -> str:
+def find_program(name: str) -> str:
     """Return the path of a system program; the error names the command that installs it."""
     found = shutil.which(name) or shutil.which(name, path=SBIN)
     if not found:
@@ -3128,23 +3170,25 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
         if found:
             path = os.path.abspath(found)
             argv = [path, "--version"]
-            printed = run(argv, limit=SESSION_DEADLINE, env=environment(rsync=True))
+            printed = run_program(
+                argv, limit=SESSION_DEADLINE, env=child_environment(for_rsync=True)
+            )
             version = parse_rsync_version(printed.stdout)
-            if version and version >= RSYNC_OLDEST:
+            if version and version >= MIN_RSYNC:
                 return path, version
             what = (
                 "rsync %d.%d.%d, too old" % version if version else "openrsync or no rsync at all"
             )
             if printed.status:
-                what = "a program that fails: %s" % quote_answer(printed.stderr)
-            problem = "%s is %s" % (show_text(path), what)
+                what = "a program that fails: %s" % quote_output(printed.stderr)
+            problem = "%s is %s" % (quote_text(path), what)
         elif named:
             raise OffsyncError(
-                f"rsync: {show_text(named)}, which OFFSYNC_RSYNC names, is no program",
+                f"rsync: {quote_text(named)}, which OFFSYNC_RSYNC names, is no program",
                 "correct that variable, or unset it",
             )
     raise OffsyncError(
-        f"rsync: {problem}; offsync needs rsync %d.%d.%d or newer" % RSYNC_OLDEST,
+        f"rsync: {problem}; offsync needs rsync %d.%d.%d or newer" % MIN_RSYNC,
         ("install it:", "offsync install-deps"),
         "or name another with OFFSYNC_RSYNC",
     )
@@ -3162,7 +3206,7 @@ def make_scratch() -> str:
         plain_name = re.fullmatch(r"[A-Za-z0-9/._+-]+", parent) and len(parent) + 24 < 104 - 17
         if plain_name and os.access(parent, os.W_OK | os.X_OK):
             made = tempfile.mkdtemp(prefix="offsync-", dir=parent)
-            if not find_strangers(made):
+            if not untrusted_writer(made):
                 return made
             os.rmdir(made)
     raise OffsyncError(
@@ -3172,7 +3216,7 @@ def make_scratch() -> str:
     )
 
 
-def start_guard(scratch: str, ssh: str) -> tuple[int, int]:
+def start_reaper(scratch: str, ssh: str) -> tuple[int, int]:
     """Fork a process that cleans up when offsync ends, even by SIGKILL; return (PID, a pipe).
 
     When the pipe closes, it ends every ssh connection whose control socket lies in scratch, so
@@ -3242,15 +3286,15 @@ def read_file(path: str, what: str, *missing: Hint) -> bytes:
             os.set_blocking(descriptor, True)
             data = stream.read(FILE_LIMIT)
     except FileNotFoundError:
-        raise UsageError(f"{what} {show_text(path)}: does not exist", *missing) from None
+        raise UsageError(f"{what} {quote_text(path)}: does not exist", *missing) from None
     except OSError as error:
         remedy = "fix this, then try again"
         if isinstance(error, PermissionError):
-            remedy = f"make it readable for the account {name_of(os.geteuid())}"
-        raise OffsyncError(f"{what} {show_text(path)}: {error.strerror}", remedy) from None
+            remedy = f"make it readable for the account {user_name(os.geteuid())}"
+        raise OffsyncError(f"{what} {quote_text(path)}: {error.strerror}", remedy) from None
     if len(data) == FILE_LIMIT:
         limit = format_bytes(FILE_LIMIT)
-        raise UsageError(f"{what} {show_text(path)}: larger than {limit}", "name the right file")
+        raise UsageError(f"{what} {quote_text(path)}: larger than {limit}", "name the right file")
     return data
 
 
@@ -3282,7 +3326,7 @@ def write_atomically(path: str, data: Iterable[bytes], mode: int) -> None:
             raise
     except OSError as error:
         raise OffsyncError(
-            f"{show_text(path)}: cannot be written: {error.strerror}; nothing was changed",
+            f"{quote_text(path)}: cannot be written: {error.strerror}; nothing was changed",
             "fix this, then try again",
         ) from None
 
@@ -3317,19 +3361,19 @@ def make_directory(path: str, mode: int) -> None:
                 os.close(descriptor)
     except OSError as error:
         raise OffsyncError(
-            f"{show_text(path)}: cannot be created: {error.strerror}",
+            f"{quote_text(path)}: cannot be created: {error.strerror}",
             "create it, or choose another place",
         ) from None
 
 
-def name_of(uid: int) -> str:
+def user_name(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
 
 
-def find_strangers(path: str, itself: bool = True) -> Optional[tuple[str, list[Hint]]]:
+def untrusted_writer(path: str, itself: bool = True) -> Optional[tuple[str, list[Hint]]]:
     """Return (who else could replace what lies at a path, the ways out); None if nobody can.
 
     Each existing directory on the way from / is judged, those of symlinks, too: the one judge of
@@ -3353,7 +3397,7 @@ def find_strangers(path: str, itself: bool = True) -> Optional[tuple[str, list[H
         else:
             return None  # from here on it is made by us
         if links > 40:
-            return f"{show_text(path)} leads through too many symlinks", []
+            return f"{quote_text(path)} leads through too many symlinks", []
     return judge_place(at) if itself else None
 
 
@@ -3368,9 +3412,9 @@ def judge_place(place: str, entry: str = "") -> Optional[tuple[str, list[Hint]]]
     try:
         status = os.stat(place)
     except OSError as error:
-        return f"{show_text(place)} cannot be looked at: {error.strerror}", []
+        return f"{quote_text(place)} cannot be looked at: {error.strerror}", []
     if status.st_uid not in ours:
-        return f"{show_text(place)} belongs to {name_of(status.st_uid)}", []
+        return f"{quote_text(place)} belongs to {user_name(status.st_uid)}", []
     mode, following = stat.S_IMODE(status.st_mode), os.path.join(place, entry)
     if entry and mode & stat.S_ISVTX and os.path.lexists(following):
         if os.lstat(following).st_uid in ours:
@@ -3383,7 +3427,7 @@ def judge_place(place: str, entry: str = "") -> Optional[tuple[str, list[Hint]]]
     plain_one = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
     if not entry and plain_one and status.st_uid == os.geteuid():
         hints.append(("run:", f"chmod go-w {shlex.quote(place)}"))
-    return f"{who} may write to {show_text(place)} (mode {mode:04o})", hints
+    return f"{who} may write to {quote_text(place)} (mode {mode:04o})", hints
 
 
 # --- The state directory --------------------------------------------------------------------------
@@ -3400,7 +3444,7 @@ def check_private(path: str) -> str:
     """Return a path of the state for people; raise unless it exists, and only we may read it."""
     if not os.path.exists(path):
         raise OffsyncError(
-            f"{show_text(path)}: does not exist",
+            f"{quote_text(path)}: does not exist",
             "restore it",
             ("or create a new one, and link it on every target:", offsync_command("init")),
         )
@@ -3410,18 +3454,18 @@ def check_private(path: str) -> str:
         hint: Hint = ("run:", f"chmod {mode & 0o700:o} {shlex.quote(path)}")
         # Such as a volume of secrets, where a mode cannot be changed.
         if status.st_uid != os.geteuid():
-            owner = name_of(status.st_uid)
+            owner = user_name(status.st_uid)
             hint = f"it belongs to {owner}: copy it to a place of your own, with mode 600"
-        raise OffsyncError(f"{show_text(path)}: others may read it (mode {mode:04o})", hint)
-    return show_text(path)
+        raise OffsyncError(f"{quote_text(path)}: others may read it (mode {mode:04o})", hint)
+    return quote_text(path)
 
 
-def check_home() -> str:
+def home_directory() -> str:
     """Return the home directory; raise where HOME is that of another account.
 
     As "sudo -u" that keeps it, or su without "-" leave it. A scratch one is fine.
     """
-    home, user = os.path.expanduser("~"), name_of(os.geteuid())
+    home, user = os.path.expanduser("~"), user_name(os.geteuid())
     try:
         own = pwd.getpwuid(os.geteuid()).pw_dir
         owner = os.stat(home).st_uid
@@ -3429,26 +3473,26 @@ def check_home() -> str:
         return home  # an unknown user ID has no directory to compare HOME with
     except OSError as error:
         raise OffsyncError(
-            f"HOME {show_text(home)}: {error.strerror}", f"set it to the home of {user}"
+            f"HOME {quote_text(home)}: {error.strerror}", f"set it to the home of {user}"
         ) from None
     if owner != os.geteuid() and os.path.realpath(home) != os.path.realpath(own):
         raise OffsyncError(
-            f"HOME {show_text(home)} belongs to {name_of(owner)}, and this is {user}",
+            f"HOME {quote_text(home)} belongs to {user_name(owner)}, and this is {user}",
             (f"run it with the home of {user}:", typed_again(user=user)),
         )
     return home
 
 
-class Home:
+class StateDirectory:
     """$OFFSYNC_HOME and its files. Refused where others could change it."""
 
     def __init__(self) -> None:
-        named = os.environ.get("OFFSYNC_HOME") or os.path.join(check_home(), ".offsync")
+        named = os.environ.get("OFFSYNC_HOME") or os.path.join(home_directory(), ".offsync")
         self.named = validate_absolute_path(named, "OFFSYNC_HOME")
         self.path = path = os.path.realpath(self.named)
         if re.search(r'["%$\\]', path):
             raise UsageError(
-                f'OFFSYNC_HOME {show_text(path)}: ssh would interpret one of " % $ \\ in it',
+                f'OFFSYNC_HOME {quote_text(path)}: ssh would interpret one of " % $ \\ in it',
                 "choose another directory",
             )
         names = "config.yaml id_ed25519 known_hosts operations.log lock plans last".split()
@@ -3456,31 +3500,33 @@ class Home:
         self.config, self.key, self.known_hosts, self.log, self.lock_file = paths[:5]
         self.plans, self.last = paths[5:]
         if os.path.lexists(path):
-            self.refuse_strangers()
+            self.check_writers()
 
-    def refuse_strangers(self) -> None:
+    def check_writers(self) -> None:
         """Raise where others could change the directory or what lies at the names in it.
 
         And where we cannot read it: a key or a host key must not look as if it were absent.
         """
         names = (self.config, self.key, self.known_hosts, self.log, self.lock_file)
         for path in (self.named, *names, self.plans, self.last):
-            strangers = find_strangers(path)
-            owner, user = os.geteuid(), name_of(os.geteuid())
+            strangers = untrusted_writer(path)
+            owner, user = os.geteuid(), user_name(os.geteuid())
             with contextlib.suppress(OSError):
                 owner = os.stat(path).st_uid
             work_as: list[Hint] = []
             if owner != os.geteuid():
-                as_owner = typed_again(user=name_of(owner))
-                work_as.append((f"it belongs to {name_of(owner)}; work as that account:", as_owner))
+                as_owner = typed_again(user=user_name(owner))
+                work_as.append(
+                    (f"it belongs to {user_name(owner)}; work as that account:", as_owner)
+                )
             if strangers:
                 raise OffsyncError(
-                    f"state directory {show_text(self.path)}: other users than {user} could modify "
-                    f"it: {strangers[0]}",
+                    f"state directory {quote_text(self.path)}: other users than {user} could "
+                    f"modify it: {strangers[0]}",
                     *(work_as or strangers[1]),
                 )
             if os.path.exists(path) and not os.access(path, os.R_OK):
-                raise OffsyncError(f"{show_text(path)}: Permission denied", *work_as)
+                raise OffsyncError(f"{quote_text(path)}: Permission denied", *work_as)
 
     def read_config(self) -> str:
         data = read_file(self.config, "config", *NO_STATE)
@@ -3499,9 +3545,9 @@ class Home:
         validate_config(text, self.config)
         write_atomically(self.config, [text.encode()], 0o600)
 
-    def keep_plan(self, config: Config, plans: Sequence[TargetPlan]) -> str:
+    def store_plan(self, config: Config, plans: Sequence[TargetPlan]) -> str:
         """Store a plan under its ID, for "apply --plan", and drop old ones; return the ID."""
-        name, size = identify_plan(config, plans)
+        name, size = plan_id(config, plans)
         try:
             if size > PLAN_LIMIT:
                 raise OffsyncError(f"it is larger than {format_bytes(PLAN_LIMIT)}")
@@ -3545,11 +3591,11 @@ class Home:
                 kept = os.listdir(self.plans) if os.path.isdir(self.plans) else []
                 for name in [name for name in kept if name.startswith(named)][:1]:
                     hints = [("the plan that begins so:", typed.again(plan=name))]
-            raise UsageError(f"plan {show_text(named)}: {why}", *hints) from None
+            raise UsageError(f"plan {quote_text(named)}: {why}", *hints) from None
         if is_id and digest.hexdigest() != named:
             raise OffsyncError(
                 f"plan {named}: the stored file was modified (its SHA-256 differs): "
-                + show_text(path),
+                + quote_text(path),
                 ("have a new plan reviewed:", typed.again(command="plan", plan=None)),
             )
         return copy, digest.hexdigest()
@@ -3587,23 +3633,25 @@ SYSTEM_TREES = """
 NO_LOGIN_SHELLS = ("nologin", "false", "true", "sync")
 # A line that link wrote, or that somebody wrote by hand as README shows it: from= and the guard may
 # be absent, and so may the final option.
-OUR_LINE = (
+OFFSYNC_KEY_LINE = (
     r'(?:from="[^"]*",)?command="(?:/bin/sh -c [^"]*; exec )?[^\s;&|"]+'
     r' -wo (?P<path>(?:\\"|[^"])*)",'
     + KEY_RESTRICTIONS.replace(",restrict", "(?:,restrict)?")
     + r" (?P<key>\S+ (?P<blob>\S+))(?: (?P<comment>.*))?"
 )
-# Before rrsync, the forced command refuses the options with which rsync compares what it gets with
-# other files: whoever stole the key could plant a symlink to a directory outside, and read the
-# files in it by their checksums, with every rrsync up to 3.5.0. These are basis directories, and
-# fuzzy (-y, also within other letters): no word before the final "." has a y, but for two that
-# offsync sends. rrsync takes no option in quotes.
+# rsync can compare what it receives with other files of the target: with basis directories
+# (--compare-dest and its like), and with files of a similar name (--fuzzy, or a "y" among short
+# options). The thief of a key plants a symlink to a directory outside its path, and reads the files
+# behind it by their checksums, with every rrsync up to 3.5.0. So these options are refused before
+# rrsync starts. rrsync takes no option in quotes; but it splits words at every kind of blank, where
+# the shell knows only three: so characters that are not printable ASCII are refused, too.
 FORCED_GUARD = (
     "case $SSH_ORIGINAL_COMMAND in *--compare-dest*|*--copy-dest*|*--link-dest*)"
-    " echo offsync: basis directories are refused >&2; exit 1;; esac; "
-    "set -f; for w in $SSH_ORIGINAL_COMMAND; do case $w in .) break;;"
-    " rsync|--delay-updates|--size-only) ;; *y*) echo offsync: fuzzy is refused >&2; exit 1;; esac;"
-    " done; exec "
+    " echo offsync: basis directories are refused >&2; exit 1;; esac; set -f; "
+    "case $(printf %s $SSH_ORIGINAL_COMMAND | LC_ALL=C tr -d [:print:] || echo x) in"
+    " ?*) echo offsync: characters that are not ASCII are refused >&2; exit 1;; esac; "
+    "for w in $SSH_ORIGINAL_COMMAND; do case $w in --delay-updates|--size-only) ;;"
+    " -*y*) echo offsync: fuzzy is refused >&2; exit 1;; esac; done; exec "
 )
 
 
@@ -3639,7 +3687,7 @@ def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -
     new = b"" if new_line is None else os.fsencode(new_line) + b"\n"
     for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", text), 1):
         decoded = line.decode("utf-8", "surrogateescape").strip()
-        written = re.fullmatch(OUR_LINE, decoded)
+        written = re.fullmatch(OFFSYNC_KEY_LINE, decoded)
         if decoded.startswith("#") or key.blob not in decoded.replace("\0", " ").split():
             kept.append(line)
         # Ours for another key, whose comment is this one.
@@ -3689,11 +3737,13 @@ def validate_public_key(text: str) -> PublicKey:
         raise UsageError("key: a private key, which must never leave the controller", give)
     key_type, blob, comment = [*text.strip().split(None, 2), "", "", ""][:3]
     fine = key_type in KEY_TYPES and re.fullmatch("[A-Za-z0-9+/]+=*", blob)
-    if fine and not re.search(CONTROL, text.strip()):
+    if fine and not re.search(CONTROL_CHARS, text.strip()):
         with scratch_directory() as scratch:
             path = os.path.join(scratch, "key.pub")
             write_atomically(path, [("%s %s\n" % (key_type, blob)).encode()], 0o600)
-            accepted = run([program("ssh-keygen"), "-l", "-f", path], limit=SESSION_DEADLINE)
+            accepted = run_program(
+                [find_program("ssh-keygen"), "-l", "-f", path], limit=SESSION_DEADLINE
+            )
         if accepted.status == 0:
             return PublicKey(key_type, blob, comment)
     raise UsageError(f"key: not one public key of a known type ({KEY_TYPES[0]}, ...)", give)
@@ -3716,7 +3766,7 @@ def find_rrsync(wanted: Optional[str]) -> str:
             )
     if wanted:
         raise UsageError(
-            f"rrsync {show_text(wanted)}: does not exist",
+            f"rrsync {quote_text(wanted)}: does not exist",
             "name its place, or leave --rrsync away to look in the known ones",
         )
     raise OffsyncError(
@@ -3730,7 +3780,7 @@ def find_rrsync(wanted: Optional[str]) -> str:
 
 
 # Stands in for ssh and sshd: drops the host's name, starts the forced command as sshd does.
-LOCAL_SHELL = (
+FAKE_SSH_SCRIPT = (
     "import os, sys; os.environ['SSH_ORIGINAL_COMMAND'] = ' '.join(sys.argv[3:]); "
     "os.execv('/bin/sh', ['sh', '-c', sys.argv[1]])"
 )
@@ -3755,14 +3805,14 @@ def probe_rrsync(rrsync: str, munge: bool) -> None:
             with open(path, "wb") as stream:
                 stream.write(b"offsync\n")
         forced = format_forced_command(rrsync, inside_it, munge)
-        words = (sys.executable, "-I", "-S", "-c", LOCAL_SHELL, forced)
-        shell = " ".join(map(quote_for_rsync, words))
+        words = (sys.executable, "-I", "-S", "-c", FAKE_SSH_SCRIPT, forced)
+        shell = " ".join(map(quote_rsh_word, words))
 
         rsync = find_rsync()[0]
 
         def send(*options: str) -> Result:
             argv = [rsync, "-e", shell, *options, "host:."]
-            return run(argv, limit=SESSION_DEADLINE, env=environment(rsync=True))
+            return run_program(argv, limit=SESSION_DEADLINE, env=child_environment(for_rsync=True))
 
         sent = send("-rl", "--", plant + "/")
         if sent.status != 0 or not os.path.exists(inside_it + "/file"):
@@ -3770,7 +3820,7 @@ def probe_rrsync(rrsync: str, munge: bool) -> None:
                 f"rrsync {rrsync}: does not work on this host",
                 "it must be of the same release as rsync, 3.1.2 or newer (3.2.4 for "
                 "--no-symlinks), with its interpreter: update rsync, or name another with --rrsync",
-                said="rrsync: " + (quote_answer(sent.stderr) or "nothing"),
+                said="rrsync: " + (quote_output(sent.stderr) or "nothing"),
             )
         send("-pR", "--no-implied-dirs", "--", through + "/./x/f")
         send("-rlbI", "--backup-dir=x", "--", plant + "/")
@@ -3796,7 +3846,7 @@ def check_forced_word(what: str, path: str) -> None:
     """Raise for what login shells and sshds read in different ways, also within apostrophes."""
     if re.search(r"""['"\\]""", path):
         raise UsageError(
-            f"{what} {show_text(path)}: holds a quote or a backslash, which login shells read in "
+            f"{what} {quote_text(path)}: holds a quote or a backslash, which login shells read in "
             "different ways",
             "choose another place",
         )
@@ -3813,7 +3863,7 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
     check_forced_word("path", real)
     if os.path.lexists(real) and not os.path.isdir(real):
         raise UsageError(
-            f"path {show_text(real)}: not a directory", "choose another, or move it away"
+            f"path {quote_text(real)}: not a directory", "choose another, or move it away"
         )
     homes = {os.path.realpath(home) for home in login_homes()}
     keys = [home + name for home in homes for name in ("/.ssh", "/.ssh/authorized_keys")]
@@ -3821,16 +3871,16 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
     for place in sorted({*keys, *map(os.path.realpath, [*keys, *protected])}):
         if within(place, real) or within(real, place):
             verb = "contains" if within(place, real) else "lies in"
-            found = found or "%s %s" % (verb, show_text(place))
+            found = found or "%s %s" % (verb, quote_text(place))
     if found:
         raise UsageError(
-            f"path {show_text(real)}: {found}, so write access to it amounts to a login shell",
+            f"path {quote_text(real)}: {found}, so write access to it amounts to a login shell",
             choose,
         )
     risk = None if accept_risk else next(link_risks(real), None)
     if risk:
         raise UsageError(
-            f"path {show_text(real)}: {risk[0]}",
+            f"path {quote_text(real)}: {risk[0]}",
             *risk[1],
             choose,
             ("or accept that:", typed_again("--accept-risk", "path")),
@@ -3868,11 +3918,11 @@ def link_risks(real: str) -> Iterator[tuple[str, list[Hint]]]:
             "it has an entry .ssh, as the home of an account has",
             ["remove that entry if nobody needs it"],
         )
-    strangers = find_strangers(real, itself=False)
+    strangers = untrusted_writer(real, itself=False)
     if strangers:
         yield f"others could put another directory in its place: {strangers[0]}", strangers[1]
     if os.path.isdir(real):
-        owner, user = name_of(os.stat(real).st_uid), name_of(os.geteuid())
+        owner, user = user_name(os.stat(real).st_uid), user_name(os.geteuid())
         if os.geteuid() == 0 and owner != user:
             yield (
                 f"it belongs to {owner}, and this links it for {user}, who may write anywhere",
@@ -3889,7 +3939,7 @@ def validate_from_pattern(pattern: str) -> str:
     """Return a pattern list for from="..." (sshd(8))."""
     if not re.fullmatch(r"[A-Za-z0-9.:*?!,/_%\[\]-]+", pattern):
         raise UsageError(
-            f"from {show_text(pattern)}: not host names, addresses or patterns, with commas",
+            f"from {quote_text(pattern)}: not host names, addresses or patterns, with commas",
             "see sshd(8)",
         )
     return pattern
@@ -3914,7 +3964,7 @@ def read_key_argument(args: argparse.Namespace) -> PublicKey:
     )
 
 
-def own_account() -> pwd.struct_passwd:
+def current_account() -> pwd.struct_passwd:
     """Return this account; raise where there is none, or HOME is another's."""
     try:
         account = pwd.getpwuid(os.geteuid())
@@ -3923,7 +3973,7 @@ def own_account() -> pwd.struct_passwd:
             f"the user ID {os.geteuid()} has no account on this host, so nobody can log in as it",
             "run this as an account of this host",
         ) from None
-    check_home()
+    home_directory()
     return account
 
 
@@ -3938,7 +3988,9 @@ def sshd_settings(user: str) -> dict[str, list[str]]:
         key = os.path.join(scratch, "key")
         make_key(key, "")
         who = "user=%s,host=localhost,addr=127.0.0.1" % user
-        result = run([program("sshd"), "-T", "-h", key, "-C", who], limit=SESSION_DEADLINE)
+        result = run_program(
+            [find_program("sshd"), "-T", "-h", key, "-C", who], limit=SESSION_DEADLINE
+        )
     settings: dict[str, list[str]] = {}
     for line in result.stdout.decode("utf-8", "replace").splitlines() if result.status == 0 else ():
         name, *words = line.split() or [""]
@@ -3951,9 +4003,9 @@ def link_warnings(
 ) -> Iterator[tuple[str, list[Hint]]]:
     """Yield (a warning, its hints): what makes sshd ignore the key, or undoes its restriction."""
     status, own, home = os.stat(delivery), account.pw_uid, account.pw_dir
-    shown, user = show_text(delivery), account.pw_name
+    shown, user = quote_text(delivery), account.pw_name
     if status.st_uid not in (0, own):
-        yield f"{shown} belongs to {name_of(status.st_uid)}, who can change what is delivered", []
+        yield f"{shown} belongs to {user_name(status.st_uid)}, who can change what is delivered", []
     if status.st_mode & 0o022:
         text = f"{shown} is writable for others, who can change what is delivered"
         # Where the key writes by the directory's group, that must stay.
@@ -4009,7 +4061,7 @@ def lets_code_in(pattern: str) -> bool:
     return pattern.startswith(families) or any(fnmatch.fnmatchcase(n, pattern) for n in names)
 
 
-def own_address(settings: dict[str, list[str]]) -> tuple[Optional[int], list[str]]:
+def advertised_address(settings: dict[str, list[str]]) -> tuple[Optional[int], list[str]]:
     """Return (port of the sshd that will answer, None for 22; fingerprints of its host keys)."""
     ports = settings.get("port") or ["22"]
     # "client port server port": the sshd that answered need not be the one of these settings.
@@ -4027,11 +4079,11 @@ def own_address(settings: dict[str, list[str]]) -> tuple[Optional[int], list[str
 
 def cmd_link(args: argparse.Namespace) -> int:
     require_programs("target")
-    account, risks, munge = own_account(), args.accept_risk, not args.symlinks
+    account, risks, munge = current_account(), args.accept_risk, not args.symlinks
     # "target add" takes no other login, and ssh takes few of them.
-    if not re.fullmatch(LOGIN, account.pw_name + "@host"):
+    if not re.fullmatch(LOGIN_PATTERN, account.pw_name + "@host"):
         raise OffsyncError(
-            f"account {show_text(account.pw_name)}: ssh takes no login of that name",
+            f"account {quote_text(account.pw_name)}: ssh takes no login of that name",
             "link it for another account",
         )
     rrsync = find_rrsync(args.rrsync)
@@ -4040,9 +4092,9 @@ def cmd_link(args: argparse.Namespace) -> int:
     named = os.path.expanduser("~/.offsync/sync") if args.path is None else args.path
     # Where the program came on stdin, it is no file.
     programs = filter(os.path.exists, (sys.argv[0], globals().get("__file__", "")))
-    path = validate_link_path(named, [rrsync, Home().key, *programs], "path" in risks)
+    path = validate_link_path(named, [rrsync, StateDirectory().key, *programs], "path" in risks)
     key = read_key_argument(args)
-    strangers = find_strangers(rrsync)
+    strangers = untrusted_writer(rrsync)
     if strangers and "rrsync" not in risks:
         raise OffsyncError(
             f"rrsync {rrsync}: others could replace what this key runs: {strangers[0]}",
@@ -4050,7 +4102,9 @@ def cmd_link(args: argparse.Namespace) -> int:
             ("or accept that:", typed_again("--accept-risk", "rrsync")),
         )
     if "rrsync" in risks:
-        warn(f"risk accepted: a thief of the key may write outside {show_text(path)}, by a symlink")
+        warn(
+            f"risk accepted: a thief of the key may write outside {quote_text(path)}, by a symlink"
+        )
     else:
         probe_rrsync(rrsync, munge)
     # A repeated link never lets in more than before.
@@ -4069,22 +4123,22 @@ def cmd_link(args: argparse.Namespace) -> int:
     set_authorized_key(key, line)
     if was and FORCED_GUARD not in was:
         emit("replaced the plain line of this key, with which it could also read files", error=True)
-    written = re.fullmatch(OUR_LINE, was)
+    written = re.fullmatch(OFFSYNC_KEY_LINE, was)
     if written and written_path(written) != path:
-        place = show_text(written_path(written))
+        place = quote_text(written_path(written))
         warn(f"replaced another line of this key; it can no longer write to {place}")
     if written and written["path"].startswith("-munge ") and not munge:
         warn("the line had --no-symlinks; now the key may make symlinks")
     verb = "already linked" if was == line else "linked"
     emit(
         "%s for %s, in %s: the key may write below %s, and do nothing else"
-        % (verb, account.pw_name, file, show_text(path)),
+        % (verb, account.pw_name, file, quote_text(path)),
         error=True,
     )
     settings = sshd_settings(account.pw_name)
     for warning, hints in link_warnings(account, settings, path):
         warn(warning, *hints)
-    port, host_keys = own_address(settings)
+    port, host_keys = advertised_address(settings)
     target = Target("%s@%s" % (account.pw_name, os.uname().nodename), path, rrsync, port, not munge)
     emit(
         "Now add this target on the controller (replace the host by the name that the controller "
@@ -4092,7 +4146,7 @@ def cmd_link(args: argparse.Namespace) -> int:
         error=True,
     )
     words = [word for key in host_keys for word in ("--host-key", key)]
-    emit(" ".join(["offsync target add", add_arguments(target), *words]))
+    emit(" ".join(["offsync target add", target_add_args(target), *words]))
     return 0
 
 
@@ -4101,18 +4155,18 @@ def list_linked_keys() -> int:
     path = os.path.realpath(os.path.expanduser("~/.ssh/authorized_keys"))
     text = read_file(path, "authorized_keys") if os.path.exists(path) else b""
     lines = text.decode("utf-8", "surrogateescape").split("\n")
-    linked = list(filter(None, (re.fullmatch(OUR_LINE, line.strip()) for line in lines)))
+    linked = list(filter(None, (re.fullmatch(OFFSYNC_KEY_LINE, line.strip()) for line in lines)))
     for match in linked:
-        place = show_text(written_path(match))
-        emit(f"{place}, {printable(match['comment'] or 'a key without a comment')}:")
+        place = quote_text(written_path(match))
+        emit(f"{place}, {replace_unprintable(match['comment'] or 'a key without a comment')}:")
         emit(f"    offsync unlink --key '{match['key']}'")
     if not linked:
-        emit(f"no key is linked in {show_text(path)}", error=True)
+        emit(f"no key is linked in {quote_text(path)}", error=True)
     return 0
 
 
 def cmd_unlink(args: argparse.Namespace) -> int:
-    own_account()
+    current_account()
     if args.key is None and args.key_file is None:
         # A terminal, /dev/null and an empty pipe name no key.
         empty = sys.argv[0] in ("-", "") or stat.S_ISCHR(os.fstat(0).st_mode)
@@ -4143,7 +4197,7 @@ def fingerprint(blob: str) -> str:
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
-def describe_changed_key(home: Home, stderr: bytes) -> str:
+def describe_changed_key(state: StateDirectory, stderr: bytes) -> str:
     """Return which host key was expected and which was shown, from ssh's warning (sshconnect.c)."""
     text = stderr.decode("utf-8", "replace")
     shown = re.search(
@@ -4153,8 +4207,8 @@ def describe_changed_key(home: Home, stderr: bytes) -> str:
     facts = "shown now %s (%s)" % (shown[2], shown[1]) if shown else "shown now another one"
     name, number = known.groups() if known else ("", "0")
     usual = ("known_hosts", "known_hosts2", "ssh_known_hosts", "ssh_known_hosts2")
-    if name != home.known_hosts and os.path.basename(name) not in usual:
-        return printable(facts)
+    if name != state.known_hosts and os.path.basename(name) not in usual:
+        return replace_unprintable(facts)
     # Somebody may have edited the file since.
     with contextlib.suppress(OffsyncError, ValueError, IndexError):
         line = (
@@ -4164,7 +4218,7 @@ def describe_changed_key(home: Home, stderr: bytes) -> str:
         # "?" is no base64: then nothing is said of it.
         old = fingerprint(key[1] if key else "?")
         facts = "known %s (%s:%s), %s" % (old, name, number, facts)
-    return printable(facts)
+    return replace_unprintable(facts)
 
 
 def fetch_host_key(connection: Connection) -> tuple[str, str, str]:
@@ -4174,22 +4228,22 @@ def fetch_host_key(connection: Connection) -> tuple[str, str, str]:
     (ssh-keyscan knows none). What a server shows is not proved yet: the connection that trusts this
     key proves it.
     """
-    shared, target = connection.shared, connection.target
-    path = os.path.join(shared.scratch, "fetched-%d" % next(shared.numbers))
-    argv = [shared.ssh, *SSH_ALONE, *SSH_FETCH_HOST_KEY, "-o", "UserKnownHostsFile=" + path]
-    for last in attempts():
+    context, target = connection.context, connection.target
+    path = os.path.join(context.scratch, "fetched-%d" % next(context.numbers))
+    argv = [context.ssh, *SSH_NO_MUX, *SSH_FETCH_HOST_KEY, "-o", "UserKnownHostsFile=" + path]
+    for last in retry_attempts():
         words = [*argv, *connection.options(), *connection.destination()]
         result = connection.run(words, limit=CONNECT_DEADLINE)
         if os.path.exists(path):
             break
-        error = explain_login(connection, result)
+        error = diagnose_login(connection, result)
         if last or not error.kind.retry:
             raise error
     words = read_file(path, "host key").decode("utf-8", "replace").split()
     if len(words) < 3:
         raise OffsyncError(
             f"{target.login}: ssh could not write the target's host key down",
-            f"check that {shared.scratch} is not full",
+            f"check that {context.scratch} is not full",
         )
     return words[0], words[1], words[2]
 
@@ -4212,19 +4266,21 @@ def confirm_host_key(target: Target, shown: str) -> None:
         )
 
 
-def trust_host_key(shared: Run, host: str, line: str) -> str:
+def trust_host_key(context: RunContext, host: str, line: str) -> str:
     """Return a scratch copy of our known_hosts with this line in place of those of its host."""
-    path, old = os.path.join(shared.scratch, "known_hosts"), b""
-    if os.path.exists(shared.home.known_hosts):
-        shutil.copyfile(shared.home.known_hosts, path)
+    path, old = os.path.join(context.scratch, "known_hosts"), b""
+    if os.path.exists(context.state.known_hosts):
+        shutil.copyfile(context.state.known_hosts, path)
         # It knows hashed names, too.
-        removed = run([program("ssh-keygen"), "-R", host, "-f", path], limit=SESSION_DEADLINE)
+        removed = run_program(
+            [find_program("ssh-keygen"), "-R", host, "-f", path], limit=SESSION_DEADLINE
+        )
         # Else the old key would go on being trusted.
         if removed.status != 0:
             raise OffsyncError(
-                f"known_hosts {show_text(shared.home.known_hosts)}: ssh-keygen cannot edit it",
+                f"known_hosts {quote_text(context.state.known_hosts)}: ssh-keygen cannot edit it",
                 "remove the line that it names, then try again",
-                said="ssh-keygen: " + quote_answer(removed.stderr),
+                said="ssh-keygen: " + quote_output(removed.stderr),
             )
         old = read_file(path, "known_hosts")
         old += b"\n" if old and not old.endswith(b"\n") else b""
@@ -4232,7 +4288,9 @@ def trust_host_key(shared: Run, host: str, line: str) -> str:
     return path
 
 
-def connect_trusted(shared: Run, target: Target, wanted: Sequence[str]) -> tuple[Connection, str]:
+def connect_trusted(
+    context: RunContext, target: Target, wanted: Sequence[str]
+) -> tuple[Connection, str]:
     """Return (a connection, the known_hosts to store, "" if its key is trusted already).
 
     One key is trusted: that which ssh negotiates, once it is compared, and proved by the connection
@@ -4240,15 +4298,15 @@ def connect_trusted(shared: Run, target: Target, wanted: Sequence[str]) -> tuple
     connection reads the known_hosts files of the user and the system, too, so that a key which is
     marked as revoked there is refused by ssh itself.
     """
-    connection = Connection(shared, target)
+    connection = Connection(context, target)
     if not wanted:
         try:
             connection.open()
             return connection, ""
         except TargetError as error:
-            if error.kind not in (Kind.HOST_KEY_UNKNOWN, Kind.HOST_KEY_CHANGED):
+            if error.kind not in (FailureKind.HOST_KEY_UNKNOWN, FailureKind.HOST_KEY_CHANGED):
                 raise
-            if error.kind is Kind.HOST_KEY_CHANGED:
+            if error.kind is FailureKind.HOST_KEY_CHANGED:
                 warn(error.message)
     host, key_type, blob = fetch_host_key(connection)
     shown = fingerprint(blob)
@@ -4261,8 +4319,8 @@ def connect_trusted(shared: Run, target: Target, wanted: Sequence[str]) -> tuple
         )
     if not wanted:
         confirm_host_key(target, "%s (%s)" % (shown, key_type))
-    known_hosts = trust_host_key(shared, host, "%s %s %s" % (host, key_type, blob))
-    connection = Connection(shared, target, known_hosts)
+    known_hosts = trust_host_key(context, host, "%s %s %s" % (host, key_type, blob))
+    connection = Connection(context, target, known_hosts)
     connection.open()
     return connection, known_hosts
 
@@ -4270,9 +4328,9 @@ def connect_trusted(shared: Run, target: Target, wanted: Sequence[str]) -> tuple
 class Proof(NamedTuple):
     """One thing that was tried on a target; closed is None where it could not be told."""
 
-    tried: str
-    closed: Optional[bool]
-    answer: str
+    attempt: str
+    denied: Optional[bool]
+    detail: str
 
 
 def prove_forwarding(connection: Connection) -> list[Proof]:
@@ -4281,7 +4339,14 @@ def prove_forwarding(connection: Connection) -> list[Proof]:
     ssh -v shows what sshd says of the key's options when it authenticates (auth_debug in OpenSSH):
     nothing else tells the controller of agent forwarding. dropbear's sshd does not report it.
     """
-    argv = [connection.shared.ssh, *SSH_ALONE, "-v", "-o", "LogLevel=DEBUG1", *connection.options()]
+    argv = [
+        connection.context.ssh,
+        *SSH_NO_MUX,
+        "-v",
+        "-o",
+        "LogLevel=DEBUG1",
+        *connection.options(),
+    ]
     argv += ["-W", "127.0.0.1:%d" % (connection.target.port or 22), *connection.destination()]
     result = connection.run(argv, limit=CONNECT_DEADLINE)
     options: Optional[list[bytes]] = None
@@ -4305,13 +4370,13 @@ def prove_forwarding(connection: Connection) -> list[Proof]:
 def prove_all(connection: Connection) -> list[Proof]:
     """Try all that the key must not do, and that it can write; no file is sent."""
     connection.prove_restricted()
-    shared, marker = connection.shared, os.urandom(8).hex()
-    dry: dict[str, Any] = {"source": shared.empty, "limit": SESSION_DEADLINE}
+    context, marker = connection.context, os.urandom(8).hex()
+    dry: dict[str, Any] = {"source": context.empty, "limit": SESSION_DEADLINE}
     read = connection.session((), "cat /etc/passwd")
-    *shell, files = connection.rsync_words(".")
-    argv = [shared.rsync, "-n", "-r", *shell, files, os.fsdecode(shared.empty) + "/"]
-    pulled = connection.run(argv, limit=SESSION_DEADLINE, env=environment(rsync=True))
-    climbed = connection.rsync(("-n", "-r"), path="../" + marker, **dry)
+    *shell, files = connection.rsync_remote_args(".")
+    argv = [context.rsync_path, "-n", "-r", *shell, files, os.fsdecode(context.empty) + "/"]
+    pulled = connection.run(argv, limit=SESSION_DEADLINE, env=child_environment(for_rsync=True))
+    climbed = connection.rsync_with_retry(("-n", "-r"), path="../" + marker, **dry)
     climbs = climbed.status == 0 or marker.encode() + b'"' in climbed.stderr
 
     def refused(what: str, result: Result, answer: str) -> Proof:
@@ -4320,13 +4385,16 @@ def prove_all(connection: Connection) -> list[Proof]:
         Raises TargetError if it was not even asked: a dead connection refuses everything.
         """
         error = diagnose(connection.target, result)
-        if not answer and (error.kind.retry or error.kind in (Kind.SILENT, Kind.ENDED)):
+        if not answer and (
+            error.kind.retry
+            or error.kind in (FailureKind.NO_RESPONSE, FailureKind.CLOSED_AFTER_LOGIN)
+        ):
             raise error
         return Proof(what, not answer, answer or "refused")
 
     proofs = [
         Proof("run a command", True, "refused"),
-        refused("read a file with cat", read, quote_answer(read.stdout)),
+        refused("read a file with cat", read, quote_output(read.stdout)),
         refused("read files with rsync", pulled, "it sends them" if pulled.status == 0 else ""),
         Proof("write to a path outside", True, prove_path(connection)),
         refused("write to .. of the path", climbed, "accepted" if climbs else ""),
@@ -4337,7 +4405,7 @@ def prove_all(connection: Connection) -> list[Proof]:
     terminal = connection.session(("-tt",), PROOF_COMMAND).stdout.strip()
     proofs.append(Proof("get a terminal (PTY)", not terminal, "given" if terminal else "refused"))
     proofs += prove_forwarding(connection)
-    written = connection.rsync(("-n", "-r"), **dry)
+    written = connection.rsync_with_retry(("-n", "-r"), **dry)
     # A dead connection would have refused it all.
     if written.status != 0:
         raise diagnose(connection.target, written)
@@ -4348,44 +4416,48 @@ def cmd_target_add(args: argparse.Namespace) -> int:
     require_programs("controller")
     given = {key: getattr(args, key) for key, rule in TARGET_KEYS.items() if rule.option}
     target = Target(
-        **{key: TARGET_KEYS[key].accept(value) for key, value in given.items() if value is not None}
+        **{
+            key: TARGET_KEYS[key].normalize(value)
+            for key, value in given.items()
+            if value is not None
+        }
     )
     for host_key in args.host_key:
         if not re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}", host_key):
             raise UsageError(
-                f"host key {show_text(host_key)}: not SHA256: and 43 characters",
+                f"host key {quote_text(host_key)}: not SHA256: and 43 characters",
                 "copy it as 'offsync link' and ssh-keygen -l print it",
             )
-    home = Home()
+    state = StateDirectory()
     # Without a config, there is nothing to lock.
-    home.load()
-    take_lock(home, "target add")
-    config = home.load()
+    state.load()
+    take_lock(state, "target add")
+    config = state.load()
     others = [other for other in config.targets if other.login != target.login]
     known = [other for other in config.targets if other.login == target.login]
     if known and known != [target]:
         warn(
             f"{target.login} is configured already, and will be replaced: it was "
-            + add_arguments(known[0]),
+            + target_add_args(known[0]),
             "to have both, give one of them a Host alias in ~/.ssh/config",
         )
-    with Run(home, config, Typed("target add", config)) as shared:
-        connection, known_hosts = connect_trusted(shared, target, args.host_key)
+    with RunContext(state, config, Typed("target add", config)) as context:
+        connection, known_hosts = connect_trusted(context, target, args.host_key)
         proofs = prove_all(connection)
-        found = ["%s: %s" % (p.tried, p.answer) for p in proofs if p.closed is False]
+        found = ["%s: %s" % (p.attempt, p.detail) for p in proofs if p.denied is False]
         if found:
-            raise failure(target, Kind.OPEN, "; ".join(found))
+            raise failure(target, FailureKind.NOT_RESTRICTED, "; ".join(found))
         if known_hosts:
             trusted = read_file(known_hosts, "known_hosts")
-            write_atomically(home.known_hosts, [trusted], 0o600)
-    home.replace_in_config("targets", format_targets([*others, target]))
+            write_atomically(state.known_hosts, [trusted], 0o600)
+    state.replace_in_config("targets", format_targets([*others, target]))
     emit(
         "%s %s: the key is restricted to writing below %s (%s); next: offsync plan"
         % (
             "updated" if known else "added",
             target.login,
-            show_text(target.remote_path),
-            plural(sum(proof.closed is True for proof in proofs), "proof"),
+            quote_text(target.remote_path),
+            plural(sum(proof.denied is True for proof in proofs), "proof"),
         )
     )
     return 0
@@ -4422,11 +4494,11 @@ PACKAGE_MANAGERS = {
 def missing_programs(role: str) -> dict[str, OffsyncError]:
     """Return {program: why it cannot be used} of what a role needs and this host lacks."""
     checks: dict[str, Callable[[], Any]] = {"rsync": find_rsync}
-    checks["ssh-keygen"] = lambda: program("ssh-keygen")
+    checks["ssh-keygen"] = lambda: find_program("ssh-keygen")
     if role != "target":
-        checks["ssh"] = lambda: program("ssh")
+        checks["ssh"] = lambda: find_program("ssh")
     if role != "controller":
-        checks.update({"sshd": lambda: program("sshd"), "rrsync": lambda: find_rrsync(None)})
+        checks.update({"sshd": lambda: find_program("sshd"), "rrsync": lambda: find_rrsync(None)})
     missing = {}
     for name, check in checks.items():
         try:
@@ -4476,7 +4548,7 @@ def install_dependencies(role: str, assume_yes: bool = False) -> None:
         raise OffsyncError(f"install-deps: nothing was installed; missing: {names}")
     # What is missing afterwards tells whether it worked.
     for words in commands:
-        run(words, shown=True)
+        run_program(words, attach_terminal=True)
     still = missing_programs(role)
     if still:
         raise OffsyncError(
@@ -4666,18 +4738,18 @@ def replace_block(text: str, key: str, block: Sequence[str]) -> str:
     return re.sub(lines, replaced, text, count=1)
 
 
-LOGIN = (
+LOGIN_PATTERN = (
     r"(?a)[A-Za-z0-9_.][A-Za-z0-9_.@+\\-]*\$?@"
     r"(?:\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?\]|[A-Za-z0-9_][A-Za-z0-9_.-]*)"
 )
-CONTROL = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]"
+CONTROL_CHARS = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]"
 
 
 def validate_login(login: str) -> str:
     """Return a login: user@host, an IPv6 address in brackets."""
-    if not re.fullmatch(LOGIN, login) or len(login) > 200:  # it is the name of a file, too
+    if not re.fullmatch(LOGIN_PATTERN, login) or len(login) > 200:  # it is the name of a file, too
         raise UsageError(
-            f"login {show_text(login)}: not of the form user@host",
+            f"login {quote_text(login)}: not of the form user@host",
             "an IPv6 address stands in brackets, user@[address]; a port goes into --port",
         )
     return login
@@ -4685,9 +4757,9 @@ def validate_login(login: str) -> str:
 
 def validate_absolute_path(path: str, what: str) -> str:
     """Return the path normalised; absolute, without control characters and undecodable bytes."""
-    if not path.startswith("/") or re.search(CONTROL, path) or len(os.fsencode(path)) > 4000:
+    if not path.startswith("/") or re.search(CONTROL_CHARS, path) or len(os.fsencode(path)) > 4000:
         raise UsageError(
-            f"{what} {show_text(path)}: not an absolute path in UTF-8, of at most 4000 bytes, "
+            f"{what} {quote_text(path)}: not an absolute path in UTF-8, of at most 4000 bytes, "
             "without control characters"
         )
     return posixpath.normpath("/" + path.lstrip("/"))
@@ -4695,36 +4767,36 @@ def validate_absolute_path(path: str, what: str) -> str:
 
 def validate_port(port: Any) -> int:
     if not re.fullmatch("[1-9][0-9]{0,4}", str(port)) or int(port) > 65535:
-        raise UsageError(f"port {show_text(str(port))}: not a number from 1 to 65535")
+        raise UsageError(f"port {quote_text(str(port))}: not a number from 1 to 65535")
     return int(port)
 
 
-def flag(text: str) -> dict[str, Any]:
+def flag_option(text: str) -> dict[str, Any]:
     """Return the words for add_argument of an option without a value."""
     return {"action": "store_true", "help": text}
 
 
-def value(metavar: str, text: str, **more: Any) -> dict[str, Any]:
+def value_option(metavar: str, text: str, **more: Any) -> dict[str, Any]:
     """Return the words for add_argument of an option or argument with a value."""
     return {"metavar": metavar, "help": text, **more}
 
 
-class Rule(NamedTuple):
+class KeySpec(NamedTuple):
     """What a key of config.yaml must be.
 
-    accept returns the value in its normal form; another value, and UsageError, are a refusal. A
+    normalize returns the value in its normal form; another value, and UsageError, are a refusal. A
     target's key is an argument of "target add", too: option, with its words for add_argument.
     """
 
-    what: str
+    expected: str
     type: type
     default: Any  # ... where the key is required
-    accept: Callable[[Any], Any] = lambda value: value
+    normalize: Callable[[Any], Any] = lambda value: value
     option: str = ""
-    words: dict[str, Any] = {}
+    argparse_kwargs: dict[str, Any] = {}
 
 
-def between(least: int, most: int) -> Callable[[int], Optional[int]]:
+def in_range(least: int, most: int) -> Callable[[int], Optional[int]]:
     """Return what accepts numbers in a range."""
     return lambda number: number if least <= number <= most else None
 
@@ -4734,70 +4806,70 @@ def deletion_word(given: object) -> object:
     return given if isinstance(given, (bool, str)) and given in (False, True, "keep") else None
 
 
-BOOLEAN, PATH = "true or false", "an absolute path without .. and double or trailing slashes"
+BOOLEAN, PATH_RULE = "true or false", "an absolute path without .. and double or trailing slashes"
 TOP_KEYS = {
-    "version": Rule("the number 1", int, ..., between(1, 1)),
-    "source": Rule(
+    "version": KeySpec("the number 1", int, ..., in_range(1, 1)),
+    "source": KeySpec(
         "an absolute path", str, ..., lambda path: validate_absolute_path(path, "") and path
     ),
-    "delete": Rule('false, true or "keep"', object, False, deletion_word),
-    "overwrite": Rule(BOOLEAN, bool, True),
-    "verify": Rule(
+    "delete": KeySpec('false, true or "keep"', object, False, deletion_word),
+    "overwrite": KeySpec(BOOLEAN, bool, True),
+    "verify": KeySpec(
         '"hash", "strong" or "quick"',
         str,
         "hash",
         lambda word: word if word in RSYNC_PLAN else None,
     ),
-    "exclude": Rule("a list of rsync patterns", list, [Node(".git/", 0)]),
-    "jobs": Rule("a number from 1 to 1000", int, 8, between(1, 1000)),
-    "bwlimit": Rule("a number of KiB/s", int, 0),
-    "compress": Rule(BOOLEAN, bool, False),
+    "exclude": KeySpec("a list of rsync patterns", list, [Node(".git/", 0)]),
+    "jobs": KeySpec("a number from 1 to 1000", int, 8, in_range(1, 1000)),
+    "bwlimit": KeySpec("a number of KiB/s", int, 0),
+    "compress": KeySpec(BOOLEAN, bool, False),
     # A large file is hashed in silence: hours.
-    "timeout": Rule("a number of seconds, 60 or more", int, 10800, between(60, 10**9)),
-    "max_delete": Rule("a number of percent from 0 to 100", int, 50, between(0, 100)),
-    "targets": Rule("a list of targets, or []", list, ...),
+    "timeout": KeySpec("a number of seconds, 60 or more", int, 10800, in_range(60, 10**9)),
+    "max_delete": KeySpec("a number of percent from 0 to 100", int, 50, in_range(0, 100)),
+    "targets": KeySpec("a list of targets, or []", list, ...),
 }
 TARGET_KEYS = {
-    "login": Rule(
+    "login": KeySpec(
         "user@host (user@[address] for IPv6)",
         str,
         ...,
         validate_login,
         "login",
-        value("LOGIN", "user@host; IPv6 as user@[address]"),
+        value_option("LOGIN", "user@host; IPv6 as user@[address]"),
     ),
-    "user": Rule("the user of login", str, ...),
-    "host": Rule("the host of login", str, ...),
-    "remote_path": Rule(
-        PATH,
+    "user": KeySpec("the user of login", str, ...),
+    "host": KeySpec("the host of login", str, ...),
+    "remote_path": KeySpec(
+        PATH_RULE,
         str,
         ...,
         lambda path: validate_absolute_path(path, "path"),
         "--path",
-        value("DIR", "the path given to link there", required=True, dest="remote_path"),
+        value_option("DIR", "the path given to link there", required=True, dest="remote_path"),
     ),
-    "rrsync": Rule(
-        PATH,
+    "rrsync": KeySpec(
+        PATH_RULE,
         str,
         DEFAULT_RRSYNC,
         lambda path: validate_absolute_path(path, "rrsync"),
         "--rrsync",
-        value("PATH", "where rrsync is there, if not " + DEFAULT_RRSYNC),
+        value_option("PATH", "where rrsync is there, if not " + DEFAULT_RRSYNC),
     ),
-    "port": Rule(
+    "port": KeySpec(
         "a number from 1 to 65535",
         int,
         None,
         validate_port,
         "--port",
-        value("N", "the port of sshd (default: ssh_config, else 22)"),
+        value_option("N", "the port of sshd (default: ssh_config, else 22)"),
     ),
-    "symlinks": Rule(
+    "symlinks": KeySpec(
         BOOLEAN,
         bool,
         True,
         option="--no-symlinks",
-        words={
+        argparse_kwargs={
             "action": "store_false",
             "dest": "symlinks",
             "help": "rrsync munges symlinks there, so none are delivered",
@@ -4806,7 +4878,7 @@ TARGET_KEYS = {
 }
 
 
-def add_arguments(target: Target) -> str:
+def target_add_args(target: Target) -> str:
     """Return what follows "offsync target add" to add a target (again)."""
     words = [target.login]
     for key, rule in TARGET_KEYS.items():
@@ -4828,7 +4900,7 @@ def never_matches(rule: str, *places: str) -> Optional[tuple[str, str]]:
         return "it begins or ends with a blank", "if a name really does, write [ ] for the blank"
     for place in places:
         if within(pattern, place) and place != "/":
-            return "patterns are relative to the source", f"write it without {show_text(place)}"
+            return "patterns are relative to the source", f"write it without {quote_text(place)}"
     # A class of characters ends with the first ] that is not its first character.
     classes = re.findall(r"(?<!\\)\[[!^]?\]?([^]]*)(\]?)", pattern)
     if any("/" in characters or not end for characters, end in classes):
@@ -4845,23 +4917,23 @@ def validate_config(text: str, filename: str) -> Config:
     def refuse(line: int, message: str, *hints: Hint) -> NoReturn:
         raise UsageError(f"{filename}:{line}: {message}", *hints)
 
-    def values_of(nodes: dict[str, Node], rules: dict[str, Rule], first: int) -> dict[str, Any]:
+    def values_of(nodes: dict[str, Node], rules: dict[str, KeySpec], first: int) -> dict[str, Any]:
         for key, node in nodes.items():
             if key not in rules:
                 refuse(node.line, f"unknown key {key}", *did_you_mean(key, rules))
         values = {}
         for key, rule in rules.items():
             if key not in nodes and rule.default is ...:
-                refuse(first, 'the key "%s" is missing; it is %s' % (key, rule.what))
+                refuse(first, 'the key "%s" is missing; it is %s' % (key, rule.expected))
             given = values[key] = nodes[key].value if key in nodes else rule.default
             fine = key not in nodes
             with contextlib.suppress(UsageError):
                 typed = rule.type in (object, type(given))
-                fine = fine or typed and rule.accept(given) == given
+                fine = fine or typed and rule.normalize(given) == given
             if not fine:
                 home = isinstance(given, str) and given.startswith("~")
                 hints = ["~ is not expanded: write the whole path, from / on"] if home else []
-                refuse(nodes[key].line, f"{key} must be {rule.what}", *hints)
+                refuse(nodes[key].line, f"{key} must be {rule.expected}", *hints)
         return values
 
     try:
@@ -4870,7 +4942,11 @@ def validate_config(text: str, filename: str) -> Config:
         refuse(*error.args)
     values = values_of(nodes, TOP_KEYS, 1)
     for node in values["exclude"]:
-        if type(node.value) is not str or node.value in ("", "!") or re.search(CONTROL, node.value):
+        if (
+            type(node.value) is not str
+            or node.value in ("", "!")
+            or re.search(CONTROL_CHARS, node.value)
+        ):
             refuse(node.line, "exclude takes rsync patterns as text")
     targets: dict[str, Target] = {}
     for node in values["targets"]:
@@ -4891,7 +4967,7 @@ def validate_config(text: str, filename: str) -> Config:
     for node in values["exclude"]:
         why = never_matches(node.value, *places)
         if why:
-            fact = f"the exclude {show_text(node.value)} protects nothing: {why[0]}"
+            fact = f"the exclude {quote_text(node.value)} protects nothing: {why[0]}"
             refuse(node.line, fact, why[1])
     del values["version"]
     values["delete"] = Deletion(values["delete"])
@@ -4965,7 +5041,7 @@ class Progress:
 
 
 PROGRESS = Progress()
-LOST_OUTPUT: list[str] = []  # why stdout failed: said at the end, the work goes on
+STDOUT_ERRORS: list[str] = []  # why stdout failed: said at the end, the work goes on
 
 
 def terminal_size(stream: Any) -> tuple[int, int]:
@@ -5024,7 +5100,7 @@ def emit(text: Union[str, bytes], error: bool = False, prose: bool = False) -> N
         os.dup2(null, stream.fileno())
         os.close(null)
         if not error and not isinstance(problem, BrokenPipeError):
-            LOST_OUTPUT.append(str(problem.strerror))
+            STDOUT_ERRORS.append(str(problem.strerror))
 
 
 def emit_error(
@@ -5034,9 +5110,9 @@ def emit_error(
     lines = [f"{indent}{text} ({said})" if said else indent + text]
     for hint in hints:
         words, command = (hint, "") if isinstance(hint, str) else hint
-        lines.append(f"{indent}  hint: {printable(words)}")
+        lines.append(f"{indent}  hint: {replace_unprintable(words)}")
         if command:
-            lines.append(f"{indent}    {printable(command)}")
+            lines.append(f"{indent}    {replace_unprintable(command)}")
     emit("\n".join(lines), error=not stdout, prose=True)
 
 
@@ -5058,20 +5134,20 @@ def plural(count: int, singular: str, several: str = "") -> str:
     return "%d %s" % (count, singular if count == 1 else several or singular + "s")
 
 
-def print_table(rows: Sequence[Sequence[str]], below: Sequence[str] = ()) -> None:
+def print_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
     """Print rows in columns, each cut to one line of the terminal, and what stands below it."""
     columns = terminal_size(sys.stdout)[0] if sys.stdout.isatty() else sys.maxsize
-    rows = [[printable(cell) for cell in row] for row in rows]
+    rows = [[replace_unprintable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row, text in itertools.zip_longest(rows, below):
+    for row, text in itertools.zip_longest(rows, notes):
         line = "  ".join(map(str.ljust, row, widths)).rstrip()
         # In a pipe, a line is a record.
         if text and not sys.stdout.isatty():
-            line += "  " + printable(text)
+            line += "  " + replace_unprintable(text)
             text = ""
         emit(line if len(line) <= columns else line[: columns - 3] + "...")
         if text:
-            emit("  " + printable(text), prose=True)
+            emit("  " + replace_unprintable(text), prose=True)
 
 
 def warn(message: str, *hints: Hint) -> None:
@@ -5086,7 +5162,7 @@ def did_you_mean(word: str, known: Iterable[str], listed: bool = True) -> list[H
     hints: list[Hint] = [
         f"did you mean {name}?" for name in difflib.get_close_matches(word, names, 1)
     ]
-    return [*hints, "known: " + (some_of(names) or "none")] if listed else hints
+    return [*hints, "known: " + (join_first(names) or "none")] if listed else hints
 
 
 COLOURS = {
@@ -5137,13 +5213,15 @@ def make_key(path: str, comment: str) -> None:
     """Make a key pair without a passphrase: ED25519, or ECDSA where this host's policy (FIPS)
     refuses that. Raises OffsyncError."""
     for words in (("ed25519",), ("ecdsa", "-b", "256")):
-        made = run([program("ssh-keygen"), "-q", "-t", *words, "-N", "", "-C", comment, "-f", path])
+        made = run_program(
+            [find_program("ssh-keygen"), "-q", "-t", *words, "-N", "", "-C", comment, "-f", path]
+        )
         if made.status == 0:
             return
     raise OffsyncError(
-        f"key {show_text(path)}: ssh-keygen could not create it",
+        f"key {quote_text(path)}: ssh-keygen could not create it",
         "fix the cause, then try again",
-        said="ssh-keygen: " + quote_answer(made.stderr),
+        said="ssh-keygen: " + quote_output(made.stderr),
     )
 
 
@@ -5153,8 +5231,8 @@ def read_public_key(path: str) -> bytes:
     Raises OffsyncError, with what mends the key, where ssh could not use it.
     """
     # The limit is for a FIFO, which would be waited for.
-    argv = [program("ssh-keygen"), "-y", "-P", "", "-f", path]
-    done = run(argv, limit=SESSION_DEADLINE)
+    argv = [find_program("ssh-keygen"), "-y", "-P", "", "-f", path]
+    done = run_program(argv, limit=SESSION_DEADLINE)
     if done.status == 0:
         return done.stdout
     data, quoted = (
@@ -5163,22 +5241,22 @@ def read_public_key(path: str) -> bytes:
     )
     if data and (b"\r" in data or not data.endswith(b"\n")):
         raise OffsyncError(
-            f"key {show_text(path)}: CRLF line endings, or no final newline (a CI variable?)",
+            f"key {quote_text(path)}: CRLF line endings, or no final newline (a CI variable?)",
             ("run:", rf"sed -i -e 's/\r$//' -e '$a\' {quoted}"),
         )
     if b"passphrase" in done.stderr:
         raise OffsyncError(
-            f"key {show_text(path)}: has a passphrase, which offsync cannot enter",
+            f"key {quote_text(path)}: has a passphrase, which offsync cannot enter",
             ("remove the passphrase:", f"ssh-keygen -p -N '' -f {quoted}"),
         )
     raise OffsyncError(
-        f"key {show_text(path)}: ssh-keygen cannot read it",
+        f"key {quote_text(path)}: ssh-keygen cannot read it",
         "restore it",
         (
             "or move it away, create a new one, and link it on every target:",
             offsync_command("init"),
         ),
-        said="ssh-keygen: " + quote_answer(done.stderr),
+        said="ssh-keygen: " + quote_output(done.stderr),
     )
 
 
@@ -5188,7 +5266,7 @@ def check_own_key(path: str) -> str:
     # ssh offers the public half that lies beside the private key.
     if os.path.exists(shown) and read_file(shown, "key").split()[:2] != public:
         raise OffsyncError(
-            f"key {show_text(path)}: {show_text(shown)} belongs to a different key",
+            f"key {quote_text(path)}: {quote_text(shown)} belongs to a different key",
             ("regenerate it:", offsync_command("init")),
         )
     return public[0].decode()
@@ -5196,7 +5274,7 @@ def check_own_key(path: str) -> str:
 
 def cmd_init(args: argparse.Namespace) -> int:
     require_programs("controller")
-    home, named = Home(), args.source
+    home, named = StateDirectory(), args.source
     if named is None and not os.path.lexists(home.config):
         named = "."
     source = "" if named is None else validate_absolute_path(os.path.abspath(named), "source")
@@ -5206,12 +5284,12 @@ def cmd_init(args: argparse.Namespace) -> int:
         and os.path.realpath(source) == os.path.realpath(os.path.expanduser("~"))
     ):
         raise UsageError(
-            f"source {show_text(named)}: empty, or the home directory",
+            f"source {quote_text(named)}: empty, or the home directory",
             'name the directory to deliver: "offsync init --source DIR"',
         )
     if source:
-        check_place(os.fsencode(source), (home.path, home.key))
-    home.refuse_strangers()
+        check_source_location(os.fsencode(source), (home.path, home.key))
+    home.check_writers()
     make_directory(home.path, 0o700)
     take_lock(home, "init")
     if not os.path.lexists(home.config):
@@ -5221,7 +5299,7 @@ def cmd_init(args: argparse.Namespace) -> int:
         if config.targets:
             count = plural(len(config.targets), "target")
             warn(
-                f"the source was {show_text(config.source)}; {count} will get the new one",
+                f"the source was {quote_text(config.source)}; {count} will get the new one",
                 "a second tree has its own OFFSYNC_HOME",
             )
         home.replace_in_config("source", ["source: " + format_yaml(source)])
@@ -5235,7 +5313,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     words = [*read_public_key(home.key).decode("utf-8", "replace").split(None, 2), comment]
     key = " ".join(words[:3]).strip()
     write_atomically(home.key + ".pub", [key.encode() + b"\n"], 0o644)
-    emit("source %s, config %s" % (show_text(home.load().source), show_text(home.config)), True)
+    emit("source %s, config %s" % (quote_text(home.load().source), quote_text(home.config)), True)
     emit(
         "Now run this on each target, as the account that receives, and paste the key that "
         "follows:\n    offsync link --path DIR",
@@ -5258,21 +5336,21 @@ def read_record(line: bytes) -> Optional[Record]:
     return record
 
 
-def read_statuses(home: Home) -> dict[str, Record]:
+def read_statuses(state: StateDirectory) -> dict[str, Record]:
     """Return the newest record of each login; what cannot be read is passed over."""
     found = {}
-    for name in sorted(os.listdir(home.last)) if os.path.isdir(home.last) else ():
+    for name in sorted(os.listdir(state.last)) if os.path.isdir(state.last) else ():
         with contextlib.suppress(OffsyncError):
-            record = read_record(read_file(os.path.join(home.last, name), "status"))
+            record = read_record(read_file(os.path.join(state.last, name), "status"))
             if record and record.login == name:
                 found[name] = record
     return found
 
 
-def read_log(home: Home) -> Iterator[tuple[bytes, Record]]:
+def read_log(state: StateDirectory) -> Iterator[tuple[bytes, Record]]:
     """Yield (line, record) of operations.log; what is half written, or none, is passed over."""
-    if os.path.isfile(home.log):
-        with open(home.log, "rb") as stream:
+    if os.path.isfile(state.log):
+        with open(state.log, "rb") as stream:
             for line in stream:
                 record = read_record(line)
                 if record:
@@ -5280,8 +5358,8 @@ def read_log(home: Home) -> Iterator[tuple[bytes, Record]]:
 
 
 def cmd_target_list(args: argparse.Namespace) -> int:
-    home = Home()
-    config, last = home.load(), read_statuses(home)
+    state = StateDirectory()
+    config, last = state.load(), read_statuses(state)
     targets = sorted(config.targets)
     if args.json:
         listed = []
@@ -5305,7 +5383,7 @@ def print_targets(config: Config, last: dict[str, Record]) -> None:
     """Print the targets and what became of each in the last run that was not refused."""
     rows = [["TARGET", "LAST OUTCOME (UTC)", "RESULT", "PLAN", "PATH, OR WHY NOT"]]
     for target in sorted(config.targets):
-        record, where = last.get(target.login), show_text(target.remote_path)
+        record, where = last.get(target.login), quote_text(target.remote_path)
         where += " port %d" % target.port if target.port else ""
         if not record:
             rows.append([target.login, "", "none", "", where + ": never delivered (no record)"])
@@ -5320,18 +5398,20 @@ def print_targets(config: Config, last: dict[str, Record]) -> None:
 
 
 def cmd_target_remove(args: argparse.Namespace) -> int:
-    home = Home()
-    home.load()
-    take_lock(home, "target remove")
-    targets = home.load().targets
+    state = StateDirectory()
+    state.load()
+    take_lock(state, "target remove")
+    targets = state.load().targets
     named = [target for target in targets if args.login in (target.login, target.host)]
     if len(named) != 1:
         known = sorted(target.login for target in targets)
         why = "several targets have this host; name the login" if named else "no such target"
-        raise UsageError(f"target {show_text(args.login)}: {why}", *did_you_mean(args.login, known))
-    home.replace_in_config("targets", format_targets([t for t in targets if t != named[0]]))
+        raise UsageError(
+            f"target {quote_text(args.login)}: {why}", *did_you_mean(args.login, known)
+        )
+    state.replace_in_config("targets", format_targets([t for t in targets if t != named[0]]))
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(home.last, named[0].login))
+        os.unlink(os.path.join(state.last, named[0].login))
     emit_error(
         f"removed {named[0].login} from this controller's config; its key is still linked",
         [("to revoke it, on the target, run:", "offsync unlink")],
@@ -5346,9 +5426,9 @@ def read_inventory(path: str) -> list[str]:
     patterns = list(filter(None, (re.split(r"(?:^|\s)#", line)[0].strip() for line in lines)))
     wrong = [pattern for pattern in patterns if pattern.startswith(("-", "@"))]
     if wrong or not patterns:
-        why = f"{show_text(wrong[0])} is no pattern" if wrong else "names no target"
+        why = f"{quote_text(wrong[0])} is no pattern" if wrong else "names no target"
         raise UsageError(
-            f"list of targets {show_text(path)}: {why}",
+            f"list of targets {quote_text(path)}: {why}",
             "list logins, hosts or patterns, one a line",
         )
     return patterns
@@ -5368,7 +5448,7 @@ def match_targets(logins: Iterable[str], patterns: Sequence[str]) -> set[str]:
             }
             if not matching:
                 raise UsageError(
-                    f"target {show_text(pattern)}: no such target", *did_you_mean(pattern, known)
+                    f"target {quote_text(pattern)}: no such target", *did_you_mean(pattern, known)
                 )
             chosen |= matching
     return chosen
@@ -5386,9 +5466,11 @@ def select_targets(
     return sorted(target for target in targets if target.login in chosen)
 
 
-def load_targets(home: Home, args: argparse.Namespace) -> tuple[Config, list[Target], Typed]:
+def load_targets(
+    state: StateDirectory, args: argparse.Namespace
+) -> tuple[Config, list[Target], Typed]:
     """Return (the config, with what the options change; the targets; what was typed)."""
-    config = home.load()
+    config = state.load()
     plan = getattr(args, "plan", None)
     typed = Typed(
         args.command, config, args.targets, args.excepted, args.source, args.deletion, plan
@@ -5407,7 +5489,7 @@ def load_targets(home: Home, args: argparse.Namespace) -> tuple[Config, list[Tar
             why = never_matches(rule, source, os.path.realpath(source))
             if why:
                 raise UsageError(
-                    f"the exclude {show_text(rule)} protects nothing: {why[0]}", why[1]
+                    f"the exclude {quote_text(rule)} protects nothing: {why[0]}", why[1]
                 )
     if args.deletion:
         config = config._replace(delete=args.deletion)
@@ -5432,8 +5514,8 @@ def plan_summary(config: Config, plan: TargetPlan, planning: bool) -> str:
     if config.delete is Deletion.ALLOW and planning:
         notes.update(missing="missing (to delete)", leftover="leftover (to delete)")
     counts = []
-    for kind in (*KINDS, "kept"):
-        count = len(plan.of(kind))
+    for kind in (*CHANGE_KINDS, "kept"):
+        count = len(plan.changes_of(kind))
         if count:
             counts.append("%d %s" % (count, notes.get(kind, kind)))
     size = "; %s to send" % format_bytes(size_to_send(plan.changes)) if planning else ""
@@ -5442,7 +5524,7 @@ def plan_summary(config: Config, plan: TargetPlan, planning: bool) -> str:
 
 def change_line(change: Change, quoted: bool = False) -> str:
     """Return one entry of a plan: kind, reasons, size, path."""
-    entry, path, kind = change.entry, show(change.path, quoted), change.kind
+    entry, path, kind = change.entry, quote_name(change.path, quoted), change.kind
     if entry is None:
         notes = {"missing": "only on target", "kept": "only on target, kept"}
         reason = notes.get(kind, "rsync's name")
@@ -5452,7 +5534,7 @@ def change_line(change: Change, quoted: bool = False) -> str:
         if entry.type == "file":
             size = format_bytes(entry.size)
         if entry.type == "symlink":
-            path += " -> " + show(entry.link)
+            path += " -> " + quote_name(entry.link)
         else:
             open_to_all = entry.mode & stat.S_IWOTH
             reason += " %04o" % entry.mode if "mode" in change.reasons or open_to_all else ""
@@ -5466,7 +5548,7 @@ def print_plans(
     config: Config, plans: Sequence[TargetPlan], summary: bool = False, planning: bool = True
 ) -> None:
     """Print plans for people: a list for all targets with equal plans, or a line a target."""
-    emit("source %s" % show(os.fsencode(config.source)))
+    emit("source %s" % quote_name(os.fsencode(config.source)))
     if summary:
         rows = [(p.target.login, plan_summary(config, p, planning)) for p in plans]
         print_table(rows)
@@ -5483,7 +5565,7 @@ def print_plans(
             emit(other.target.where)
         if len(shown) < len(group):
             emit("and %d more" % (len(group) - len(shown)))
-        similar = alike(change.path for change in plan.changes)
+        similar = nfc_lookalikes(change.path for change in plan.changes)
         for change in plan.changes:
             emit(change_line(change, change.path in similar))
         text = "%d targets, each: " % len(group) if len(group) > 1 else ""
@@ -5502,7 +5584,7 @@ def raise_for_failed(plans: Sequence[TargetPlan], what: str, as_json: bool) -> N
     errors = [plan.error for plan in plans if plan.error]
     if errors:
         logins = [plan.target.login for plan in plans if plan.error]
-        named = some_of([str(error) for error in errors] if as_json else logins)
+        named = join_first([str(error) for error in errors] if as_json else logins)
         count = f"{len(errors)} of {plural(len(plans), 'target')}"
         raise OffsyncError(
             f"{what}: {count} could not be compared: {named}",
@@ -5511,12 +5593,12 @@ def raise_for_failed(plans: Sequence[TargetPlan], what: str, as_json: bool) -> N
 
 
 def cmd_plan(args: argparse.Namespace) -> int:
-    home = Home()
-    config, targets, typed = load_targets(home, args)
-    with Run(home, config, typed, args.jobs) as shared:
-        plans = plan_all(shared, targets)
-        name, refused = home.keep_plan(config, plans), refusal(shared, plans)
-        unreviewed = None if refused else review_needed(shared, plans)
+    state = StateDirectory()
+    config, targets, typed = load_targets(state, args)
+    with RunContext(state, config, typed, args.jobs) as context:
+        plans = plan_all(context, targets)
+        name, refused = state.store_plan(config, plans), policy_violation(context, plans)
+        unreviewed = None if refused else review_required(context, plans)
     differs, problem = any(map(has_differences, plans)), refused or unreviewed
     refuses = "apply will refuse" if refused else "apply without --plan will refuse"
     if args.json:
@@ -5556,24 +5638,24 @@ def describe_record(record: Record) -> str:
     return f"{record.error}; {so_far}"
 
 
-def decide(
-    shared: Run, targets: Sequence[Target], reviewed: Optional[str], log: Log
+def plan_and_approve(
+    context: RunContext, targets: Sequence[Target], reviewed: Optional[str], log: RunLog
 ) -> list[TargetPlan]:
     """Return the plans to carry out; raise OffsyncError, with nothing sent, if they may not be."""
     if reviewed is None:
-        plans = plan_all(shared, targets)
-        log.identify(identify_plan(shared.config, plans)[0])
+        plans = plan_all(context, targets)
+        log.identify(plan_id(context.config, plans)[0])
     else:
-        stream, name = shared.home.open_plan(shared.typed, shared.scratch)
+        stream, name = context.state.open_plan(context.typed, context.scratch)
         log.identify(name)
         with stream:
-            plans = plan_all(shared, targets)
+            plans = plan_all(context, targets)
             PROGRESS.update("(all)", "comparing with the reviewed plan")
-            plans = approve(shared, plans, stream, reviewed)
+            plans = approve(context, plans, stream, reviewed)
     PROGRESS.update("(all)", "deciding")
-    why = refusal(shared, plans)
+    why = policy_violation(context, plans)
     if not why and reviewed is None:
-        why = review_needed(shared, plans)
+        why = review_required(context, plans)
     PROGRESS.update("(all)", None)
     if why:
         raise OffsyncError(f"refused, nothing was sent: {why.message}", *why.hints)
@@ -5583,7 +5665,7 @@ def decide(
 class Report:
     """Prints what became of each target of an apply, and what all came to."""
 
-    def __init__(self, log: Log, as_json: bool) -> None:
+    def __init__(self, log: RunLog, as_json: bool) -> None:
         self.log, self.as_json = log, as_json
         self.results: dict[str, list[str]] = {}  # result: logins
         self.said: dict[str, list[str]] = {}  # failures, and whose they are
@@ -5594,23 +5676,25 @@ class Report:
     def __exit__(self, _: object, error: Optional[BaseException], __: object) -> None:
         # Where all were refused main() says why, once for all of them.
         quiet = is_refusal(error) and not self.results
-        for login in sorted(self.log.ended):
+        for login in sorted(self.log.unreported):
             self.print(login, quiet)
         for logins in self.said.values():
             if len(logins) > 1:
-                emit(f"offsync: error: {some_of(logins[1:])}: the same as {logins[0]}", error=True)
+                emit(
+                    f"offsync: error: {join_first(logins[1:])}: the same as {logins[0]}", error=True
+                )
         if not quiet and not self.as_json:
             counts = []
             for result in sorted(self.results, reverse=True):
                 logins = self.results[result]
-                named = "" if result == "ok" else f": {some_of(sorted(logins))}"
+                named = "" if result == "ok" else f": {join_first(sorted(logins))}"
                 counts.append(f"{len(logins)} {result}{named}")
             total = sum(map(len, self.results.values()))
             emit(f"{plural(total, 'target')}: {', '.join(counts)}", prose=True)
 
     def print(self, login: str, quiet: bool = False) -> None:
         """Print one record, once; an equal failure is counted, and named at the end."""
-        record, failed = self.log.ended.pop(login)
+        record, failed = self.log.unreported.pop(login)
         self.results.setdefault(record.result, []).append(login)
         text = describe_record(record)
         if self.as_json:
@@ -5625,32 +5709,34 @@ class Report:
 
 
 def cmd_apply(args: argparse.Namespace) -> int:
-    home = Home()
-    config, targets, typed = load_targets(home, args)
-    log = Log(home, config, targets)
+    state = StateDirectory()
+    config, targets, typed = load_targets(state, args)
+    log = RunLog(state, config, targets)
     with Report(log, args.json) as report, log:
-        os.close(open_log(home, "; nothing was sent"))
-        take_lock(home, "apply")
+        os.close(open_log(state, "; nothing was sent"))
+        take_lock(state, "apply")
         log.locked = True
-        if load_targets(home, args) != (config, targets, typed):
+        if load_targets(state, args) != (config, targets, typed):
             raise OffsyncError(
-                f"config {home.config}: it changed while apply was starting", "try again"
+                f"config {state.config}: it changed while apply was starting", "try again"
             )
-        with Run(home, config, typed, args.jobs, with_md5=True) as shared:
-            plans = decide(shared, targets, args.plan, log)
-            for plan, _ in shared.jobs.each(lambda plan: log.deliver(shared, plan), plans):
+        with RunContext(state, config, typed, args.jobs, with_md5=True) as context:
+            plans = plan_and_approve(context, targets, args.plan, log)
+            for plan, _ in context.pool.imap_unordered(
+                lambda plan: log.deliver(context, plan), plans
+            ):
                 report.print(plan.target.login)
     return 0 if report.results.keys() == {"ok"} else 1
 
 
 def cmd_verify(args: argparse.Namespace) -> int:
-    home = Home()
-    config, targets, typed = load_targets(home, args)
+    state = StateDirectory()
+    config, targets, typed = load_targets(state, args)
     config = config._replace(verify="hash" if args.fast else "strong")
-    take_lock(home, "verify", shared=True)
-    with Run(home, config, typed, args.jobs) as shared:
-        plans = plan_all(shared, targets)
-    shown = [p for p in plans if p.error or len(p.of("kept")) < len(p.changes)]
+    take_lock(state, "verify", shared=True)
+    with RunContext(state, config, typed, args.jobs) as context:
+        plans = plan_all(context, targets)
+    shown = [p for p in plans if p.error or len(p.changes_of("kept")) < len(p.changes)]
     if args.json:
         emit_lines(plan_lines(config, plans))
     elif shown:
@@ -5658,7 +5744,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
     elif sys.stdout.isatty():
         emit(
             "%s: equal to %s: %s"
-            % (colour("ok", "ok"), show_text(config.source), plural(len(plans), "target"))
+            % (colour("ok", "ok"), quote_text(config.source), plural(len(plans), "target"))
         )
     raise_for_failed(plans, "verify", args.json)
     return 3 if any(map(has_differences, plans)) else 0
@@ -5672,15 +5758,15 @@ def names_that_match(record: Record, pattern: str) -> list[str]:
             if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(
                 os.path.basename(name), pattern
             ):
-                found.append(f"{verb} {cut(name)}")
+                found.append(f"{verb} {truncate(name)}")
     return found
 
 
 def cmd_log(args: argparse.Namespace) -> int:
-    home = Home()
-    records = list(read_log(home))
+    state = StateDirectory()
+    records = list(read_log(state))
     logins = {record.login for _, record in records}
-    config = home.load() if os.path.exists(home.config) else None
+    config = state.load() if os.path.exists(state.config) else None
     if args.targets:
         known = {target.login for target in config.targets} if config else set()
         logins = match_targets(logins | known, args.targets)
@@ -5693,7 +5779,7 @@ def cmd_log(args: argparse.Namespace) -> int:
         if args.name is not None:
             names = names_that_match(record, args.name)
             unknown += record.files_changed is None
-            what = some_of(names)
+            what = join_first(names)
             if not names:
                 continue
         found = True
@@ -5710,11 +5796,11 @@ def cmd_log(args: argparse.Namespace) -> int:
     if not records:
         why = "no apply has run yet"
     elif args.name is not None and not found:
-        why = f"no run changed {show_text(args.name)}"
+        why = f"no run changed {quote_text(args.name)}"
     else:
         why = "the log begins at " + records[0][1].timestamp
     lost = f"; what {plural(unknown, 'run')} changed is unknown" if unknown else ""
-    emit(f"{show_text(home.log)}: {why}{lost}", error=True)
+    emit(f"{quote_text(state.log)}: {why}{lost}", error=True)
     return 0
 
 
@@ -5746,15 +5832,15 @@ def parse_manifest(lines: Iterable[bytes]) -> dict[bytes, str]:
 def manifest_files(root: str, exclude: Sequence[str], manifest: Optional[str]) -> dict[bytes, str]:
     """Return path -> sha256 of every file of a tree, but of the manifest and where stdout leads."""
     source, own, paths = Source(root, exclude), set(), []
-    for place in (1, manifest):
+    for place in (1, None if manifest == "-" else manifest):
         with contextlib.suppress(OSError, TypeError):
             own.add(os.stat(place)[1:3])  # type: ignore[arg-type]
-    for path in sorted(source.included(find_rsync()[0])):
+    for path in sorted(source.list_included(find_rsync()[0])):
         status = os.lstat(os.path.join(source.root, path))
         # [1:3]: inode and device.
         if stat.S_ISREG(status.st_mode) and status[1:3] not in own:
             paths.append(path)
-            source.want(path)
+            source.request(path)
     source.wait()
     source.threads.close()
     return {path: source.entry(path).sha256.hex() for path in paths}
@@ -5766,7 +5852,7 @@ def print_manifest(found: dict[bytes, str]) -> None:
     # Names must not write to the terminal.
     if sys.stdout.isatty():
         lines = manifest.decode("utf-8", "replace").split("\n")
-        manifest = "\n".join(map(printable, lines)).encode()
+        manifest = "\n".join(map(replace_unprintable, lines)).encode()
     emit(manifest)
     emit(
         "%s; digest of the whole (sha256 of the manifest), to compare by voice: %s"
@@ -5781,10 +5867,12 @@ def read_manifest(name: str) -> dict[bytes, str]:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as stream:
             return parse_manifest(iter(lambda: stream.readline(1 << 20), b""))
     except OSError as error:
-        raise UsageError(f"manifest {show_text(name)}: {error.strerror}", "name the file") from None
+        raise UsageError(
+            f"manifest {quote_text(name)}: {error.strerror}", "name the file"
+        ) from None
     except ValueError as error:
         raise UsageError(
-            f"manifest {show_text(name)}:{error}: not a line as sha256sum writes it (without -z)"
+            f"manifest {quote_text(name)}:{error}: not a line as sha256sum writes it (without -z)"
         ) from None
 
 
@@ -5792,10 +5880,10 @@ def cmd_manifest(args: argparse.Namespace) -> int:
     directory: str = args.directory
     exclude: tuple[str, ...] = ()
     if directory is None:
-        config = Home().load()
+        config = StateDirectory().load()
         directory, exclude = config.source, config.exclude
     if not os.path.isdir(directory):
-        raise UsageError(f"manifest: {show_text(directory)} is not a directory", "name one")
+        raise UsageError(f"manifest: {quote_text(directory)} is not a directory", "name one")
     expected = {} if args.check is None else read_manifest(args.check)
     found = manifest_files(os.path.abspath(directory), exclude, args.check)
     if args.check is None:
@@ -5808,14 +5896,14 @@ def cmd_manifest(args: argparse.Namespace) -> int:
                 kind, word = "added", "not listed"
             elif path not in found:
                 kind, word = "missing", "not here"
-            emit("%s  %s" % (colour(kind, "%-10s" % word), show(path)))
+            emit("%s  %s" % (colour(kind, "%-10s" % word), quote_name(path)))
     if expected != found:
         return 3
     emit("%s, all as in the manifest" % plural(len(found), "file"), error=True)
     return 0
 
 
-def check_controller(home: Home) -> bool:
+def check_controller(state: StateDirectory) -> bool:
     """Print what is right and wrong with this controller; return whether all is right."""
     problems: set[str] = set()
 
@@ -5831,38 +5919,38 @@ def check_controller(home: Home) -> bool:
             problems.add(str(error))
 
     def source() -> str:
-        config = home.load()
+        config = state.load()
         scanned = Source(config.source, config.exclude)
-        check_place(scanned.root, (home.path, home.key))
+        check_source_location(scanned.root, (state.path, state.key))
         check_source(scanned, find_rsync()[0], config.targets)
-        return show_text(config.source)
+        return quote_text(config.source)
 
     def config() -> str:
-        home.load()
-        return check_private(home.config)
+        state.load()
+        return check_private(state.config)
 
     def ssh() -> str:
-        asked = run([program("ssh"), "-V"], limit=SESSION_DEADLINE)
-        said = quote_answer(asked.stderr)
+        asked = run_program([find_program("ssh"), "-V"], limit=SESSION_DEADLINE)
+        said = quote_output(asked.stderr)
         if asked.status != 0:
             raise OffsyncError(
                 "ssh: fails even when asked for its version", "install it again", said=said
             )
-        return "%s %s" % (program("ssh"), said)
+        return "%s %s" % (find_program("ssh"), said)
 
     check("rsync", lambda: "%s %d.%d.%d" % (find_rsync()[0], *find_rsync()[1]))
     check("ssh", ssh)
-    check("ssh-keygen", lambda: program("ssh-keygen"))
-    check("state", lambda: check_private(home.path))
-    check("key", lambda: "%s %s" % (check_private(home.key), check_own_key(home.key)))
+    check("ssh-keygen", lambda: find_program("ssh-keygen"))
+    check("state", lambda: check_private(state.path))
+    check("key", lambda: "%s %s" % (check_private(state.key), check_own_key(state.key)))
     check("config", config)
     check("source", source)
     return not problems
 
 
-def examine_target(shared: Run, target: Target) -> Union[list[Proof], OffsyncError]:
+def check_target(context: RunContext, target: Target) -> Union[list[Proof], OffsyncError]:
     """Return what the key can and cannot do on a target, or why that cannot be told."""
-    connection = Connection(shared, target)
+    connection = Connection(context, target)
     try:
         connection.open()
         return prove_all(connection)
@@ -5877,23 +5965,25 @@ def print_examined(target: Target, found: Union[list[Proof], OffsyncError], shor
         text = f"{colour('failed', 'PROBLEM')}  {getattr(found, 'why', found.message)}"
         emit_error(text, found.hints, found.said, stdout=True, indent="  ")
         return False
-    healthy = all(proof.closed is not False for proof in found)
+    healthy = all(proof.denied is not False for proof in found)
     if healthy and short:
-        passed = sum(proof.closed is True for proof in found)
+        passed = sum(proof.denied is True for proof in found)
         emit(f"{target.where}: {colour('ok', 'ok')}: {passed} proofs")
         return True
     emit(target.where)
     for proof in found:
-        word = {True: "ok", False: "OPEN", None: "unknown"}[proof.closed]
-        word = colour("failed" if proof.closed is False else "ok", "%-8s" % word)
-        emit("  %s %-30s %s" % (word, proof.tried, proof.answer), prose=True)
+        word = {True: "ok", False: "OPEN", None: "unknown"}[proof.denied]
+        word = colour("failed" if proof.denied is False else "ok", "%-8s" % word)
+        emit("  %s %-30s %s" % (word, proof.attempt, proof.detail), prose=True)
     return healthy
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
-    home, healthy = Home(), 0
+    home, healthy = StateDirectory(), 0
     if not os.path.lexists(home.config) and not os.path.lexists(home.key):
-        raise OffsyncError(f"doctor: {show_text(home.path)} holds no controller's state", *NO_STATE)
+        raise OffsyncError(
+            f"doctor: {quote_text(home.path)} holds no controller's state", *NO_STATE
+        )
     if not check_controller(home):
         raise OffsyncError(
             "doctor: this controller has problems",
@@ -5902,8 +5992,10 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     config = home.load()
     any_target = config.targets or args.targets
     targets = select_targets(config.targets, args.targets) if any_target else []
-    with Run(home, config, Typed("doctor", config), args.jobs) as shared:
-        examined = shared.jobs.each(lambda target: examine_target(shared, target), targets)
+    with RunContext(home, config, Typed("doctor", config), args.jobs) as context:
+        examined = context.pool.imap_unordered(
+            lambda target: check_target(context, target), targets
+        )
         for target, found in examined:
             healthy += print_examined(target, found, short=len(targets) > 1)
     failed = len(targets) - healthy
@@ -5928,10 +6020,10 @@ def cmd_completion(args: argparse.Namespace) -> int:
     if current.startswith("@"):
         known.update("@" + path for path in glob.glob(current[1:] + "*"))
     with contextlib.suppress(OffsyncError, OSError):
-        home = Home()
-        for target in home.load().targets:
+        state = StateDirectory()
+        for target in state.load().targets:
             known |= {target.login, target.host}
-        known.update(os.listdir(home.plans) if current else ())
+        known.update(os.listdir(state.plans) if current else ())
     # What is printed replaces the word as readline has it, which begins after the last of its word
     # breaks: these are @ and :, too. bash gives that word as its second argument.
     cut_off = len(current) - len(args.words[1]) if len(args.words) > 1 else 0
@@ -5975,13 +6067,13 @@ def number_of_jobs(text: str) -> int:
 
 # Arguments that several commands have: their words for add_argument.
 KEY_OPTIONS = {
-    "--key": value("TEXT", "the public key line (default: from a pipe, else asked for)"),
-    "--key-file": value("FILE", "a file with the public key line"),
+    "--key": value_option("TEXT", "the public key line (default: from a pipe, else asked for)"),
+    "--key-file": value_option("FILE", "a file with the public key line"),
 }
-JSON = {"--json": flag("print JSON")}
-ALL = "a login, a host, a pattern ('web*'), or @FILE with one a line"
-TARGETS = {"targets": value("TARGET", ALL + " (default: all)", nargs="*")}
-JOBS = {"--jobs": value("N", "targets at once (default: the config's)", type=number_of_jobs)}
+JSON = {"--json": flag_option("print JSON")}
+TARGET_HELP = "a login, a host, a pattern ('web*'), or @FILE with one a line"
+TARGETS = {"targets": value_option("TARGET", TARGET_HELP + " (default: all)", nargs="*")}
+JOBS = {"--jobs": value_option("N", "targets at once (default: the config's)", type=number_of_jobs)}
 REPEATED = {"action": "append", "default": []}
 KEEP = {
     "--keep": {
@@ -6002,12 +6094,12 @@ DELETE = {
 }
 # Of these, a command takes one.
 EXCLUSIVE = ("--key", "--key-file", "--delete", "--keep")
-FOR_RUN = {
+RUN_OPTIONS = {
     **TARGETS,
-    "--except": value(
+    "--except": value_option(
         "TARGET", "all but these (the same words; repeatable)", dest="excepted", **REPEATED
     ),
-    "--source": value("DIR", "another source, for this run (to roll back)"),
+    "--source": value_option("DIR", "another source, for this run (to roll back)"),
     **JSON,
     **JOBS,
 }
@@ -6018,20 +6110,20 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
         cmd_init,
         "controller: create key pair and config; prints the public key",
         "init --source /srv/app-data",
-        {"--source": value("DIR", "the directory to deliver (default: this one)")},
+        {"--source": value_option("DIR", "the directory to deliver (default: this one)")},
     ),
     "link": (
         cmd_link,
         "target: let the controller's key write below one path only",
         "link --path /srv/app-data --key 'ssh-ed25519 AAAA... offsync@controller'",
         {
-            "--path": value("DIR", "where the key may write (default: ~/.offsync/sync)"),
-            "--rrsync": value("PATH", "where rrsync is (default: known places)"),
+            "--path": value_option("DIR", "where the key may write (default: ~/.offsync/sync)"),
+            "--rrsync": value_option("PATH", "where rrsync is (default: known places)"),
             **KEY_OPTIONS,
-            "--from": value(
+            "--from": value_option(
                 "PATTERN", "accept the key only from these hosts (sshd(8))", dest="from_pattern"
             ),
-            "--no-symlinks": TARGET_KEYS["symlinks"].words,
+            "--no-symlinks": TARGET_KEYS["symlinks"].argparse_kwargs,
             "--accept-risk": {
                 "choices": ("rrsync", "path"),
                 "help": "go on although link calls rrsync, or the path, a risk",
@@ -6050,8 +6142,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
         "prove trust and restriction of a target, then save it",
         "target add deploy@node02 --path /srv/app-data --host-key SHA256:...",
         {
-            **{rule.option: rule.words for rule in TARGET_KEYS.values() if rule.option},
-            "--host-key": value(
+            **{rule.option: rule.argparse_kwargs for rule in TARGET_KEYS.values() if rule.option},
+            "--host-key": value_option(
                 "FP", "a fingerprint SHA256:... to expect, unasked (repeatable)", **REPEATED
             ),
         },
@@ -6066,7 +6158,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
         cmd_target_remove,
         "forget a target; its files and key entry stay there",
         "target remove deploy@node02",
-        {"login": value("LOGIN", "user@host, or a host that only one target has")},
+        {"login": value_option("LOGIN", "user@host, or a host that only one target has")},
     ),
     "install-deps": (
         cmd_install_deps,
@@ -6078,7 +6170,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
                 "default": "both",
                 "help": "default: both",
             },
-            "-y --yes": flag("do not ask"),
+            "-y --yes": flag_option("do not ask"),
         },
     ),
     "plan": (
@@ -6086,10 +6178,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
         "controller: show what apply would do; changes nothing",
         "plan 'web*' --exit-code",
         {
-            **FOR_RUN,
+            **RUN_OPTIONS,
             **DELETE,
-            "--summary": flag("print counts only"),
-            "--exit-code": flag("exit 3 if there are differences"),
+            "--summary": flag_option("print counts only"),
+            "--exit-code": flag_option("exit 3 if there are differences"),
         },
     ),
     "apply": (
@@ -6097,9 +6189,9 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
         "controller: transfer what the plan lists, verify, log",
         "apply 'web*' --except web3 --plan FILE",
         {
-            **FOR_RUN,
+            **RUN_OPTIONS,
             **DELETE,
-            "--plan": value(
+            "--plan": value_option(
                 "ID|FILE",
                 "only what this reviewed plan approves: the ID that plan ends with, or the file "
                 "that plan --json printed",
@@ -6110,7 +6202,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
         cmd_verify,
         "controller: hash everything again; exit 3 if a target differs",
         "verify --fast",
-        {**FOR_RUN, **KEEP, "--fast": flag("by the fastest checksum instead of MD5")},
+        {**RUN_OPTIONS, **KEEP, "--fast": flag_option("by the fastest checksum instead of MD5")},
     ),
     "log": (
         cmd_log,
@@ -6118,7 +6210,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
         "log web3 --name app.conf",
         {
             **TARGETS,
-            "--name": value(
+            "--name": value_option(
                 "PATTERN",
                 "only runs that changed or deleted such a name (a pattern of the path, or of its "
                 "last component)",
@@ -6131,8 +6223,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
         "either: print a sha256 manifest of a tree, or check one",
         "manifest /srv/app-data > app-data.sha256",
         {
-            "directory": value("DIR", "the tree (default: the configured source)", nargs="?"),
-            "--check": value("FILE", "compare with this manifest; exit 3 if it differs"),
+            "directory": value_option(
+                "DIR", "the tree (default: the configured source)", nargs="?"
+            ),
+            "--check": value_option("FILE", "compare with this manifest; exit 3 if it differs"),
         },
     ),
     "doctor": (
@@ -6160,9 +6254,11 @@ def build_parser() -> argparse.ArgumentParser:
         usage="offsync COMMAND ...   (each has --help, with an example)",
         description=(__doc__ or "").split("\n\n")[0] + "\n\n" + about,
     )
-    parser.add_argument("--version", **flag("print the version and this file's sha256"))
-    parser.add_argument("--contract", **flag("print what it reads, writes, runs and never does"))
-    verbose = flag("print every program before it starts")
+    parser.add_argument("--version", **flag_option("print the version and this file's sha256"))
+    parser.add_argument(
+        "--contract", **flag_option("print what it reads, writes, runs and never does")
+    )
+    verbose = flag_option("print every program before it starts")
     parser.add_argument("-v", "--verbose", **verbose)
     parser.set_defaults(function=None, prog="offsync", command=None)
     commands = parser.add_subparsers(
@@ -6201,7 +6297,7 @@ def run_command(argv: Sequence[str]) -> int:
     known = {name.split()[0] for name in COMMANDS}
     if words and words[0] not in known:
         raise UsageError(
-            f"unknown command {show_text(words[0])}",
+            f"unknown command {quote_text(words[0])}",
             *did_you_mean(words[0], known, listed=False),
             ("all commands:", "offsync --help"),
         )
@@ -6210,7 +6306,7 @@ def run_command(argv: Sequence[str]) -> int:
         arguments = COMMANDS[args.command][3] if args.command else {}
         options = [option for name in arguments for option in name.split()]
         raise UsageError(
-            f"unrecognized arguments: {show_text(' '.join(unknown))}",
+            f"unrecognized arguments: {quote_text(' '.join(unknown))}",
             *did_you_mean(unknown[0], options, listed=False),
             ("see:", f"{args.prog} --help"),
         )
@@ -6220,16 +6316,16 @@ def run_command(argv: Sequence[str]) -> int:
         emit(version_text() if args.version else (__doc__ or "").strip())
         return 0
     if args.function is None:
-        home = Home()
-        if not os.path.lexists(home.config):
+        state = StateDirectory()
+        if not os.path.lexists(state.config):
             raise UsageError(
                 "no command",
                 'on the controller, begin with "offsync init --source DIR", on a target with '
                 '"offsync link --path DIR"',
                 ("all commands:", "offsync --help"),
             )
-        config = home.load()
-        print_targets(config, read_statuses(home))
+        config = state.load()
+        print_targets(config, read_statuses(state))
         following: Hint = ("see what an apply would do:", offsync_command("plan"))
         if not config.targets:
             following = 'run "offsync link --path DIR" on a target, then, here, what it prints'
@@ -6250,7 +6346,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # Empty, it would be /.
     if not os.environ.get("HOME"):
         os.environ.pop("HOME", None)
-    handle_signals(stop_all)
+    handle_signals(handle_signal)
     try:
         status = report_errors(sys.argv[1:] if argv is None else argv)
         # All is done, and said: a signal just ends it.
@@ -6276,12 +6372,12 @@ def report_errors(argv: Sequence[str]) -> int:
         named = getattr(error, "filename", None)
         why = getattr(error, "strerror", None) or str(error) or "not enough memory"
         if named:
-            why = "%s: %s" % (show(os.fsencode(named)), why)
+            why = "%s: %s" % (quote_name(os.fsencode(named)), why)
         elif isinstance(error, FileNotFoundError):
             why = "the current directory is gone"
         emit_error("offsync: error: " + why, ["fix this, then try again"])
-    if LOST_OUTPUT:
-        why = f"writing to standard output failed: {LOST_OUTPUT[0]}; the remaining output is lost"
+    if STDOUT_ERRORS:
+        why = f"writing to standard output failed: {STDOUT_ERRORS[0]}; the remaining output is lost"
         emit_error("offsync: error: " + why, [])
         status = status or 1
     return status

@@ -234,7 +234,7 @@ class Kills(SharedLab):
             "spec = importlib.util.spec_from_file_location('offsync', %r)\n"
             "offsync = importlib.util.module_from_spec(spec)\n"
             "spec.loader.exec_module(offsync)\n"
-            "signal.signal(signal.SIGTERM, offsync.stop_all)\n"
+            "signal.signal(signal.SIGTERM, offsync.handle_signal)\n"
             "def trace(frame, event, arg):\n"
             "    inside = event == 'line' and frame.f_code.co_name == 'set'\n"
             "    if inside and frame.f_locals['self']._cond._lock.locked():\n"

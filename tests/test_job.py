@@ -11,7 +11,18 @@ import stat
 import subprocess
 import unittest
 
-from lab import OFFSYNC, USER, LabCase, mentions, read, require, risk, snapshot, write
+from lab import (
+    LabCase,
+    mentions,
+    OFFSYNC,
+    offsync,
+    read,
+    require,
+    risk,
+    snapshot,
+    USER,
+    write,
+)
 
 
 class Job(LabCase):
@@ -29,12 +40,11 @@ class Job(LabCase):
         self.assertTrue(linked.out.startswith("offsync target add %s@" % USER), linked.out)
         self.assertEqual(
             read(target.keys),
-            "command=\"/bin/sh -c 'case $SSH_ORIGINAL_COMMAND in *--compare-dest*|*--copy-dest*"
-            "|*--link-dest*) echo offsync: basis directories are refused >&2; exit 1;; esac; "
-            "set -f; for w in $SSH_ORIGINAL_COMMAND; do case $w in .) break;; rsync|--delay-updates"
-            "|--size-only) ;; *y*) echo offsync: fuzzy is refused >&2; exit 1;; esac; done; exec "
-            "/usr/bin/rrsync -wo %s'\",no-port-forwarding,no-agent-forwarding,no-X11-forwarding,"
-            "no-pty,restrict %s\n" % (target.path, key),
+            offsync.format_authorized_key(
+                offsync.format_forced_command("/usr/bin/rrsync", target.path),
+                offsync.PublicKey(*key.split(None, 2)),
+            )
+            + "\n",
         )
         lab.add(target)
         write(lab.source + "/sent mail", "1")

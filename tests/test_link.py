@@ -587,7 +587,32 @@ class KeyThief(LabCase):
             said = push(fuzzy, *read_it, "./d/id_secreu")
             self.assertIn("offsync: fuzzy is refused", said)
             self.assertNotIn("chunk[", said)
+        # As a value of another option, a dot ends nothing; and rrsync knows more blanks than sh.
+        for words in (
+            "--suffix . -ylogDtpre.iLsfxCIvu . .",
+            "--backup-dir . --fuzzy -lte.LsfxC . .",
+            "-lte.LsfxC\v-y . .",
+            "-lte.LsfxC\u00a0-y . .",
+            "-lte.LsfxC\u2003--fuzzy . .",
+            "--existing\x1c-y\x1c.\x1c.",
+            "x\r-y . .",
+        ):
+            with self.subTest(words=words):
+                argv = [*ssh.split(), target.login, "rsync --server " + words]
+                done = subprocess.run(
+                    argv, input=b"", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                )
+                self.assertIn(
+                    b"are refused" if b"ASCII" in done.stderr else b"is refused", done.stderr
+                )
+                self.assertEqual((done.returncode, done.stdout), (1, b""))
         push("-rlt", "--delay-updates", self.lab.base + "/guess/")
+        # The twin: a directory with that letter, and a name like an option of it.
+        subprocess.run(
+            ["rsync", "-rlt", "-e", ssh, self.lab.base + "/guess/d", target.login + ":my-day"],
+            check=True,
+        )
+        self.assertTrue(os.path.exists(self.lab.base + "/data/my-day/d/id_secreu"))
 
     def test_the_plain_line_goes_on_working_and_is_recognised(self) -> None:
         """As the reference wrote it, without restrict, or as README had it."""
@@ -791,8 +816,8 @@ class Paths(LabCase):
 
     def test_directories_that_two_threads_make_at_once(self) -> None:
         made = [self.lab.base + "/real/%d/x" % number for number in range(20)]
-        threads = offsync.Threads(4)
-        list(threads.each(lambda path: offsync.make_directory(path, 0o700), made * 4))
+        threads = offsync.ThreadPool(4)
+        list(threads.imap_unordered(lambda path: offsync.make_directory(path, 0o700), made * 4))
         threads.close()
         self.assertEqual({stat.S_IMODE(os.stat(path).st_mode) for path in made}, {0o700})
         self.assertEqual(stat.S_IMODE(os.stat(self.lab.base + "/real").st_mode), 0o755)

@@ -40,11 +40,13 @@ WEB1 = offsync.Target("deploy@web1", "/srv/x")
 KEY = offsync.PublicKey("ssh-ed25519", "AAAAC3NzaC1lZDI1NTE5AAAAIKtest", "me@here")
 LINE = (
     "command=\"/bin/sh -c 'case $SSH_ORIGINAL_COMMAND in *--compare-dest*|*--copy-dest*"
-    "|*--link-dest*) echo offsync: basis directories are refused >&2; exit 1;; esac; set -f; for w"
-    " in $SSH_ORIGINAL_COMMAND; do case $w in .) break;; rsync|--delay-updates|--size-only) ;;"
-    " *y*) echo offsync: fuzzy is refused >&2; exit 1;; esac; done; exec"
-    " /usr/bin/rrsync -wo /srv/app-data'\",no-port-forwarding,no-agent-forwarding,"
-    "no-X11-forwarding,no-pty,restrict ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKtest me@here"
+    "|*--link-dest*) echo offsync: basis directories are refused >&2; exit 1;; esac; set -f; case"
+    " $(printf %s $SSH_ORIGINAL_COMMAND | LC_ALL=C tr -d [:print:] || echo x) in ?*) echo offsync:"
+    " characters that are not ASCII are refused >&2; exit 1;; esac; for w in $SSH_ORIGINAL_COMMAND;"
+    " do case $w in --delay-updates|--size-only) ;; -*y*) echo offsync: fuzzy is refused >&2; exit"
+    " 1;; esac; done; exec /usr/bin/rrsync -wo /srv/app-data'\",no-port-forwarding,"
+    "no-agent-forwarding,no-X11-forwarding,no-pty,restrict"
+    " ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKtest me@here"
 )
 
 
@@ -321,11 +323,11 @@ class Sources(unittest.TestCase):
             return described(root, path, with_md5)
 
         with mock.patch.object(offsync, "describe_entry", slowly):
-            source.want(b"a")
+            source.request(b"a")
             waiting = threading.Thread(target=source.wait, daemon=True)
             waiting.start()
             self.assertTrue(started.wait(30))
-            source.want(b"b")
+            source.request(b"b")
             go_on.set()
             waiting.join(30)
             source.wait()
@@ -343,7 +345,7 @@ class Sources(unittest.TestCase):
             (b"l", b"d/../..", False),
         ):
             with self.subTest(link=link):
-                self.assertEqual(offsync.leaves(path, link), not inside)
+                self.assertEqual(offsync.escapes_source(path, link), not inside)
         root = self.tree()
         os.symlink("/etc", root + "/evil")
         with self.assertRaisesRegex(OSError, "leaves the source"):
@@ -356,14 +358,14 @@ class Sources(unittest.TestCase):
             ),
             self.assertRaisesRegex(offsync.OffsyncError, "cannot start a thread"),
         ):
-            list(offsync.Threads(2).each(str, [1, 2]))
+            list(offsync.ThreadPool(2).imap_unordered(str, [1, 2]))
 
     def test_every_result_comes_once(self) -> None:
-        found = offsync.Threads(3).each(lambda number: number * 2, range(50))
+        found = offsync.ThreadPool(3).imap_unordered(lambda number: number * 2, range(50))
         self.assertEqual(dict(found), {number: number * 2 for number in range(50)})
 
     def test_what_is_queued_is_dropped_and_what_was_begun_has_ended(self) -> None:
-        threads, begun, ended = offsync.Threads(2), [], []
+        threads, begun, ended = offsync.ThreadPool(2), [], []
 
         def work(number: int) -> None:
             begun.append(number)
@@ -373,7 +375,7 @@ class Sources(unittest.TestCase):
             ended.append(number)
 
         with self.assertRaises(ValueError):
-            list(threads.each(work, range(1000)))
+            list(threads.imap_unordered(work, range(1000)))
         threads.close()
         count = len(begun)
         self.assertLess(count, 1000)
@@ -576,13 +578,13 @@ class Names(unittest.TestCase):
             ("\x85".encode(), '"\\302\\205"'),
         ):
             with self.subTest(raw=raw):
-                self.assertEqual(offsync.show(raw), shown)
+                self.assertEqual(offsync.quote_name(raw), shown)
 
     def test_answers_are_shortened_and_made_harmless(self) -> None:
-        quoted = offsync.quote_answer(b"a\x1b]0;title\x07\r\nb\xff\n\n" + b"x" * 5000)
+        quoted = offsync.quote_output(b"a\x1b]0;title\x07\r\nb\xff\n\n" + b"x" * 5000)
         self.assertTrue(quoted.isprintable())
         self.assertLessEqual(len(quoted), 300)
-        self.assertEqual(offsync.quote_answer(b"one\ntwo\n"), "one | two")
+        self.assertEqual(offsync.quote_output(b"one\ntwo\n"), "one | two")
 
     def test_include_rules_escape_wildcards_only_where_there_are_any(self) -> None:
         for path, rule in (
@@ -591,11 +593,11 @@ class Names(unittest.TestCase):
             (b"[x]?", b"/\\[x]\\?"),
             (b"+ x", b"/+ x"),
         ):
-            self.assertEqual(offsync.include_rule(path), rule)
+            self.assertEqual(offsync.exact_filter_pattern(path), rule)
 
     def test_words_for_rsync(self) -> None:
-        self.assertEqual(offsync.quote_for_rsync("ControlPath=/tmp/x"), "ControlPath=/tmp/x")
-        self.assertEqual(offsync.quote_for_rsync("a 'b\""), "'a ''b\"'")
+        self.assertEqual(offsync.quote_rsh_word("ControlPath=/tmp/x"), "ControlPath=/tmp/x")
+        self.assertEqual(offsync.quote_rsh_word("a 'b\""), "'a ''b\"'")
 
     def test_manifest_names_are_escaped_as_coreutils_does(self) -> None:
         for path in (b"plain", b"new\nline", b"back\\slash", b"cr\rx", b"\\n", b" x", b"\xff"):
@@ -637,8 +639,11 @@ class Diagnosis(unittest.TestCase):
                 " checking.\nHost key verification failed."
             ),
         ),
-        ("name", "ssh: Could not resolve hostname no-such-host.invalid: Name or service not known"),
-        ("refused", "ssh: connect to host 127.0.0.1 port 58015: Connection refused"),
+        (
+            "unresolved-host",
+            "ssh: Could not resolve hostname no-such-host.invalid: Name or service not known",
+        ),
+        ("connection-refused", "ssh: connect to host 127.0.0.1 port 58015: Connection refused"),
         ("timeout", "ssh: connect to host 10.9.9.9 port 22: No route to host"),
         ("timeout", "ssh: connect to host 10.9.9.9 port 22: Network is unreachable"),
         ("timeout", "ssh: connect to host 10.9.9.9 port 22: Connection timed out"),
@@ -651,14 +656,14 @@ class Diagnosis(unittest.TestCase):
         ),
         ("timeout", "Timeout, server 127.0.0.1 not responding."),
         (
-            "ssh-here",
+            "ssh-client-error",
             (
                 "/root/.ssh/config: line 1: Bad configuration option: nonsense\n/root/.ssh/config:"
                 " terminating, 1 bad configuration options"
             ),
         ),
         (
-            "ssh-here",
+            "ssh-client-error",
             (
                 'Load key "/x/.offsync/id_ed25519": error in libcrypto\nroot@127.0.0.1: Permission'
                 " denied (publickey)."
@@ -707,7 +712,7 @@ class Diagnosis(unittest.TestCase):
         ),
         ("read-only-key", "/usr/bin/rrsync error: sending to read-only server is not allowed"),
         ("read-only-key", "rrsync: sending to read-only server not allowed"),
-        ("option", "/usr/bin/rrsync: SSH_ORIGINAL_COMMAND='echo hi' is not rsync"),
+        ("rrsync-rejected-option", "/usr/bin/rrsync: SSH_ORIGINAL_COMMAND='echo hi' is not rsync"),
         ("no-directory", "/usr/bin/rrsync: Restricted directory does not exist!"),
         (
             "no-directory",
@@ -725,10 +730,13 @@ class Diagnosis(unittest.TestCase):
             ),
         ),
         ("no-rsync", "openrsync: unrecognized option"),
-        ("option", "/usr/bin/rrsync error: option --delete has been disabled on this server."),
-        ("option", "/usr/bin/rrsync: invalid rsync-command syntax or options"),
         (
-            "prints",
+            "rrsync-rejected-option",
+            "/usr/bin/rrsync error: option --delete has been disabled on this server.",
+        ),
+        ("rrsync-rejected-option", "/usr/bin/rrsync: invalid rsync-command syntax or options"),
+        (
+            "shell-output",
             (
                 "protocol version mismatch -- is your shell clean?\n(see the rsync manpage for an"
                 " explanation)"
@@ -754,7 +762,7 @@ class Diagnosis(unittest.TestCase):
             'rsync: [sender] send_files failed to open "/srv/app/x": Permission denied (13)',
         ),
         ("source-unreadable", 'file has vanished: "/srv/app/x"'),
-        ("in-the-way", "could not make way for new regular file: f"),
+        ("blocked-by-directory", "could not make way for new regular file: f"),
         (
             "permission",
             'rsync: [receiver] mkstemp "/srv/x/.f.7SxgQw" failed: Permission denied (13)',
@@ -767,8 +775,11 @@ class Diagnosis(unittest.TestCase):
             "no-directory",
             'rsync: [receiver] mkstemp "/srv/x/d/.f.7SxgQw" failed: Not a directory (20)',
         ),
-        ("lost", "rsync: connection unexpectedly closed (8 bytes received so far) [sender]"),
-        ("lost", "client_loop: send disconnect: Broken pipe"),
+        (
+            "connection-lost",
+            "rsync: connection unexpectedly closed (8 bytes received so far) [sender]",
+        ),
+        ("connection-lost", "client_loop: send disconnect: Broken pipe"),
         (
             "algorithms",
             (
@@ -789,7 +800,7 @@ class Diagnosis(unittest.TestCase):
             "key-refused",
             "root@127.0.0.1: Permission denied (publickey,password,keyboard-interactive).",
         ),
-        ("ssh-here", "Bad owner or permissions on /root/.ssh/config"),
+        ("ssh-client-error", "Bad owner or permissions on /root/.ssh/config"),
         (
             "busy-sshd",
             "kex_exchange_identification: read: Connection reset by peer\nNot allowed at this time",
@@ -802,7 +813,7 @@ class Diagnosis(unittest.TestCase):
             ),
         ),
         (
-            "ended",
+            "closed-after-login",
             (
                 "/bin/bash: line 1: /nonexistent/offsync-connection-ended: No such file or"
                 " directory\nkex_exchange_identification: Connection closed by remote host"
@@ -815,7 +826,7 @@ class Diagnosis(unittest.TestCase):
                 " unexpectedly closed (0 bytes received so far) [sender]"
             ),
         ),
-        ("closed", "Connection closed by 127.0.0.1 port 2201"),
+        ("closed-during-login", "Connection closed by 127.0.0.1 port 2201"),
         (
             "session-refused",
             "mux_client_request_session: session request failed: Session open refused by peer",
@@ -849,7 +860,7 @@ class Diagnosis(unittest.TestCase):
         ("host-key-expired", "Certificate invalid: expired\nHost key verification failed."),
         ("no-rsync", "rsync: --timeout=10800: too large"),
         (
-            "in-the-way",
+            "blocked-by-directory",
             "rsync: [generator] delete_file: rmdir(mnt) failed: Device or resource busy (16)",
         ),
         (
@@ -867,13 +878,13 @@ class Diagnosis(unittest.TestCase):
                 " error: error in rsync protocol data stream (code 12)"
             ),
         ),
-        ("ssh-here", "No user exists for uid 4711"),
+        ("ssh-client-error", "No user exists for uid 4711"),
         (
-            "not-held",
+            "unsupported-name",
             'rsync: [generator] symlink "/srv/x/l" -> "f" failed: Operation not permitted (1)',
         ),
         (
-            "not-held",
+            "unsupported-name",
             'rsync: [receiver] mkstemp "/srv/x/.a:b.7SxgQw" failed: Invalid argument (22)',
         ),
         ("no-staging", "Unable to create partial-dir for f -- discarding completed file."),
@@ -939,7 +950,7 @@ class Diagnosis(unittest.TestCase):
             "source-unreadable",
             'rsync: [sender] read errors mapping "/srv/source/f": Input/output error (5)',
         ),
-        ("name", 'Could not resolve host "nope" by any of its canonical domains'),
+        ("unresolved-host", 'Could not resolve host "nope" by any of its canonical domains'),
         ("other", "something never seen before"),
         ("other", ""),
     )
@@ -955,7 +966,7 @@ class Diagnosis(unittest.TestCase):
                 self.assertNotIn("\n", str(error))
         self.assertEqual(
             {kind for kind, _ in self.ANSWERS} - {"other"},
-            {row.name for row in offsync.FAILURES if row.words},
+            {row.name for row in offsync.FAILURES if row.patterns},
         )
 
 
@@ -964,16 +975,16 @@ class FailedLogins(unittest.TestCase):
 
     DROPPED = "ssh_exchange_identification: Connection closed by remote host"
     ANSWERS = """
-route | ssh: connect to host 10.0.0.1 port 22: Connection refused / %(dropped)s
-route | gateway says no / kex_exchange_identification: Connection closed by remote host / \
+proxy-failed | ssh: connect to host 10.0.0.1 port 22: Connection refused / %(dropped)s
+proxy-failed | gateway says no / kex_exchange_identification: Connection closed by remote host / \
 Connection closed by UNKNOWN port 65535
-route | no profile / banner exchange: Connection to UNKNOWN port 65535: Broken pipe
+proxy-failed | no profile / banner exchange: Connection to UNKNOWN port 65535: Broken pipe
 timeout | Connection timed out during banner exchange / \\
 Connection to UNKNOWN port 65535 timed out
 busy-sshd | dlopen none failed: none: cannot open shared object file / %(dropped)s
 busy-sshd | kex_exchange_identification: Connection closed by remote host / \
 Connection closed by 127.0.0.1 port 22
-closed | a banner / Connection closed by 127.0.0.1 port 22
+closed-during-login | a banner / Connection closed by 127.0.0.1 port 22
 expired | Your account has expired / Connection closed by 127.0.0.1 port 22
 key-refused | HAS CHANGED / Host key verification failed. / u@h: Permission denied (publickey).
 key-refused | REMOTE HOST IDENTIFICATION HAS CHANGEDu@h: Permission denied (publickey).
@@ -983,7 +994,7 @@ host-key-unknown | No ED25519 host key is known for h / Host key verification fa
     def test_what_each_means(self) -> None:
         target = offsync.Target("u@h", "/srv/x")
         connection = mock.Mock(target=target)
-        connection.shared.home.key = "/nonexistent/id_ed25519"
+        connection.context.state.key = "/nonexistent/id_ed25519"
         for row in self.ANSWERS.replace("\\\n", "").strip().splitlines():
             kind, said = row.split(" | ")
             result = offsync.Result(255, b"", said.replace(" / ", "\r\n").encode() + b"\r\n")
@@ -992,7 +1003,7 @@ host-key-unknown | No ED25519 host key is known for h / Host key verification fa
                 mock.patch.object(offsync, "check_own_key"),
                 mock.patch.object(offsync, "read_file", return_value=b""),
             ):
-                self.assertEqual(offsync.explain_login(connection, result).kind.name, kind)
+                self.assertEqual(offsync.diagnose_login(connection, result).kind.name, kind)
 
 
 class Limits(unittest.TestCase):
@@ -1044,13 +1055,13 @@ class Limits(unittest.TestCase):
             tempfile.TemporaryFile() as stream,
             self.assertRaisesRegex(offsync.EndlessOutput, "printed more than offsync reads"),
         ):
-            offsync.run(["sh", "-c", "yes >&2; true"], stderr=stream, limit=30)
+            offsync.run_program(["sh", "-c", "yes >&2; true"], stderr=stream, limit=30)
 
     def test_a_program_that_falls_silent_is_ended(self) -> None:
         """Also where its own time limit does not count, since it blocks in open()."""
         lines: list = []
         words = "echo one; sleep 0.2; echo two; exec sleep 60"
-        done = offsync.run(["sh", "-c", words], on_line=lines.append, limit=30, silence=1)
+        done = offsync.run_program(["sh", "-c", words], on_line=lines.append, limit=30, silence=1)
         self.assertEqual((done.status, lines), (None, [b"one", b"two"]))
 
 
@@ -1197,12 +1208,12 @@ class Audit(unittest.TestCase):
         )
         self.assertIn("validate_config", outside)
         for name in (
-            "judge_refusal",
+            "check_refusal",
             "prove_path",
             "parse_itemized",
             "approve",
             "take_lock",
-            "run",
+            "run_program",
         ):
             self.assertIn(name, reached - set(outside))
 

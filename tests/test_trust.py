@@ -358,6 +358,18 @@ class Restriction(LabCase):
         self.assertIn("read files with rsync", done.err)
         self.assertRegex(self.lab.offsync("doctor", check=1).out, "OPEN +read files with rsync")
 
+    def test_a_key_that_writes_everywhere(self) -> None:
+        """Also where the config says so: link refuses the root, and so does every run."""
+        line = read(self.target.keys)
+        self.addCleanup(write, self.target.keys, line)
+        write(self.target.keys, line.replace("-wo " + self.target.path, "-wo /"))
+        done = self.lab.offsync(
+            *("target", "add", self.target.login, "--path", "/", "--port", str(self.target.port)),
+            check=1,
+        )
+        self.assertIn("NOT restricted", done.err)
+        self.assertNotIn('remote_path: "/"\n', read(self.lab.state + "/config.yaml"))
+
     def test_another_directory(self) -> None:
         other = self.lab.base + "/other"
         os.mkdir(other)
