@@ -6,15 +6,18 @@ roles
   controller  owns the source directory and the private key;
               runs init, target, plan, apply, verify, log, doctor
   target      receives files; runs link once (and unlink to revoke);
-              afterwards only sshd, rrsync and rsync run there
+              afterwards only sshd, rrsync and rsync run on it
+  either      install-deps, manifest, completion
 
 reads   the source directory; through ssh: ~/.ssh/config for routing, and the
-        known_hosts files of the user and the system for host keys; link also the
-        public halves of the system's host keys; and the files that you name
-writes  on the controller: $OFFSYNC_HOME (default ~/.offsync), and temporary
-        files below $TMPDIR, /tmp or /var/tmp that are removed at the end;
+        known_hosts files of the user and the system for host keys; the files that
+        you name; link also ~/.ssh/authorized_keys, the accounts of this host, and
+        the public halves of the system's host keys
+writes  on the controller: $OFFSYNC_HOME (default ~/.offsync);
         on the target: one line of ~/.ssh/authorized_keys, the --path directory
-        if it is absent, and, through rsync, what a plan lists below that path
+        if it is absent, and, through rsync, what a plan lists below that path;
+        on both: temporary files below $TMPDIR, /tmp or /var/tmp that are removed
+        at the end
 runs    ssh, ssh-keygen and rsync, always as argument lists, never through a
         shell; -v shows each before it starts; link also runs sshd -T, and tries
         rrsync in a scratch directory as sshd would start it (sh -c);
@@ -28,10 +31,12 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 339 to 3130, in the order in
+To audit it, read the trust core first: lines 348 to 3146, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
+
+from __future__ import annotations
 
 import sys
 
@@ -40,7 +45,7 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
     # else may have put a json.py
 if sys.version_info < (3, 9):
     sys.exit(
-        "offsync: this is Python %d.%d: it needs Python 3.9 or newer; run it with a newer one"
+        "offsync: error: Python %d.%d is too old; run offsync with Python 3.9 or newer"
         % sys.version_info[:2]
     )
 
@@ -78,15 +83,12 @@ from typing import (
     Any,
     BinaryIO,
     Callable,
-    Iterable,
-    Iterator,
     NamedTuple,
     NoReturn,
-    Optional,
-    Sequence,
     TypeVar,
     Union,
 )
+from collections.abc import Iterable, Iterator, Sequence
 
 VERSION = "3.0.0"
 
@@ -183,7 +185,7 @@ class Target(NamedTuple):
     login: str
     remote_path: str
     rrsync: str = DEFAULT_RRSYNC
-    port: Optional[int] = None
+    port: int | None = None
     symlinks: bool = True  # False: its rrsync munges them, so none are sent
 
     @property
@@ -197,13 +199,13 @@ class Target(NamedTuple):
 
     @property
     def where(self) -> str:
-        return "%s:%s" % (self.login, quote_name(os.fsencode(self.remote_path)))
+        return f"{self.login}:{quote_name(os.fsencode(self.remote_path))}"
 
 
 class Deletion(enum.Enum):
     """What is done with entries that exist only on a target: "delete" of config.yaml.
 
-    Every one of them is true in a condition: compare with "is".
+    All members are true in a condition, REFUSE as well: compare with "is".
     """
 
     REFUSE = False  # an apply is refused where there are any
@@ -253,7 +255,7 @@ class Change(NamedTuple):
     kind: str  # one of KINDS, or "kept": what is missing, and is left alone
     directory: bool  # of what only the target has rsync tells no more
     reasons: tuple[str, ...] = ()  # of modified: "content", "mode", "type", "link"
-    entry: Optional[Entry] = None  # of added and modified, once the source is described
+    entry: Entry | None = None  # of added and modified, once the source is described
 
     @property
     def is_symlink(self) -> bool:
@@ -278,13 +280,13 @@ class Record(NamedTuple):
     login: str
     source: str
     operation: str = "apply"
-    plan: Optional[str] = None  # the plan's ID, the reviewed one's with --plan
+    plan: str | None = None  # the plan's ID, the reviewed one's with --plan
     result: str = "started"  # then "ok", "failed", "interrupted" or "refused"
-    error: Optional[str] = None
-    files_changed: Optional[list[str]] = None
-    files_deleted: Optional[list[str]] = None
-    bytes_sent: Optional[int] = None
-    seconds: Optional[float] = None
+    error: str | None = None
+    files_changed: list[str] | None = None
+    files_deleted: list[str] | None = None
+    bytes_sent: int | None = None
+    seconds: float | None = None
 
 
 def offsync_command(*words: str) -> str:
@@ -293,13 +295,20 @@ def offsync_command(*words: str) -> str:
     return (f"OFFSYNC_HOME={shlex.quote(home)} " if home else "") + shlex.join(["offsync", *words])
 
 
-def typed_again(*more: str, user: str = "") -> str:
-    """Return the command line as it was typed, with more options, or as another account."""
-    command = offsync_command(*sys.argv[1:], *more)
+def typed_again(*more: str, user: str = "", state: str = "") -> str:
+    """Return the command line as it was typed, with more options, or as another account.
+
+    sudo -i starts a new environment, so the state that is meant is named unless it is the default.
+    """
+    typed = shlex.join(["offsync", *sys.argv[1:], *more])
     if not user:
-        return command
-    # sudo -i starts a new environment.
-    return f"sudo -iu {shlex.quote(user)} {'env ' if '=' in command.split()[0] else ''}{command}"
+        return offsync_command(*sys.argv[1:], *more)
+    state = os.environ.get("OFFSYNC_HOME") or state
+    if state and os.path.realpath(state) != os.path.realpath(
+        os.path.expanduser(f"~{user}/.offsync")
+    ):
+        typed = f"env OFFSYNC_HOME={shlex.quote(state)} {typed}"
+    return f"sudo -iu {shlex.quote(user)} {typed}"
 
 
 class Typed(NamedTuple):
@@ -309,9 +318,9 @@ class Typed(NamedTuple):
     configured: Config  # what the file says
     targets: Sequence[str] = ()
     excepted: Sequence[str] = ()
-    source: Optional[str] = None
-    deletion: Optional[Deletion] = None
-    plan: Optional[str] = None
+    source: str | None = None
+    deletion: Deletion | None = None
+    plan: str | None = None
 
     def again(self, **changed: Any) -> str:
         """Return the command line with some of these fields changed."""
@@ -331,7 +340,7 @@ class Typed(NamedTuple):
 class Result(NamedTuple):
     """How a program ended. status is negative for a signal, None when its deadline passed."""
 
-    status: Optional[int]
+    status: int | None
     stdout: bytes
     stderr: bytes
 
@@ -359,10 +368,10 @@ class SignalFlag:
             time.sleep(0.05)
 
 
-# Set when a signal arrives or the run is over: no program starts, and no wait lasts.
+# Set when a signal arrives or the run is over: no program is started, and waits end at once.
 STOPPING = SignalFlag()
 # The programs that end with the run.
-LIVE_PROCESSES: set["subprocess.Popen[bytes]"] = set()
+LIVE_PROCESSES: set[subprocess.Popen[bytes]] = set()
 VERBOSE = SignalFlag()
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FOREVER = threading.TIMEOUT_MAX  # seconds
@@ -373,12 +382,12 @@ OUTPUT_LIMIT = 1 << 22  # bytes that a program may print, but for rsync
 MAX_LINE = 1 << 16  # bytes; a name has 4096, times 5 when escaped
 LINE_COST = 150  # bytes of memory that a line takes beside its text
 # After an error the target's rsync sleeps for 0.1 s (cleanup.c), and holds rrsync's lock meanwhile.
-# ssh closes the stderr of our rsync when that session is over: so long is it waited for, at most.
+# When that session is over, ssh closes the stderr of our rsync. We wait for that at most this long.
 SESSION_END = 0.5  # seconds
 Argv = Sequence[Union[str, bytes]]
 
 
-def kill_group(process: "subprocess.Popen[bytes]") -> None:
+def kill_group(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL a program and what it started (each has a session of its own).
 
     A gentler signal would gain nothing: no program of ours keeps a state on this controller, and
@@ -411,11 +420,11 @@ def child_environment(for_rsync: bool = False, force_md5: bool = False) -> dict[
     """Return the environment of a program: ours, with messages in English.
 
     rsync gets no HOME, since it would take options and programs to run from ~/.popt (popt(3)), and
-    no RSYNC_* (rsync(1), ENVIRONMENT VARIABLES). force_md5 makes it agree on MD5 with every server:
-    nobody can make a second file for a given MD5, as they can for xxh128.
+    no RSYNC_* (rsync(1), ENVIRONMENT VARIABLES). force_md5 makes it compare by MD5, not xxh128:
+    nobody can construct a second file with a given MD5; for xxh128 it is easy.
     """
     ours = {key: value for key, value in os.environ.items() if not key.startswith("RSYNC_")}
-    # The ssh of a jump host would ask by a program with a window.
+    # The ssh of a jump host would open a graphical password dialog.
     ours.update(LC_ALL="C", SSH_ASKPASS_REQUIRE="never")
     if for_rsync:
         ours.pop("HOME", None)
@@ -427,21 +436,21 @@ def child_environment(for_rsync: bool = False, force_md5: bool = False) -> dict[
 def run_program(
     argv: Argv,
     *,
-    stdin: Union[int, IO[bytes]] = subprocess.DEVNULL,
-    stderr: Optional[BinaryIO] = None,
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stderr: BinaryIO | None = None,
     attach_terminal: bool = False,
-    env: Optional[dict[str, str]] = None,
+    env: dict[str, str] | None = None,
     limit: float = FOREVER,
     silence: float = 0,
     room: int = OUTPUT_LIMIT,
-    on_line: Optional[Callable[[bytes], None]] = None,
+    on_line: Callable[[bytes], None] | None = None,
 ) -> Result:
-    """Run a program and return how it ended. All programs but those of clean_up() start here.
+    """Run a program and return how it ended. Every program but those of clean_up() starts here.
 
-    argv is never a shell's. stdin: PIPE stays open and silent. stderr: an open file instead of a
+    No shell is used. stdin: PIPE stays open and silent. stderr: an open file instead of a
     pipe. stdout is returned, or given to on_line line by line (\\r ends a line, too).
-    limit: seconds for all of it; with silence, seconds until the first output, and silence is the
-    longest time between two outputs from then on. room: bytes that it may print.
+    limit: seconds for the whole run; where silence is given, seconds until the first output, after
+    which the program may be silent for that many seconds. room: bytes that it may print.
     attach_terminal: a package manager: it writes to our stderr, and no signal of ours ends it.
     The working directory is /, since ours may be gone.
     Raises Cancelled where the run is over, EndlessOutput, and OffsyncError if it cannot be started.
@@ -494,11 +503,11 @@ def run_program(
     return result
 
 
-def cannot_start(program: Union[str, bytes], result: Result) -> bool:
-    """Return whether a local program failed before it began, by the words of its loader.
+def cannot_start(program: str | bytes, result: Result) -> bool:
+    """Return whether a local program failed before it began, by the dynamic loader's message.
 
-    The loader names the program. What a target says in such a case has other names in it, or comes
-    with the words of our rsync.
+    The loader names the program. Where a target's program fails so, the message names that one, or
+    the error of our rsync follows it.
     """
     loader = (
         b"error while loading shared libraries|Error loading shared library|Error relocating"
@@ -517,9 +526,9 @@ class Output:
 
     def __init__(
         self,
-        on_line: Optional[Callable[[bytes], None]],
+        on_line: Callable[[bytes], None] | None,
         room: int = OUTPUT_LIMIT,
-        stderr_file: Optional[BinaryIO] = None,
+        stderr_file: BinaryIO | None = None,
     ) -> None:
         self.on_line, self.room, self.stderr_file = on_line, room, stderr_file
         self.stdout = bytearray()  # where there is no on_line
@@ -549,7 +558,7 @@ class Output:
         if self.room < 0:
             raise EndlessOutput("a program printed more than offsync reads, and was stopped")
 
-    def read(self, process: "subprocess.Popen[bytes]", limit: float, silence: float = 0) -> bool:
+    def read(self, process: subprocess.Popen[bytes], limit: float, silence: float = 0) -> bool:
         """Read what a program prints until it ends; return whether it was ended for being late.
 
         limit and silence are those of run_program(). The end is that of the program, not of its
@@ -562,7 +571,7 @@ class Output:
                 os.set_blocking(stream.fileno(), False)
                 selector.register(stream, selectors.EVENT_READ)
             while selector.get_map():
-                # Asked before the pipes are: what it wrote before its end is in them then.
+                # Asked before reading: if it has ended, all that it wrote is in the pipes.
                 ended = process.poll() is not None
                 if ended and not over:
                     over = time.monotonic()
@@ -604,8 +613,9 @@ class Output:
 def retry_attempts() -> Iterator[bool]:
     """Yield whether this attempt is the last one, and wait between them; the only loop of retries.
 
-    For connections that sshd drops (MaxStartups; PerSourcePenalties of sshd 9.8: 16 s for two
-    logins that failed), for rrsync's lock, for sessions beyond MaxSessions.
+    They are for connections that sshd drops (MaxStartups), for rrsync's lock, and for sessions
+    beyond MaxSessions. The delays add up to 24 s, more than the penalty of sshd 9.8 for two failed
+    logins (PerSourcePenalties: 16 s).
     """
     for delay in (0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0):
         yield False
@@ -616,7 +626,7 @@ def retry_attempts() -> Iterator[bool]:
 class ThreadPool:
     """Threads that carry out functions; the only helper for that.
 
-    What a function touches is its own, or says at its definition who else does.
+    What a function shares with other threads is said where that is defined.
     """
 
     def __init__(self, threads: int) -> None:
@@ -650,13 +660,13 @@ class ThreadPool:
         return ended()
 
     def close(self) -> None:
-        """Drop what has not begun (the interpreter would carry it all out), await what has."""
+        """Cancel what has not begun (the interpreter would carry it out), and wait for the rest."""
         self.executor.shutdown(cancel_futures=True)
 
 
 # --- Trust core: names ----------------------------------------------------------------------------
 
-# What str.isprintable() lets pass, and is drawn as nothing all the same.
+# Characters that str.isprintable() accepts, but that are invisible.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
     "\U0001d159\U000e0100-\U000e01ef]"
@@ -668,8 +678,8 @@ MISLEADING = re.compile(r'["\\]|^ | $| {3}| -> ')
 def quote_name(name: bytes, quoted: bool = False) -> str:
     """Return a name for people and logs: as it is, or quoted as git does where it could mislead.
 
-    Unambiguous: what is not quoted has no quote and no backslash. Nothing in it moves a cursor.
-    quoted: it looks like another name beside it.
+    An unquoted result holds no quote and no backslash, and nothing in a result moves a cursor.
+    quoted: quote it in any case, since a similar name stands beside it.
     """
     try:
         text = name.decode("utf-8")
@@ -683,7 +693,7 @@ def quote_name(name: bytes, quoted: bool = False) -> str:
         if byte in C_ESCAPES
         else chr(byte)
         if 32 <= byte < 127
-        else "\\%03o" % byte
+        else f"\\{byte:03o}"
         for byte in name
     )
     return '"' + "".join(letters) + '"'
@@ -702,9 +712,9 @@ def truncate(text: str) -> str:
 
 
 def casefold_nfc(path: bytes) -> str:
-    """Return what paths have in common that a file system may take for one.
+    """Return a key that is equal for paths that some file system takes for the same.
 
-    It may ignore case, Unicode form, and final dots and blanks of a name.
+    Such file systems ignore case, Unicode form, or final dots and blanks of a name.
     """
     text = unicodedata.normalize("NFC", path.decode("utf-8", "surrogateescape"))
     return re.sub(r"[. ]+(?=/|$)", "", unicodedata.normalize("NFC", text.casefold()))
@@ -718,7 +728,7 @@ def above(path: bytes) -> Iterator[bytes]:
 
 
 def nfc_lookalikes(paths: Iterable[bytes]) -> set[bytes]:
-    """Return those paths that look like another one of them: equal after NFC."""
+    """Return the paths that differ from another of them in Unicode normalisation only."""
     seen: dict[str, set[bytes]] = {}
     names = list(paths)
     for path in () if all(map(bytes.isascii, names)) else names:
@@ -759,7 +769,8 @@ def escapes_source(path: bytes, link: bytes) -> bool:
 def files_from_entry(path: bytes) -> bytes:
     """Return a path as --files-from takes it: "/" keeps a leading # or ; from being a comment.
 
-    rsync reads it as relative to the source, and, unlike "./path", sends no root of the source.
+    rsync treats "/path" as relative to the source. Unlike for "./path", it does not send the root
+    of the source with it.
     """
     return b"/" + path
 
@@ -785,7 +796,7 @@ def replace_unprintable(text: str) -> str:
 
 
 def quote_output(output: bytes) -> str:
-    """Return the end of what a program said: one line, safe for a terminal, 300 characters."""
+    """Return the last four lines of what a program said: joined, printable, 300 characters."""
     lines = [line.strip() for line in output[-4096:].decode("utf-8", "replace").splitlines()]
     text = replace_unprintable(
         " | ".join([line for line in lines if line.strip("^~ \t")][-4:])
@@ -805,7 +816,7 @@ def quote_first(paths: Iterable[bytes]) -> str:
 
 
 def quote_rsh_word(word: str) -> str:
-    """Return a word of rsync's -e option: it splits at blanks and knows quotes, doubled within."""
+    """Return a word of rsync's -e option: rsync splits it at blanks; "''" is a quote."""
     plain = re.fullmatch(r"[A-Za-z0-9_./=@:,~-]+", word)
     return word if plain else "'" + word.replace("'", "''") + "'"
 
@@ -818,7 +829,7 @@ class FailureKind:
 
     The first row that matches what they wrote on stderr counts: exit statuses say little (12 and
     255 are interchangeable, and 0 proves nothing). Rows only choose a sentence, and what is worth
-    another attempt: no decision on security rests on them. Patterns are plain substrings, which
+    another attempt: no proof rests on them. Patterns are plain substrings, which
     take linear time, whatever a target writes.
     """
 
@@ -1222,8 +1233,8 @@ class FailureKind:
 
 
 FAILURES = [row for row in vars(FailureKind).values() if isinstance(row, Failure)]
-# Once a host key is verified, what a server says must not look like a failure of that: these are
-# the rows before the first of another kind.
+# Without the rows about host keys, which stand before LOCKED. Once a host key is verified, no text
+# of the server must be reported as a failure of host keys.
 LOGIN_FAILURES = FAILURES[FAILURES.index(FailureKind.LOCKED) :]
 
 
@@ -1235,17 +1246,17 @@ def failure(
     said: str = "",
     key: str = "...",
 ) -> TargetError:
-    """Return the error of a target: facts and names belong to what happened; key is ours."""
+    """Return the error for a target. facts and names describe what happened; key is for a hint."""
     words = {
         "host": target.host,
         "user": shlex.quote(target.user),
         "rrsync": target.rrsync,
         "add": target_add_args(target),
         "path": shlex.quote(target.remote_path),
-        "login": shlex.quote(target.login),
+        "login": (f"-p {target.port} " if target.port else "") + shlex.quote(target.login),
         "key": shlex.quote(key),
     }
-    # A path may be what a target says of itself.
+    # The path may come from the target (OTHER_PATH).
     words = {name: replace_unprintable(word) for name, word in words.items()}
     why = ": ".join(filter(None, [kind.why.format(**words), facts, quote_first(names)]))
     hints = []
@@ -1258,20 +1269,20 @@ def failure(
 def diagnose(
     target: Target, result: Result, kinds: Sequence[Failure] = FAILURES, program: str = "rsync"
 ) -> TargetError:
-    """Return what a failed program meant, with its own words."""
+    """Return the error for a failed program, with what it said."""
     if result.status is None:
         return failure(target, FailureKind.NO_RESPONSE)
     lines = result.stderr.splitlines()
     said = quote_output(result.stderr) or "nothing, status %d" % result.status
     said = said if said.startswith(program) else f"{program}: {said}"
     for kind in kinds:
-        # Most rows end at the whole text: that costs nothing.
+        # The whole text is looked at first: that is cheap, and excludes most rows.
         if any(
             all(part in result.stderr for part in parts)
             and any(all(part in line for part in parts) for line in lines)
             for parts in kind.patterns
         ):
-            # Those words would be ours.
+            # The text is our own ProxyCommand's name.
             return failure(
                 target, kind, said="" if kind is FailureKind.CLOSED_AFTER_LOGIN else said
             )
@@ -1282,9 +1293,10 @@ def diagnose(
 
 HASHERS = 4  # threads that hash source entries, outside the interpreter's lock
 STAGING_DIR = b".~tmp~"  # where --delay-updates collects files
-# A killed receiver leaves .NAME.XXXXXX beside NAME, one dot for names that have one (receiver.c).
-# Six characters of one kind are a word or a number, such as .env.backup: of rsync's, one in a
-# hundred is so, and it counts as a user's, to be safe.
+# A killed receiver leaves .NAME.XXXXXX beside NAME, without a second dot where NAME begins with one
+# (receiver.c). Six small letters, capitals or digits alone are a word or a number, as in
+# .env.backup: such a file counts as a user's. For one in a hundred of rsync's files that is wrong,
+# but safe.
 TEMPORARY_NAME = re.compile(rb"\.(.+)\.(?![a-z]{6}$|[A-Z]{6}$|[0-9]{6}$)[A-Za-z0-9]{6}", re.DOTALL)
 
 
@@ -1309,9 +1321,7 @@ def new_digest(data: bytes = b"", name: str = "sha256") -> Any:
     return hashlib.new(name, data, usedforsecurity=False)
 
 
-def hash_file(
-    path: bytes, with_md5: bool = False, parent: Optional[int] = None
-) -> tuple[bytes, int]:
+def hash_file(path: bytes, with_md5: bool = False, parent: int | None = None) -> tuple[bytes, int]:
     """Return (SHA-256, then MD5 if wanted; size in bytes) of a file, never through a symlink."""
     digests = [new_digest()]
     if with_md5:
@@ -1322,7 +1332,7 @@ def hash_file(
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file any more", path)
-        # Not until the end of the file: so most files need one read.
+        # Reading stops at the size, not at the end of the file: so most files need one read.
         while size < status.st_size:
             chunk = os.read(descriptor, min(status.st_size + 1, 1 << 18))
             if STOPPING.is_set():
@@ -1348,7 +1358,7 @@ def describe_entry(root: bytes, path: bytes, with_md5: bool = False) -> Entry:
             return Entry("directory", mode, 0)
         if stat.S_ISLNK(status.st_mode):
             link = os.readlink(name, dir_fd=parent)
-            # It is not the one that was scanned.
+            # It was replaced after the scan, which refuses such a symlink.
             if escapes_source(path, link):
                 raise OSError(errno.EINVAL, "it is a symlink that leaves the source", path)
             return Entry("symlink", 0o777, len(link), link=link)
@@ -1364,7 +1374,7 @@ def describe_entry(root: bytes, path: bytes, with_md5: bool = False) -> Entry:
 class Source:
     """The source directory of a run: scanned once; what differs is hashed once, for all targets.
 
-    entries and errors are written by the hashing threads, and read after wait() only.
+    The hashing threads write entries and errors; both are read after wait() only.
     """
 
     def __init__(self, path: str, exclude: Sequence[str] = (), with_md5: bool = False) -> None:
@@ -1372,9 +1382,9 @@ class Source:
         self.entry_count = 0  # of entries, excluded ones too, once it is scanned
         self.symlinks: list[bytes] = []  # not excluded; for targets that take none
         self.accepted = threading.Event()  # it is scanned, and all of it can be delivered
-        self.entries: dict[bytes, Optional[Entry]] = {}  # None until it is described
+        self.entries: dict[bytes, Entry | None] = {}  # None until it is described
         self.errors: dict[bytes, str] = {}
-        self.lock = threading.Lock()  # for the next three
+        self.lock = threading.Lock()  # for entries, and the next three
         self.wanted: collections.deque[bytes] = collections.deque()
         self.working = 0  # threads
         self.pending: list[Any] = []  # their futures
@@ -1418,9 +1428,7 @@ class Source:
         if STOPPING.is_set():
             raise Cancelled("interrupted")
         if self.errors:
-            named = [
-                "%s: %s" % (quote_path(path), why) for path, why in sorted(self.errors.items())
-            ]
+            named = [f"{quote_path(path)}: {why}" for path, why in sorted(self.errors.items())]
             raise OffsyncError(
                 f"source {quote_name(self.root)}: changed or became unreadable while it was hashed"
                 f": {join_first(named)}",
@@ -1429,7 +1437,7 @@ class Source:
 
     def entry(self, path: bytes) -> Entry:
         entry = self.entries[path]
-        # No thread could be started for it.
+        # It was queued, but no thread read it.
         if entry is None:
             raise OffsyncError(
                 f"source {quote_name(self.root)}: {quote_path(path)} was not read", "try again"
@@ -1446,19 +1454,19 @@ class Source:
     def list_included(self, rsync: str, complete: bool = True) -> set[bytes]:
         """Return the paths that the excludes leave, as a local rsync dry run applies them.
 
-        complete raises OffsyncError if anything is unreadable.
+        Where complete, raises OffsyncError if anything is unreadable; else that is ignored.
         """
         names: set[bytes] = set()
         out_format, on_line = tag_items(
             b"%n", lambda name: names.add(unescape_rsync_name(name).rstrip(b"/"))
         )
-        argv: list[Union[str, bytes]] = [rsync, "-8", "-n", "-rlD", out_format]
+        argv: list[str | bytes] = [rsync, "-8", "-n", "-rlD", out_format]
         argv += ["--exclude=" + rule for rule in self.exclude]
-        argv += ["--", self.root.rstrip(b"/") + b"/", "/nonexistent/%s/" % os.urandom(8).hex()]
+        argv += ["--", self.root.rstrip(b"/") + b"/", f"/nonexistent/{os.urandom(8).hex()}/"]
         result = run_program(
             argv, env=child_environment(for_rsync=True), on_line=on_line, room=sys.maxsize
         )
-        # 23 and 24: it could not read everything, or something vanished.
+        # 23: it could not read everything; 24: something vanished.
         if result.status not in ((0,) if complete else (0, 23, 24)):
             raise OffsyncError(
                 f"source {quote_name(self.root)}: rsync cannot read all of it",
@@ -1474,7 +1482,7 @@ def symlink_problem(root: bytes, real_root: bytes, path: bytes) -> str:
     try:
         link, real = os.readlink(place), os.path.realpath(place)
     except OSError as error:
-        return "it is a symlink that cannot be read: %s" % error.strerror
+        return f"it is a symlink that cannot be read: {error.strerror}"
     if link.startswith(b"/"):
         return "it is a symlink to an absolute path"
     within = (real + b"/").startswith(real_root.rstrip(b"/") + b"/")
@@ -1483,7 +1491,7 @@ def symlink_problem(root: bytes, real_root: bytes, path: bytes) -> str:
     return ""
 
 
-def entry_problem(entry: "os.DirEntry[bytes]") -> str:
+def entry_problem(entry: os.DirEntry[bytes]) -> str:
     """Return why a file or directory of the source cannot be delivered, "" if it can."""
     if entry.is_dir(follow_symlinks=False):
         access = os.R_OK | os.X_OK
@@ -1491,7 +1499,7 @@ def entry_problem(entry: "os.DirEntry[bytes]") -> str:
         access = os.R_OK
     else:
         return "it is a device, socket or fifo"
-    # Not where it is gone since.
+    # What has vanished meanwhile is no offence.
     if not os.access(entry.path, access) and os.path.lexists(entry.path):
         return "it cannot be read"
     return ""
@@ -1548,7 +1556,7 @@ def check_source_location(root: bytes, private: Iterable[str]) -> None:
     if problem:
         raise OffsyncError(
             f"source {quote_name(root)}: {problem}",
-            'name a directory with --source (for this run), or with "offsync init --source DIR"',
+            "name another directory with --source; check that it is mounted",
         )
     top = os.path.realpath(root).rstrip(b"/") + b"/"
     # By its real path: the key may be a symlink to another place.
@@ -1556,7 +1564,7 @@ def check_source_location(root: bytes, private: Iterable[str]) -> None:
         if (os.path.realpath(os.fsencode(path)) + b"/").startswith(top):
             raise OffsyncError(
                 f"source {quote_name(root)}: contains the private key ({quote_text(path)})",
-                'choose another directory: "offsync init --source DIR"',
+                "name a directory of its own with --source",
             )
 
 
@@ -1570,7 +1578,7 @@ def check_source(source: Source, rsync: str, targets: Sequence[Target]) -> None:
         offences = {path: offences[path] for path in offences if path in included}
         source.symlinks = [path for path in source.symlinks if path in included]
     if offences:
-        named = ["%s: %s" % (quote_path(path), offences[path]) for path in sorted(offences)]
+        named = [f"{quote_path(path)}: {offences[path]}" for path in sorted(offences)]
         count = plural(len(named), "entry", "entries")
         raise OffsyncError(
             f"source {quote_name(source.root)}: {count} cannot be delivered: {join_first(named)}",
@@ -1584,9 +1592,8 @@ def check_source(source: Source, rsync: str, targets: Sequence[Target]) -> None:
 SSH_OPTIONS = tuple(
     word
     for option in (
-        # KnownHostsCommand, StdinNull and ForkAfterAuthentication are of OpenSSH 8.5 and 8.7, fatal
-        # to an older one, which has no such settings. Unknown words of ~/.ssh/config are passed
-        # over, too.
+        # KnownHostsCommand, StdinNull and ForkAfterAuthentication came with OpenSSH 8.5 and 8.7; an
+        # older one would end at them. This has it pass over unknown words, also in ~/.ssh/config.
         "IgnoreUnknown=*",
         "KnownHostsCommand=none",
         "StdinNull=no",
@@ -1613,7 +1620,7 @@ SSH_OPTIONS = tuple(
         "ForwardX11=no",
         "ClearAllForwardings=yes",
         "Tunnel=no",
-        # And no SetEnv of ~/.ssh/config, which the master would send.
+        # In place of any SetEnv of ~/.ssh/config, which the master would send.
         "SetEnv=LC_ALL=C",
         "PermitLocalCommand=no",
         "RemoteCommand=none",
@@ -1628,21 +1635,23 @@ SSH_OPTIONS = tuple(
     )
     for word in ("-o", option)
 )
-SSH_NO_MUX = "-o ControlMaster=no -o ControlPath=none".split()  # for one question
-# Logs in, opens no session, and stays in the background as the master of this connection. Without
-# -f, OpenSSH before 8.7 asks for a shell all the same. Without ControlPersist, and at LogLevel
-# VERBOSE, ssh hides nothing of what a jump host or sshd says when a login fails. These come first:
-# ssh takes the first value of each option.
+# For a connection of its own, without a master.
+SSH_NO_MUX = "-o ControlMaster=no -o ControlPath=none".split()
+# ssh logs in, opens no session, and stays in the background as the master of this connection. -f is
+# needed since OpenSSH before 8.7 asks for a shell with -N alone. Without ControlPersist, and at
+# LogLevel VERBOSE, ssh hides nothing of what a jump host or sshd says when a login fails. These
+# options come first: ssh takes the first value of each.
 SSH_MASTER = "-f -N -o ControlMaster=yes -o ControlPersist=no -o LogLevel=VERBOSE".split()
-# A session goes over the open connection or nowhere: were the master gone, ssh would connect
-# afresh, unproved. So its ProxyCommand does not exist; an error with that name tells the cause.
-# Nothing of ~/.ssh/config is for a session (RemoteCommand, SendEnv).
+# A session goes over the open connection or nowhere. If the master has gone, ssh would open a new
+# connection, which nobody has proved: a ProxyCommand that does not exist prevents that, and its
+# name in the error tells the cause. Nothing of ~/.ssh/config is for a session (RemoteCommand,
+# SendEnv).
 SSH_SESSION = (
     "-F /dev/null -o ControlMaster=no -o BatchMode=yes -o LogLevel=ERROR"
     " -o ProxyCommand=/nonexistent/offsync-connection-ended"
 ).split()
-# What rsync may print, in bytes: for a pass that lists what only the targets have, over all of
-# them; for any other pass; and more for each source entry.
+# Bytes that rsync may print: in the passes with --delete, for all targets together; in any other
+# pass; and more for each source entry.
 LISTING_ROOM, PASS_ROOM, ENTRY_ROOM = 1 << 31, 1 << 26, 1000
 
 
@@ -1651,10 +1660,10 @@ class RunContext:
 
     def __init__(
         self,
-        state: "StateDirectory",
+        state: StateDirectory,
         config: Config,
         typed: Typed,
-        jobs: Optional[int] = None,
+        jobs: int | None = None,
         with_md5: bool = False,
     ) -> None:
         check_private(state.key)
@@ -1682,7 +1691,7 @@ class RunContext:
         """The paths of the source that the excludes leave. Raises OffsyncError."""
         return self.source.list_included(self.rsync_path)
 
-    def __enter__(self) -> "RunContext":
+    def __enter__(self) -> RunContext:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1714,8 +1723,8 @@ class Connection:
         self.plan_pass_seconds = self.session_overhead = 0.0
 
     def options(self) -> list[str]:
-        files = 'UserKnownHostsFile="%s" ~/.ssh/known_hosts ~/.ssh/known_hosts2' % self.known_hosts
-        words = [*SSH_OPTIONS, "-o", files, "-o", 'IdentityFile="%s"' % self.context.state.key]
+        files = f'UserKnownHostsFile="{self.known_hosts}" ~/.ssh/known_hosts ~/.ssh/known_hosts2'
+        words = [*SSH_OPTIONS, "-o", files, "-o", f'IdentityFile="{self.context.state.key}"']
         if self.target.port:
             words += ["-o", "Port=%d" % self.target.port]
         return words
@@ -1778,8 +1787,8 @@ class Connection:
     def rsync_remote_args(self, path: str) -> list[str]:
         """Return rsync's words for this connection and a path on the target."""
         shell = map(quote_rsh_word, [self.context.ssh, *self.session_options()])
-        host = "[%s]" % self.target.host if ":" in self.target.host else self.target.host
-        return ["-e", " ".join(shell), "--", "%s@%s:%s" % (self.target.user, host, path)]
+        host = f"[{self.target.host}]" if ":" in self.target.host else self.target.host
+        return ["-e", " ".join(shell), "--", f"{self.target.user}@{host}:{path}"]
 
     def rsync_once(
         self,
@@ -1787,7 +1796,7 @@ class Connection:
         *,
         source: bytes = b"",
         path: str = ".",
-        stdin: Optional[BinaryIO] = None,
+        stdin: BinaryIO | None = None,
         item_format: bytes = b"%i %n",
         on_item: Callable[[bytes], None] = lambda line: None,
         on_other: Callable[[bytes], None] = lambda line: None,
@@ -1805,7 +1814,7 @@ class Connection:
         *shell, destination = self.rsync_remote_args(path)
         timeout = min(SEND_TIMEOUT, config.timeout) if sends else config.timeout
         # -8: raw bytes in every locale. flist1 prints a line once the server has answered.
-        argv: list[Union[str, bytes]] = [context.rsync_path, "-8", "--info=flist1", *options]
+        argv: list[str | bytes] = [context.rsync_path, "-8", "--info=flist1", *options]
         argv += ["--timeout=%d" % timeout, out_format, *shell]
         argv += [(source or context.source.root).rstrip(b"/") + b"/", destination]
         room = LISTING_ROOM // context.target_count if "--delete" in options else PASS_ROOM
@@ -1907,7 +1916,7 @@ PROOF_COMMAND, PROOF_OUTPUT = 'echo a-""shell-""answers', b"a-shell-answers"
 PERL_REFUSAL = b"SSH_ORIGINAL_COMMAND='%s' is not rsync" % PROOF_COMMAND.encode()
 
 
-def check_refusal(target: Target, result: Result) -> Optional[TargetError]:
+def check_refusal(target: Target, result: Result) -> TargetError | None:
     """Return None if asking for a command was refused as rrsync does, else why that is not known.
 
     Raises TargetError where it is known that it was not refused.
@@ -1948,7 +1957,7 @@ def prove_path(connection: Connection) -> str:
         result = connection.rsync_once(
             ("-n", "-r"),
             source=connection.context.empty,
-            path="/%s/x" % marker.decode(),
+            path=f"/{marker.decode()}/x",
             limit=SESSION_DEADLINE,
         )
         # Without the time in which the target's rsync sleeps after an error (see SESSION_END).
@@ -1960,10 +1969,8 @@ def prove_path(connection: Connection) -> str:
         if found and quote >= 0:
             # Up to rsync 3.1.3, two slashes follow the directory.
             directory = before[quote + 1 :].rstrip(b"/")
-            facts = "its key writes below %s, not below %s" % (
-                quote_name(directory or b"/"),
-                quote_name(expected),
-            )
+            written = quote_name(directory or b"/")
+            facts = f"its key writes below {written}, not below {quote_name(expected)}"
             if not directory:
                 raise failure(target, FailureKind.NOT_RESTRICTED, facts)
             if directory != expected.rstrip(b"/"):
@@ -2004,7 +2011,7 @@ def tag_items(
     return b"--out-format=" + marker + item_format, on_line
 
 
-def parse_itemized(line: bytes) -> Optional[Change]:
+def parse_itemized(line: bytes) -> Change | None:
     """Return what "%i %n" says, or None where nothing that we compare differs. Raises ValueError.
 
     The code is YXcstpoguax (rsync(1), --itemize-changes). Times are not compared, nor is the root.
@@ -2083,7 +2090,7 @@ class TransferReport:
         (self.confirmed if as_planned else self.mismatched).add(name)
 
 
-def is_leftover(source: "Source", change: Change) -> bool:
+def is_leftover(source: Source, change: Change) -> bool:
     """Return whether an entry that exists only on the target bears one of rsync's own names.
 
     .~tmp~ and all in it, and .NAME.XXXXXX where NAME is in the source. It may be a user's file all
@@ -2119,7 +2126,7 @@ class TargetPlan(NamedTuple):
     target: Target
     connection: Connection
     changes: tuple[Change, ...] = ()  # sorted by path
-    error: Optional[TargetError] = None
+    error: TargetError | None = None
 
     def changes_of(self, *kinds: str) -> list[Change]:
         return [change for change in self.changes if change.kind in kinds]
@@ -2128,7 +2135,7 @@ class TargetPlan(NamedTuple):
 def itemize(
     connection: Connection,
     options: Sequence[str],
-    paths: Optional[Iterable[bytes]] = None,
+    paths: Iterable[bytes] | None = None,
     want: Callable[[bytes], None] = lambda path: None,
     **more: Any,
 ) -> dict[bytes, Change]:
@@ -2148,9 +2155,7 @@ def itemize(
         if not change:
             return
         if change.path in found:
-            raise failure(
-                target, FailureKind.UNEXPECTED_REPORT, "%s twice" % quote_name(change.path)
-            )
+            raise failure(target, FailureKind.UNEXPECTED_REPORT, f"{quote_name(change.path)} twice")
         found[change.path] = change
         if change.kind != "missing":
             want(change.path)
@@ -2304,7 +2309,7 @@ def entry_line_parts(change: Change) -> tuple[bytes, bytes]:
     if entry is None:
         fields["type"] = "directory" if change.directory else "non-directory"
     else:
-        fields.update(type=entry.type, size=entry.size, mode="%04o" % entry.mode)
+        fields.update(type=entry.type, size=entry.size, mode=f"{entry.mode:04o}")
         fields["changes"] = list(change.reasons)
         if entry.type == "file":
             fields["sha256"] = entry.sha256.hex()
@@ -2414,7 +2419,7 @@ def approve(
     compared = [plan for plan in plans if not plan.error]
     replan = context.typed.again(command="plan", plan=None)
     # What is not approved yet, by the digests of its lines: there may be millions.
-    open_lines: dict[bytes, tuple[Target, Optional[Change]]] = {}
+    open_lines: dict[bytes, tuple[Target, Change | None]] = {}
     for plan in compared:
         open_lines[new_digest(target_line(plan)).digest()] = plan.target, None
     for plan, entry, line in entry_lines(compared):
@@ -2445,7 +2450,7 @@ def approve(
         elif change and target not in unreviewed:
             state = "now exists only on the target" if change.kind == "missing" else "is now "
             state += change.kind if change.entry else ""
-            differing.append("%s: %s %s" % (target.login, quote_path(change.path), state))
+            differing.append(f"{target.login}: {quote_path(change.path)} {state}")
             changed.add(target.login)
     if len(unreviewed) == len(compared) > 0:
         elsewhere.append("it covers none of these targets")
@@ -2502,7 +2507,7 @@ def check_policy(context: RunContext, reviewed: bytes) -> None:
         hints = [("apply it with its own policy:", typed.again(**options)), replan]
     raise OffsyncError(
         "refused, nothing was sent: the policy is not that of the reviewed plan: "
-        + ", ".join("%s was %s, is %s" % pair for pair in differing),
+        + ", ".join(f"{key} was {old}, is {new}" for key, old, new in differing),
         *hints,
     )
 
@@ -2511,12 +2516,12 @@ def not_done(source: Source, change: Change) -> str:
     """Return how the source contradicts a reviewed change, "" if it agrees; hashes if it must."""
     path, entry = change.path, change.entry
     if change.kind == "missing" and os.path.lexists(os.path.join(source.root, path)):
-        return "%s was to be deleted, but is back in the source" % quote_path(path)
+        return f"{quote_path(path)} was to be deleted, but is back in the source"
     now = source.entries.get(path)
     agrees = entry is None or (
         now._replace(md5=b"") == entry if now else source.still_matches(path, entry)
     )
-    return "" if agrees else "%s in the source is no longer what was reviewed" % quote_path(path)
+    return "" if agrees else f"{quote_path(path)} in the source is no longer what was reviewed"
 
 
 def colliding_names(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[bytes]:
@@ -2536,7 +2541,7 @@ def colliding_names(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[by
     return found
 
 
-def policy_violation(context: RunContext, plans: Sequence[TargetPlan]) -> Optional[OffsyncError]:
+def policy_violation(context: RunContext, plans: Sequence[TargetPlan]) -> OffsyncError | None:
     """Return why none of these plans may be carried out, reviewed or not; None if all may."""
     config, allowed = context.config, context.config.delete is Deletion.ALLOW
     gone = ("missing", "leftover") if allowed else ("missing",)
@@ -2559,15 +2564,22 @@ def policy_violation(context: RunContext, plans: Sequence[TargetPlan]) -> Option
     return OffsyncError("; and ".join(facts), *hints) if facts else None
 
 
-def review_required(context: RunContext, plans: Sequence[TargetPlan]) -> Optional[OffsyncError]:
+def review_required(
+    context: RunContext, plans: Sequence[TargetPlan], name: str = ""
+) -> OffsyncError | None:
     """Return why these plans need a review, as far as policy_violation() allows them, or None.
+
+    name: the ID of the plan, where it is kept.
 
     Deletions may be the work of an empty mount, or of a file system that takes two names for one:
     where the target finds README under the name Readme, it reports README as missing and Readme as
     equal, and whoever deletes README deletes the only copy. Where the name of the source is added
     in the same plan, the target tells the two apart. What is kept could be overwritten likewise.
     """
-    review, allowed = context.typed.again(command="plan"), context.config.delete is Deletion.ALLOW
+    allowed = context.config.delete is Deletion.ALLOW
+    review = "review the plan, then apply it by its ID:", context.typed.again(command="plan")
+    if name:
+        review = "apply this plan:", context.typed.again(command="apply", plan=name)
     for plan in plans:
         gone = plan.changes_of("missing", "leftover") if allowed else plan.changes_of("kept")
         new = {change.path for change in plan.changes_of("added")}
@@ -2581,7 +2593,7 @@ def review_required(context: RunContext, plans: Sequence[TargetPlan]) -> Optiona
                 f"{plan.target.login} would lose more than max_delete ({percent}%) of its entries: "
                 f"{before} now, {after} afterwards",
                 f"check that the source {quote_text(context.config.source)} is mounted and filled",
-                ("if this is intended, review the plan, then apply it by its ID:", review),
+                ("if this is intended, " + review[0], review[1]),
                 "or raise max_delete in the config",
             )
         names = colliding_names((change.path for change in gone), context.included - new)
@@ -2590,7 +2602,7 @@ def review_required(context: RunContext, plans: Sequence[TargetPlan]) -> Optiona
                 f"{plan.target.login}: these names may be one file on the target (case or Unicode "
                 "form), so that deleting or keeping one would delete or overwrite the other: "
                 + quote_first(names),
-                ("if it tells them apart, review the plan, then apply it by its ID:", review),
+                ("if it tells them apart, " + review[0], review[1]),
                 "else rename them in the source, apply, rename them back, and apply again",
             )
     return None
@@ -2600,7 +2612,14 @@ def describe_forbidden_changes(
     context: RunContext, kind: str, plans: Sequence[TargetPlan], concerned: Sequence[TargetPlan]
 ) -> tuple[str, list[Hint]]:
     """Return (why a kind of change that the policy forbids stops the run, the ways out)."""
-    keep = context.config.delete is Deletion.KEEP
+    replaced = {
+        change.path for plan in concerned for change in plan.changes if "type" in change.reasons
+    }
+    in_the_way = any(
+        not replaced.isdisjoint(above(change.path))
+        for plan in concerned
+        for change in plan.changes_of(kind)
+    )
     # No other policy is that of a reviewed plan.
     typed = context.typed._replace(command="apply", plan=None)
     total = sum(len(plan.changes_of(kind)) for plan in concerned)
@@ -2611,9 +2630,9 @@ def describe_forbidden_changes(
         fact = plural(total, "entry differs", "entries differ") + ", and overwriting is not allowed"
         hints.append(f"exclude {them}, or remove {them} on the target")
         hints.append('or allow it: "overwrite: true" in the config')
-    elif keep:
+    elif in_the_way:
         fact += f" where the source has another type in its place, so {them} cannot be kept"
-        hints.append("rename the entry of the source, or exclude it")
+        hints.append("rename the entry of the source that is in its place, or exclude it")
     else:
         fact += ", and deleting is not allowed"
         hints.append(f"add {them} to the source, or exclude {them}")
@@ -2629,10 +2648,8 @@ def describe_forbidden_changes(
     named = []
     for plan in concerned:
         paths = {change.path for change in plan.changes_of(kind)}
-        if kind == "missing" and keep:
-            # What is in their place.
-            replacing = {change.path for change in plan.changes if "type" in change.reasons}
-            paths |= {place for path in paths for place in above(path) if place in replacing}
+        # What is in their place.
+        paths |= {place for path in paths for place in above(path) if place in replaced}
         named.append(f"{plan.target.login}: {quote_first(paths)}")
     return f"{fact}: {join_first(named, '; ')}", hints
 
@@ -2682,15 +2699,15 @@ class Delivery:
         self.to_delete = {change.path for change in gone}
         # Entries that replace a directory.
         self.replacing = {c.path for c in self.to_send if "type" in c.reasons and not c.directory}
-        self.bytes_sent: Optional[int] = 0
+        self.bytes_sent: int | None = 0
         self.target_touched = False  # something may have changed on the target
         self.tried_to_delete: set[bytes] = set()
-        self.outcome: Optional[Comparison] = None  # at the end; None is unknown
+        self.outcome: Comparison | None = None  # at the end; None is unknown
 
-    def run_delivery(self, record: Record) -> tuple[Record, Optional[OffsyncError]]:
+    def run_delivery(self, record: Record) -> tuple[Record, OffsyncError | None]:
         """Send, delete and verify; return (the record of what became of it, why it failed)."""
         started, result = time.monotonic(), "ok"
-        failed: Optional[OffsyncError] = None
+        failed: OffsyncError | None = None
         try:
             if self.plan.error:
                 raise self.plan.error
@@ -2720,7 +2737,7 @@ class Delivery:
         )
         return record, failed
 
-    def delivered(self) -> tuple[Optional[list[str]], Optional[list[str]]]:
+    def delivered(self) -> tuple[list[str] | None, list[str] | None]:
         """Return what was delivered and what was deleted, None where that is not known.
 
         A file whose mode was not taken has arrived all the same.
@@ -2846,13 +2863,13 @@ class Delivery:
             error = self.target_error(FailureKind.NAME_COLLISION, names) if names else error
         return error
 
-    def verify_sent(self, sent: Sequence[Change]) -> Optional[Comparison]:
+    def verify_sent(self, sent: Sequence[Change]) -> Comparison | None:
         """Compare by hash what was sent; raise TargetError for what differs.
 
         Where all was sent, and where a pass over the tree costs less than two sessions, the tree is
         compared instead of a list of names: then this returns how, else None.
         """
-        PROGRESS.update(self.login, "verifying %s" % plural(len(sent), "entry", "entries"))
+        PROGRESS.update(self.login, "verifying " + plural(len(sent), "entry", "entries"))
         near = self.connection.plan_pass_seconds < 2 * self.connection.session_overhead
         near = near and self.context.config.verify != "quick"
         whole = near or len(self.to_send) == self.source.entry_count
@@ -2877,7 +2894,7 @@ class Delivery:
         return found if whole else None
 
     def compare(
-        self, how: str, paths: Optional[Sequence[bytes]] = None, limit: float = 0
+        self, how: str, paths: Sequence[bytes] | None = None, limit: float = 0
     ) -> Comparison:
         """Return how the tree compares, or how these paths do (always by hash)."""
         options = RSYNC_PLAN[how] if paths is None else RSYNC_COMPARE
@@ -2926,7 +2943,7 @@ class Delivery:
         surprises = extraneous - self.to_delete
         if surprises:
             raise self.target_error(FailureKind.APPEARED, surprises)
-        PROGRESS.update(self.login, "deleting %s" % plural(len(paths), "entry", "entries"))
+        PROGRESS.update(self.login, "deleting " + plural(len(paths), "entry", "entries"))
         may_go = paths | self.replacing
 
         def judge(line: bytes) -> None:
@@ -2961,7 +2978,7 @@ def staging_path(path: bytes) -> bytes:
 # --- Trust core: record, status and lock --------------------------------------------------------
 
 
-def take_lock(state: "StateDirectory", what: str, shared: bool = False) -> None:
+def take_lock(state: StateDirectory, what: str, shared: bool = False) -> None:
     """Take the lock until the end: writers one at a time, readers (shared) beside each other.
 
     The loser says who has it. A writer logs the runs that were killed. The descriptor is never
@@ -2995,7 +3012,7 @@ def take_lock(state: "StateDirectory", what: str, shared: bool = False) -> None:
         log_killed_runs(state)
 
 
-def open_log(state: "StateDirectory", so_far: str = "") -> int:
+def open_log(state: StateDirectory, so_far: str = "") -> int:
     """Return a descriptor of the log, at its end. Raises OffsyncError."""
     try:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
@@ -3016,7 +3033,7 @@ def open_log(state: "StateDirectory", so_far: str = "") -> int:
         ) from None
 
 
-def append_log(state: "StateDirectory", record: Record) -> None:
+def append_log(state: StateDirectory, record: Record) -> None:
     """Append one record with one write. Raises OffsyncError if it is not all there."""
     line, log, why = json_line(record._asdict()), open_log(state), "no space left"
     try:
@@ -3032,14 +3049,14 @@ def append_log(state: "StateDirectory", record: Record) -> None:
         )
 
 
-def write_status(state: "StateDirectory", record: Record) -> None:
+def write_status(state: StateDirectory, record: Record) -> None:
     """Replace a target's status, last/LOGIN: its newest record, without the names."""
     make_directory(os.path.realpath(state.last), 0o700)
     status = record._replace(files_changed=None, files_deleted=None)
     write_atomically(os.path.join(state.last, record.login), [json_line(status._asdict())], 0o600)
 
 
-def log_killed_runs(state: "StateDirectory") -> None:
+def log_killed_runs(state: StateDirectory) -> None:
     """Log the deliveries that were killed before they could do so themselves. With the lock."""
     for name, record in read_statuses(state).items():
         if record.result == "started":
@@ -3058,10 +3075,10 @@ class RunLog:
     deliver() and finish() are called by the threads of the targets.
     """
 
-    def __init__(self, state: "StateDirectory", config: Config, targets: Sequence[Target]) -> None:
+    def __init__(self, state: StateDirectory, config: Config, targets: Sequence[Target]) -> None:
         self.state, self.locked = state, False
         who, sudo = user_name(os.getuid()), os.environ.get("SUDO_USER")
-        who += " (sudo by %s)" % sudo if sudo else ""
+        who += f" (sudo by {sudo})" if sudo else ""
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         # By login. They say "nothing" until a delivery begins, and "unknown" from then on.
         self.unfinished: dict[str, Record] = {}
@@ -3070,12 +3087,12 @@ class RunLog:
             self.unfinished[target.login] = record._replace(
                 files_changed=[], files_deleted=[], bytes_sent=0
             )
-        self.unreported: dict[str, tuple[Record, Optional[OffsyncError]]] = {}  # with why it failed
+        self.unreported: dict[str, tuple[Record, OffsyncError | None]] = {}  # with why it failed
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, _: object, error: Optional[BaseException], __: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """End what has no end yet, for the reason that ended the run."""
         for record in list(self.unfinished.values()) if error else ():
             unknown = record.files_changed is None
@@ -3099,11 +3116,10 @@ class RunLog:
                 self.unfinished[record.login] = unknown
             record, failed = Delivery(context, plan).run_delivery(record)
         except OffsyncError as error:
-            failed, why = error, f"{error.message}; nothing was sent"
-            record = record._replace(result="failed", error=why)
+            failed, record = error, record._replace(result="failed", error=error.message)
         self.finish(record, failed)
 
-    def finish(self, record: Record, failed: Optional[OffsyncError]) -> None:
+    def finish(self, record: Record, failed: OffsyncError | None) -> None:
         """Log what became of a target, and keep its status: what cannot be logged has failed.
 
         The status tells what a target has: a run that was refused leaves it alone. So does a run
@@ -3125,7 +3141,7 @@ class RunLog:
         self.unfinished.pop(record.login)
 
 
-def is_refusal(error: Optional[BaseException]) -> bool:
+def is_refusal(error: BaseException | None) -> bool:
     """Return whether a run ended by a refusal or a failure that concerns all of its targets."""
     return isinstance(error, Exception) and not isinstance(error, Cancelled)
 
@@ -3153,7 +3169,7 @@ def find_program(name: str) -> str:
     return os.path.abspath(found)
 
 
-def parse_rsync_version(output: bytes) -> Optional[tuple[int, int, int]]:
+def parse_rsync_version(output: bytes) -> tuple[int, int, int] | None:
     """Return the version that "rsync --version" prints, None for openrsync and unknown programs."""
     pattern = rb"rsync\s+version\s+v?(\d+)\.(\d+)\.(\d+)\S*\s+protocol version \d+"
     match = None if b"openrsync" in output else re.search(pattern, output[:4096])
@@ -3180,8 +3196,8 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
                 "rsync %d.%d.%d, too old" % version if version else "openrsync or no rsync at all"
             )
             if printed.status:
-                what = "a program that fails: %s" % quote_output(printed.stderr)
-            problem = "%s is %s" % (quote_text(path), what)
+                what = f"a program that fails: {quote_output(printed.stderr)}"
+            problem = f"{quote_text(path)} is {what}"
         elif named:
             raise OffsyncError(
                 f"rsync: {quote_text(named)}, which OFFSYNC_RSYNC names, is no program",
@@ -3189,8 +3205,11 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
             )
     raise OffsyncError(
         f"rsync: {problem}; offsync needs rsync %d.%d.%d or newer" % MIN_RSYNC,
-        ("install it:", "offsync install-deps"),
-        "or name another with OFFSYNC_RSYNC",
+        *(
+            ["correct OFFSYNC_RSYNC, or unset it"]
+            if named
+            else [("install it:", "offsync install-deps"), "or name another with OFFSYNC_RSYNC"]
+        ),
     )
 
 
@@ -3373,7 +3392,7 @@ def user_name(uid: int) -> str:
         return str(uid)
 
 
-def untrusted_writer(path: str, itself: bool = True) -> Optional[tuple[str, list[Hint]]]:
+def untrusted_writer(path: str, itself: bool = True) -> tuple[str, list[Hint]] | None:
     """Return (who else could replace what lies at a path, the ways out); None if nobody can.
 
     Each existing directory on the way from / is judged, those of symlinks, too: the one judge of
@@ -3401,7 +3420,7 @@ def untrusted_writer(path: str, itself: bool = True) -> Optional[tuple[str, list
     return judge_place(at) if itself else None
 
 
-def judge_place(place: str, entry: str = "") -> Optional[tuple[str, list[Hint]]]:
+def judge_place(place: str, entry: str = "") -> tuple[str, list[Hint]] | None:
     """Return (who else could change a directory, or a file, the ways out); None if nobody can.
 
     Its owner must be root or this account, without write permission for the group or others (an
@@ -3427,6 +3446,10 @@ def judge_place(place: str, entry: str = "") -> Optional[tuple[str, list[Hint]]]
     plain_one = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
     if not entry and plain_one and status.st_uid == os.geteuid():
         hints.append(("run:", f"chmod go-w {shlex.quote(place)}"))
+    elif plain_one:
+        hints.append(
+            ("see who may write to it, and whether that must be:", f"ls -ld {shlex.quote(place)}")
+        )
     return f"{who} may write to {quote_text(place)} (mode {mode:04o})", hints
 
 
@@ -3434,10 +3457,13 @@ def judge_place(place: str, entry: str = "") -> Optional[tuple[str, list[Hint]]]
 
 PLANS_KEPT_DAYS = 30  # how long "plan" keeps plans for "apply --plan"
 PLAN_LIMIT = 1 << 30  # bytes of a plan that is kept
-NO_STATE = (
-    'create it: "offsync init --source DIR"',
-    "or work as the account that has the state, or set OFFSYNC_HOME",
-)
+
+
+def no_state_hints() -> list[Hint]:
+    return [
+        f'create it: "{offsync_command("init")} --source DIR"',
+        "or work as the account that has the state, or set OFFSYNC_HOME",
+    ]
 
 
 def check_private(path: str) -> str:
@@ -3510,26 +3536,38 @@ class StateDirectory:
         names = (self.config, self.key, self.known_hosts, self.log, self.lock_file)
         for path in (self.named, *names, self.plans, self.last):
             strangers = untrusted_writer(path)
-            owner, user = os.geteuid(), user_name(os.geteuid())
-            with contextlib.suppress(OSError):
-                owner = os.stat(path).st_uid
-            work_as: list[Hint] = []
-            if owner != os.geteuid():
-                as_owner = typed_again(user=user_name(owner))
-                work_as.append(
-                    (f"it belongs to {user_name(owner)}; work as that account:", as_owner)
-                )
             if strangers:
                 raise OffsyncError(
-                    f"state directory {quote_text(self.path)}: other users than {user} could "
-                    f"modify it: {strangers[0]}",
-                    *(work_as or strangers[1]),
+                    f"state directory {quote_text(self.path)}: other users than "
+                    f"{user_name(os.geteuid())} could modify it: {strangers[0]}",
+                    *(self.owner_hints(path) or strangers[1]),
                 )
             if os.path.exists(path) and not os.access(path, os.R_OK):
-                raise OffsyncError(f"{quote_text(path)}: Permission denied", *work_as)
+                read_it = ("run:", f"chmod u+r {shlex.quote(path)}")
+                hints = self.owner_hints(path) or [read_it]
+                raise OffsyncError(f"{quote_text(path)}: Permission denied", *hints)
+        for path in names:
+            if os.path.isdir(path):
+                raise OffsyncError(f"{quote_text(path)}: it is a directory", "move it away")
+
+    def owner_hints(self, path: str) -> list[Hint]:
+        """Return the ways out where the state, or a file in it, belongs to another account."""
+        user = user_name(os.geteuid())
+        for place in (self.path, path):
+            with contextlib.suppress(OSError):
+                uid = os.stat(place).st_uid
+                owner = user_name(uid)
+                if uid != os.geteuid() and place == self.path:
+                    again = typed_again(user=owner, state=self.path)
+                    return [(f"it belongs to {owner}; work as that account:", again)]
+                if uid != os.geteuid():
+                    quoted = shlex.quote(os.path.realpath(place))
+                    why = f"it belongs to {owner}; if that is a mistake, as root:"
+                    return [(why, f"chown {user} {quoted}")]
+        return []
 
     def read_config(self) -> str:
-        data = read_file(self.config, "config", *NO_STATE)
+        data = read_file(self.config, "config", *no_state_hints())
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -3585,12 +3623,11 @@ class StateDirectory:
                 "give the whole ID that 'offsync plan' ends with (plans are kept for "
                 f"{PLANS_KEPT_DAYS} days), or a file that 'offsync plan --json' printed"
             ]
-            why = error.strerror
+            why = "no plan with this ID is kept" if is_id else error.strerror
             if re.fullmatch("[0-9a-f]{6,63}", named):
                 why = f"{len(named)} of 64 digits"
                 kept = os.listdir(self.plans) if os.path.isdir(self.plans) else []
-                for name in [name for name in kept if name.startswith(named)][:1]:
-                    hints = [("the plan that begins so:", typed.again(plan=name))]
+                hints += [f"one that begins so is {n}" for n in sorted(kept) if n.startswith(named)]
             raise UsageError(f"plan {quote_text(named)}: {why}", *hints) from None
         if is_id and digest.hexdigest() != named:
             raise OffsyncError(
@@ -3663,22 +3700,22 @@ def format_forced_command(rrsync: str, path: str, munge: bool = False) -> str:
     """
     words = [rrsync, "-wo", *(["-munge"] if munge else []), path]
     escaped = (re.sub(r"[ -~](?<![A-Za-z0-9@%+=:,./_-])", r"\\\g<0>", word) for word in words)
-    return "/bin/sh -c '%s%s'" % (FORCED_GUARD, " ".join(escaped))
+    return f"/bin/sh -c '{FORCED_GUARD}{' '.join(escaped)}'"
 
 
 def format_authorized_key(command: str, key: PublicKey, from_pattern: str = "") -> str:
     """Return the authorized_keys line (sshd(8))."""
-    options = 'from="%s",' % from_pattern if from_pattern else ""
-    options += 'command="%s",%s' % (command, KEY_RESTRICTIONS)
+    options = f'from="{from_pattern}",' if from_pattern else ""
+    options += f'command="{command}",{KEY_RESTRICTIONS}'
     return " ".join(filter(None, (options, key.type, key.blob, key.comment)))
 
 
-def written_path(line: "re.Match[str]") -> str:
+def written_path(line: re.Match[str]) -> str:
     """Return the path in a line that matches OUR_LINE."""
     return re.sub(r"\\(.)", r"\1", line["path"].removeprefix("-munge ").strip("'"))
 
 
-def edit_authorized_keys(text: bytes, key: PublicKey, new_line: Optional[str]) -> tuple[bytes, str]:
+def edit_authorized_keys(text: bytes, key: PublicKey, new_line: str | None) -> tuple[bytes, str]:
     """Return (the file with offsync's line for this key set, or removed for None; that line or "").
 
     Other lines stay byte for byte. Raises ValueError(line number) for a foreign line with the key.
@@ -3720,7 +3757,7 @@ def find_authorized_key(key: PublicKey) -> tuple[str, bytes, str]:
         ) from None
 
 
-def set_authorized_key(key: PublicKey, new_line: Optional[str]) -> None:
+def set_authorized_key(key: PublicKey, new_line: str | None) -> None:
     """Set offsync's line for a key, or remove it for None. A symlinked file stays a symlink."""
     path, text, _ = find_authorized_key(key)
     new, _ = edit_authorized_keys(text, key, new_line)
@@ -3740,7 +3777,7 @@ def validate_public_key(text: str) -> PublicKey:
     if fine and not re.search(CONTROL_CHARS, text.strip()):
         with scratch_directory() as scratch:
             path = os.path.join(scratch, "key.pub")
-            write_atomically(path, [("%s %s\n" % (key_type, blob)).encode()], 0o600)
+            write_atomically(path, [(f"{key_type} {blob}\n").encode()], 0o600)
             accepted = run_program(
                 [find_program("ssh-keygen"), "-l", "-f", path], limit=SESSION_DEADLINE
             )
@@ -3749,7 +3786,7 @@ def validate_public_key(text: str) -> PublicKey:
     raise UsageError(f"key: not one public key of a known type ({KEY_TYPES[0]}, ...)", give)
 
 
-def find_rrsync(wanted: Optional[str]) -> str:
+def find_rrsync(wanted: str | None) -> str:
     """Return the path of the wanted rrsync, or of the first one in the known places."""
     places = [path for place in RRSYNC_PLACES for path in sorted(glob.glob(place))]
     for place in [wanted] if wanted else places:
@@ -3871,7 +3908,7 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
     for place in sorted({*keys, *map(os.path.realpath, [*keys, *protected])}):
         if within(place, real) or within(real, place):
             verb = "contains" if within(place, real) else "lies in"
-            found = found or "%s %s" % (verb, quote_text(place))
+            found = found or f"{verb} {quote_text(place)}"
     if found:
         raise UsageError(
             f"path {quote_text(real)}: {found}, so write access to it amounts to a login shell",
@@ -3987,7 +4024,7 @@ def sshd_settings(user: str) -> dict[str, list[str]]:
     with contextlib.suppress(OffsyncError), scratch_directory() as scratch:
         key = os.path.join(scratch, "key")
         make_key(key, "")
-        who = "user=%s,host=localhost,addr=127.0.0.1" % user
+        who = f"user={user},host=localhost,addr=127.0.0.1"
         result = run_program(
             [find_program("sshd"), "-T", "-h", key, "-C", who], limit=SESSION_DEADLINE
         )
@@ -4006,6 +4043,8 @@ def link_warnings(
     shown, user = quote_text(delivery), account.pw_name
     if status.st_uid not in (0, own):
         yield f"{shown} belongs to {user_name(status.st_uid)}, who can change what is delivered", []
+    if not os.access(delivery, os.W_OK):
+        yield f"{user} may not write to {shown}", ["change its owner or mode"]
     if status.st_mode & 0o022:
         text = f"{shown} is writable for others, who can change what is delivered"
         # Where the key writes by the directory's group, that must stay.
@@ -4061,7 +4100,7 @@ def lets_code_in(pattern: str) -> bool:
     return pattern.startswith(families) or any(fnmatch.fnmatchcase(n, pattern) for n in names)
 
 
-def advertised_address(settings: dict[str, list[str]]) -> tuple[Optional[int], list[str]]:
+def advertised_address(settings: dict[str, list[str]]) -> tuple[int | None, list[str]]:
     """Return (port of the sshd that will answer, None for 22; fingerprints of its host keys)."""
     ports = settings.get("port") or ["22"]
     # "client port server port": the sshd that answered need not be the one of these settings.
@@ -4125,21 +4164,26 @@ def cmd_link(args: argparse.Namespace) -> int:
         emit("replaced the plain line of this key, with which it could also read files", error=True)
     written = re.fullmatch(OFFSYNC_KEY_LINE, was)
     if written and written_path(written) != path:
-        place = quote_text(written_path(written))
-        warn(f"replaced another line of this key; it can no longer write to {place}")
+        old = written_path(written)
+        undo = ["link", "--path", old, "--key", f"{key.type} {key.blob}"]
+        warn(
+            f"this key could write below {quote_text(old)}; now it writes below {quote_text(path)} "
+            "instead",
+            ("to undo that:", shlex.join(["offsync", *undo])),
+            "a second tree has its own OFFSYNC_HOME on the controller, with its own key",
+        )
     if written and written["path"].startswith("-munge ") and not munge:
         warn("the line had --no-symlinks; now the key may make symlinks")
     verb = "already linked" if was == line else "linked"
     emit(
-        "%s for %s, in %s: the key may write below %s, and do nothing else"
-        % (verb, account.pw_name, file, quote_text(path)),
+        f"{verb} for {account.pw_name}, in {file}: the key may write below {quote_text(path)}",
         error=True,
     )
     settings = sshd_settings(account.pw_name)
     for warning, hints in link_warnings(account, settings, path):
         warn(warning, *hints)
     port, host_keys = advertised_address(settings)
-    target = Target("%s@%s" % (account.pw_name, os.uname().nodename), path, rrsync, port, not munge)
+    target = Target(f"{account.pw_name}@{os.uname().nodename}", path, rrsync, port, not munge)
     emit(
         "Now add this target on the controller (replace the host by the name that the controller "
         "uses; port and fingerprints are those of the system's sshd):",
@@ -4204,7 +4248,7 @@ def describe_changed_key(state: StateDirectory, stderr: bytes) -> str:
         r"fingerprint for the (\S+) key sent by the remote host is\s+(SHA256:\S+)\.", text
     )
     known = re.search(r"Offending \S+ key in (.+):(\d+)", text)
-    facts = "shown now %s (%s)" % (shown[2], shown[1]) if shown else "shown now another one"
+    facts = f"shown now {shown[2]} ({shown[1]})" if shown else "shown now another one"
     name, number = known.groups() if known else ("", "0")
     usual = ("known_hosts", "known_hosts2", "ssh_known_hosts", "ssh_known_hosts2")
     if name != state.known_hosts and os.path.basename(name) not in usual:
@@ -4217,7 +4261,7 @@ def describe_changed_key(state: StateDirectory, stderr: bytes) -> str:
         key = re.search(r" (?:ssh|ecdsa|sk)-\S+ +([A-Za-z0-9+/]+=*)", line)
         # "?" is no base64: then nothing is said of it.
         old = fingerprint(key[1] if key else "?")
-        facts = "known %s (%s:%s), %s" % (old, name, number, facts)
+        facts = f"known {old} ({name}:{number}), {facts}"
     return replace_unprintable(facts)
 
 
@@ -4251,7 +4295,7 @@ def fetch_host_key(connection: Connection) -> tuple[str, str, str]:
 def confirm_host_key(target: Target, shown: str) -> None:
     """Ask whether a host key is the target's; raise unless a full "yes" says so."""
     emit(
-        f"The host key of {target.login} is not known. It presented:\n    {shown}\n"
+        f"The host key of {target.login} is not trusted. It presents:\n    {shown}\n"
         "Compare with what 'offsync link' printed on the target's own console.",
         error=True,
     )
@@ -4318,8 +4362,8 @@ def connect_trusted(
             "compare with what 'offsync link' prints on the target's own console",
         )
     if not wanted:
-        confirm_host_key(target, "%s (%s)" % (shown, key_type))
-    known_hosts = trust_host_key(context, host, "%s %s %s" % (host, key_type, blob))
+        confirm_host_key(target, f"{shown} ({key_type})")
+    known_hosts = trust_host_key(context, host, f"{host} {key_type} {blob}")
     connection = Connection(context, target, known_hosts)
     connection.open()
     return connection, known_hosts
@@ -4329,7 +4373,7 @@ class Proof(NamedTuple):
     """One thing that was tried on a target; closed is None where it could not be told."""
 
     attempt: str
-    denied: Optional[bool]
+    denied: bool | None
     detail: str
 
 
@@ -4349,13 +4393,13 @@ def prove_forwarding(connection: Connection) -> list[Proof]:
     ]
     argv += ["-W", "127.0.0.1:%d" % (connection.target.port or 22), *connection.destination()]
     result = connection.run(argv, limit=CONNECT_DEADLINE)
-    options: Optional[list[bytes]] = None
+    options: list[bytes] | None = None
     for line in result.stderr.split(b"\n"):
         # Those of a jump host come before.
         if b"Remote: " in line and b"key options:" in line:
             options = line.split(b"key options:")[1].split()
     agent = b"agent-forwarding" not in options if options is not None else None
-    port: Optional[bool] = None
+    port: bool | None = None
     if result.stdout or options and b"port-forwarding" in options:
         port = False
     elif options is not None or b"administratively prohibited" in result.stderr:
@@ -4437,28 +4481,26 @@ def cmd_target_add(args: argparse.Namespace) -> int:
     known = [other for other in config.targets if other.login == target.login]
     if known and known != [target]:
         warn(
-            f"{target.login} is configured already, and will be replaced: it was "
+            f"{target.login} is configured already; if the proofs succeed, this replaces "
             + target_add_args(known[0]),
             "to have both, give one of them a Host alias in ~/.ssh/config",
         )
     with RunContext(state, config, Typed("target add", config)) as context:
         connection, known_hosts = connect_trusted(context, target, args.host_key)
         proofs = prove_all(connection)
-        found = ["%s: %s" % (p.attempt, p.detail) for p in proofs if p.denied is False]
+        found = [f"{p.attempt}: {p.detail}" for p in proofs if p.denied is False]
         if found:
             raise failure(target, FailureKind.NOT_RESTRICTED, "; ".join(found))
         if known_hosts:
             trusted = read_file(known_hosts, "known_hosts")
             write_atomically(state.known_hosts, [trusted], 0o600)
     state.replace_in_config("targets", format_targets([*others, target]))
+    done = "updated" if known else "added"
+    passed = plural(sum(proof.denied is True for proof in proofs), "proof")
     emit(
-        "%s %s: the key is restricted to writing below %s (%s); next: offsync plan"
-        % (
-            "updated" if known else "added",
-            target.login,
-            quote_text(target.remote_path),
-            plural(sum(proof.denied is True for proof in proofs), "proof"),
-        )
+        f"{done} {target.login}: the key is restricted to writing below "
+        f"{quote_text(target.remote_path)} ({passed}); next: {offsync_command('plan')}",
+        prose=True,
     )
     return 0
 
@@ -4598,6 +4640,7 @@ YAML_ERRORS = (
     (YAML_FORBIDDEN, "the character U+{0:04X} is not allowed; remove it"),
     ("[^\\S ]", "the character U+{0:04X} looks like a blank; write a blank"),
     ("^ *[A-Za-z_]+:[^ ]", "a blank is missing after the colon"),
+    ("^ *-[A-Za-z\"']", "a blank is missing after the dash"),
     ("(?:^|[-:]) *~", "~ is not expanded; write the whole path, from / on"),
     ("(?:^|[-:]) *([*&!%@?].*)", 'text that begins so needs double quotes: "{1}"'),
     ("^--- *$", "a second document; only the first line may be ---"),
@@ -4631,7 +4674,7 @@ def parse_yaml_value(text: str, line: int) -> Any:
         return int(text)
     if text[0].isdigit() or text.lower() in YAML_WORDS:
         raise ValueError(
-            "%s is not supported; write true, false, a decimal number, or text in quotes" % text
+            f"{text} is not supported; write true, false, a decimal number, or text in quotes"
         )
     return text
 
@@ -4649,7 +4692,7 @@ def explain_yaml(line: str) -> str:
 def parse_yaml(text: str) -> dict[str, Node]:
     """Return a document's nodes. Raises ValueError(line, why) where it is not in the subset."""
     nodes: dict[str, Node] = {}
-    opened: Optional[Node] = None  # the open list
+    opened: Node | None = None  # the open list
     dash = keys = -1  # the columns of its dashes, and of its last item's keys
     # CR before LF alone: elsewhere it would hide text.
     lines, number = text.replace("\r\n", "\n").split("\n"), 0
@@ -4708,18 +4751,18 @@ def format_targets(targets: Sequence[Target]) -> list[str]:
     for target in targets:
         values = {key: getattr(target, key) for key in TARGET_KEYS}
         pairs = [
-            "%s: %s" % (key, format_yaml(value))
+            f"{key}: {format_yaml(value)}"
             for key, value in values.items()
             if TARGET_KEYS[key].type is str or value != TARGET_KEYS[key].default
         ]
-        lines += ["  %s %s" % (" " if index else "-", pair) for index, pair in enumerate(pairs)]
+        lines += [f"  {' ' if index else '-'} {pair}" for index, pair in enumerate(pairs)]
     return lines
 
 
 def format_new_config(source: str) -> str:
     return (
-        'version: 1\nsource: %s\ndelete: false\noverwrite: true\nverify: "hash"\nexclude:\n'
-        '  - ".git/"\ntargets: []\n' % format_yaml(source)
+        f"version: 1\nsource: {format_yaml(source)}\ndelete: false\noverwrite: true\n"
+        'verify: "hash"\nexclude:\n  - ".git/"\ntargets: []\n'
     )
 
 
@@ -4729,9 +4772,9 @@ def replace_block(text: str, key: str, block: Sequence[str]) -> str:
     Its lines are that of the key, and, as far as the last indented or dashed one, those that
     follow. Comments and blank lines below that are kept.
     """
-    lines = r"(?m)^%s:.*(?:(?:\n *(?:#.*)?\r?)*\n(?:-| +[^ #\r\n]).*)*" % key
+    lines = rf"(?m)^{key}:.*(?:(?:\n *(?:#.*)?\r?)*\n(?:-| +[^ #\r\n]).*)*"
 
-    def replaced(match: "re.Match[str]") -> str:
+    def replaced(match: re.Match[str]) -> str:
         end = "\r" if match[0].endswith("\r") else ""
         return "\n".join(line + end for line in block)
 
@@ -4796,7 +4839,7 @@ class KeySpec(NamedTuple):
     argparse_kwargs: dict[str, Any] = {}
 
 
-def in_range(least: int, most: int) -> Callable[[int], Optional[int]]:
+def in_range(least: int, most: int) -> Callable[[int], int | None]:
     """Return what accepts numbers in a range."""
     return lambda number: number if least <= number <= most else None
 
@@ -4888,7 +4931,7 @@ def target_add_args(target: Target) -> str:
     return shlex.join(words)
 
 
-def never_matches(rule: str, *places: str) -> Optional[tuple[str, str]]:
+def never_matches(rule: str, *places: str) -> tuple[str, str] | None:
     """Return (why an exclude matches no entry of any source, what to write); None if it may match.
 
     rsync compares a pattern with the names as it builds them, component by component (rsync(1),
@@ -4924,7 +4967,7 @@ def validate_config(text: str, filename: str) -> Config:
         values = {}
         for key, rule in rules.items():
             if key not in nodes and rule.default is ...:
-                refuse(first, 'the key "%s" is missing; it is %s' % (key, rule.expected))
+                refuse(first, f'the key "{key}" is missing; it is {rule.expected}')
             given = values[key] = nodes[key].value if key in nodes else rule.default
             fine = key not in nodes
             with contextlib.suppress(UsageError):
@@ -4958,7 +5001,7 @@ def validate_config(text: str, filename: str) -> Config:
         if (target.user, target.host) != (user, host):
             refuse(node.value["login"].line, "login, user and host disagree; login is user@host")
         if target.login in targets:
-            refuse(node.line, "the target %s stands here for the second time" % target.login)
+            refuse(node.line, f"the target {target.login} stands here for the second time")
         targets[target.login] = target
     # One component, such as /data, may be the name of an entry of the source, too.
     places = [t.remote_path for t in targets.values() if t.remote_path.count("/") > 1]
@@ -4996,7 +5039,7 @@ class Progress:
         dumb = os.environ.get("TERM", "dumb") == "dumb"
         return sys.stderr.isatty() and not dumb and not VERBOSE.is_set()
 
-    def update(self, name: str, text: Optional[str]) -> None:
+    def update(self, name: str, text: str | None) -> None:
         if self.enabled():
             with self.lock:
                 self.texts.pop(name, None)
@@ -5011,16 +5054,14 @@ class Progress:
         """Show the progress that rsync prints; a target can write it too: it is only shown."""
         match = re.match(rb" *[0-9][0-9,.]* +([0-9]{1,3}%) +([0-9.,]+[kMGT]?B/s)", line[:100])
         if match:
-            self.update(
-                name, "sending %s of %s at %s" % (match[1].decode(), total, match[2].decode())
-            )
+            self.update(name, f"sending {match[1].decode()} of {total} at {match[2].decode()}")
 
     def tick(self, interval: float = 0.5) -> None:
         now = time.monotonic()
         if (self.texts or self.drawn) and now >= self.last + interval:
             with self.lock:
                 self.last = now
-                lines = ["%s: %s" % item for item in sorted(self.texts.items())]
+                lines = [f"{name}: {text}" for name, text in sorted(self.texts.items())]
                 if lines and now - self.start >= 2:
                     lines[0] += ", %d s" % (now - self.start)
                 self.draw(lines)
@@ -5055,16 +5096,17 @@ def terminal_size(stream: Any) -> tuple[int, int]:
 def fold(text: str, columns: int) -> str:
     """Return a text for a terminal, each line broken between words; commands stay whole.
 
-    A command is a line that is indented by four. Colours take no place.
+    A command is a line that is indented by four or more. Colours take no place.
     """
     lines: list[str] = []
     for line in text.split("\n"):
         indent = len(line) - len(line.lstrip(" "))
+        command = indent >= 4 and not line.lstrip(" ").startswith("hint: ")
         lines.append(line[:indent])
         width = indent
         for number, word in enumerate(line[indent:].split(" ")):
             length = len(re.sub("\x1b\\[[0-9;]*m", "", word))
-            if number and indent < 4 and width + 1 + length >= columns:
+            if number and not command and width + 1 + length >= columns:
                 lines.append(" " * (indent + 2))
                 width = indent + 2
             elif number:
@@ -5075,7 +5117,7 @@ def fold(text: str, columns: int) -> str:
     return "\n".join(lines)
 
 
-def emit(text: Union[str, bytes], error: bool = False, prose: bool = False) -> None:
+def emit(text: str | bytes, error: bool = False, prose: bool = False) -> None:
     """Print a line, or bytes: a result on stdout, else on stderr. A reader who left is no error.
 
     Prose (all on stderr is) is folded for a terminal; in a pipe every line stays as it is.
@@ -5125,9 +5167,9 @@ def emit_lines(lines: Iterable[bytes]) -> None:
 def format_bytes(size: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
-            return "%d %s" % (size, unit) if unit == "B" else "%.1f %s" % (size, unit)
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
-    return "%.1f TiB" % size
+    return f"{size:.1f} TiB"
 
 
 def plural(count: int, singular: str, several: str = "") -> str:
@@ -5267,15 +5309,19 @@ def check_own_key(path: str) -> str:
     if os.path.exists(shown) and read_file(shown, "key").split()[:2] != public:
         raise OffsyncError(
             f"key {quote_text(path)}: {quote_text(shown)} belongs to a different key",
-            ("regenerate it:", offsync_command("init")),
+            (
+                "if the private key is the right one, write its public half anew (the old one is "
+                "kept beside it):",
+                offsync_command("init"),
+            ),
         )
     return public[0].decode()
 
 
 def cmd_init(args: argparse.Namespace) -> int:
     require_programs("controller")
-    home, named = StateDirectory(), args.source
-    if named is None and not os.path.lexists(home.config):
+    state, named = StateDirectory(), args.source
+    if named is None and not os.path.lexists(state.config):
         named = "."
     source = "" if named is None else validate_absolute_path(os.path.abspath(named), "source")
     if (
@@ -5285,16 +5331,16 @@ def cmd_init(args: argparse.Namespace) -> int:
     ):
         raise UsageError(
             f"source {quote_text(named)}: empty, or the home directory",
-            'name the directory to deliver: "offsync init --source DIR"',
+            "name the directory to deliver: --source DIR",
         )
     if source:
-        check_source_location(os.fsencode(source), (home.path, home.key))
-    home.check_writers()
-    make_directory(home.path, 0o700)
-    take_lock(home, "init")
-    if not os.path.lexists(home.config):
-        write_atomically(home.config, [format_new_config(source).encode()], 0o600)
-    config = home.load()
+        check_source_location(os.fsencode(source), (state.path, state.key))
+    state.check_writers()
+    make_directory(state.path, 0o700)
+    take_lock(state, "init")
+    if not os.path.lexists(state.config):
+        write_atomically(state.config, [format_new_config(source).encode()], 0o600)
+    config = state.load()
     if source and source != config.source:
         if config.targets:
             count = plural(len(config.targets), "target")
@@ -5302,18 +5348,22 @@ def cmd_init(args: argparse.Namespace) -> int:
                 f"the source was {quote_text(config.source)}; {count} will get the new one",
                 "a second tree has its own OFFSYNC_HOME",
             )
-        home.replace_in_config("source", ["source: " + format_yaml(source)])
+        state.replace_in_config("source", ["source: " + format_yaml(source)])
     comment = "offsync@" + re.sub(r"[^A-Za-z0-9.-]", "", os.uname().nodename)
-    if not os.path.lexists(home.key):
-        if os.path.exists(home.key + ".pub"):
+    if not os.path.lexists(state.key):
+        if os.path.exists(state.key + ".pub"):
             warn("the private key was missing; a new one was created", "link it on every target")
-        make_key(home.key, comment)
-    check_private(home.key)
+        make_key(state.key, comment)
+    check_private(state.key)
     # ssh-keygen before OpenSSH 8.2 prints no comment.
-    words = [*read_public_key(home.key).decode("utf-8", "replace").split(None, 2), comment]
+    words = [*read_public_key(state.key).decode("utf-8", "replace").split(None, 2), comment]
     key = " ".join(words[:3]).strip()
-    write_atomically(home.key + ".pub", [key.encode() + b"\n"], 0o644)
-    emit("source %s, config %s" % (quote_text(home.load().source), quote_text(home.config)), True)
+    public = state.key + ".pub"
+    if os.path.exists(public) and read_file(public, "key").split()[:2] != key.encode().split()[:2]:
+        # That line may be linked on targets, where "unlink" needs it.
+        os.rename(public, public + ".old")
+    write_atomically(public, [key.encode() + b"\n"], 0o644)
+    emit(f"source {quote_text(state.load().source)}, config {quote_text(state.config)}", True)
     emit(
         "Now run this on each target, as the account that receives, and paste the key that "
         "follows:\n    offsync link --path DIR",
@@ -5323,7 +5373,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_record(line: bytes) -> Optional[Record]:
+def read_record(line: bytes) -> Record | None:
     """Return the record of a line that offsync wrote; None for what is none."""
     try:
         record = Record(**json.loads(line))
@@ -5391,7 +5441,7 @@ def print_targets(config: Config, last: dict[str, Record]) -> None:
         if record.source != config.source:
             where += " from " + record.source
         if record.error:
-            where = "%s (%s)" % (record.error, where)
+            where = f"{record.error} ({where})"
         plan = (record.plan or "-")[:12]
         rows.append([target.login, record.timestamp, record.result, plan, where])
     print_table(rows)
@@ -5406,15 +5456,20 @@ def cmd_target_remove(args: argparse.Namespace) -> int:
     if len(named) != 1:
         known = sorted(target.login for target in targets)
         why = "several targets have this host; name the login" if named else "no such target"
+        # No nearest one is named: the wrong target would be removed.
         raise UsageError(
-            f"target {quote_text(args.login)}: {why}", *did_you_mean(args.login, known)
+            f"target {quote_text(args.login)}: {why}", f"known: {join_first(known) or 'none'}"
         )
     state.replace_in_config("targets", format_targets([t for t in targets if t != named[0]]))
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(state.last, named[0].login))
+    key = "..."
+    with contextlib.suppress(OffsyncError):
+        public = read_file(state.key + ".pub", "key").decode("utf-8", "replace").split()
+        key = " ".join(public[:2])
     emit_error(
         f"removed {named[0].login} from this controller's config; its key is still linked",
-        [("to revoke it, on the target, run:", "offsync unlink")],
+        [("to revoke it, on the target, run:", f"offsync unlink --key {shlex.quote(key)}")],
     )
     return 0
 
@@ -5518,7 +5573,7 @@ def plan_summary(config: Config, plan: TargetPlan, planning: bool) -> str:
         count = len(plan.changes_of(kind))
         if count:
             counts.append("%d %s" % (count, notes.get(kind, kind)))
-    size = "; %s to send" % format_bytes(size_to_send(plan.changes)) if planning else ""
+    size = f"; {format_bytes(size_to_send(plan.changes))} to send" if planning else ""
     return ", ".join(counts) + size if counts else EQUAL
 
 
@@ -5537,7 +5592,7 @@ def change_line(change: Change, quoted: bool = False) -> str:
             path += " -> " + quote_name(entry.link)
         else:
             open_to_all = entry.mode & stat.S_IWOTH
-            reason += " %04o" % entry.mode if "mode" in change.reasons or open_to_all else ""
+            reason += f" {entry.mode:04o}" if "mode" in change.reasons or open_to_all else ""
             reason += " setuid" if entry.mode & stat.S_ISUID else ""
             reason += " setgid" if entry.mode & stat.S_ISGID else ""
     shown = colour(kind, "%-8s" % ("missing" if kind == "kept" else kind))
@@ -5548,14 +5603,14 @@ def print_plans(
     config: Config, plans: Sequence[TargetPlan], summary: bool = False, planning: bool = True
 ) -> None:
     """Print plans for people: a list for all targets with equal plans, or a line a target."""
-    emit("source %s" % quote_name(os.fsencode(config.source)))
+    emit(f"source {quote_name(os.fsencode(config.source))}")
     if summary:
         rows = [(p.target.login, plan_summary(config, p, planning)) for p in plans]
         print_table(rows)
         return
     groups: dict[Any, list[TargetPlan]] = {}
     for plan in plans:
-        key = plan.error.why if plan.error else id(plan.changes)
+        key = (plan.error.why, plan.error.hints) if plan.error else id(plan.changes)
         groups.setdefault(key, []).append(plan)
     # What differs stands last, where it is read.
     for group in sorted(groups.values(), key=lambda group: bool(group[0].changes)):
@@ -5588,7 +5643,7 @@ def raise_for_failed(plans: Sequence[TargetPlan], what: str, as_json: bool) -> N
         count = f"{len(errors)} of {plural(len(plans), 'target')}"
         raise OffsyncError(
             f"{what}: {count} could not be compared: {named}",
-            "fix them, then try again" if as_json else "the reasons stand above",
+            "fix them, then try again" if as_json else "see the reasons above, or plan says more",
         )
 
 
@@ -5598,7 +5653,7 @@ def cmd_plan(args: argparse.Namespace) -> int:
     with RunContext(state, config, typed, args.jobs) as context:
         plans = plan_all(context, targets)
         name, refused = state.store_plan(config, plans), policy_violation(context, plans)
-        unreviewed = None if refused else review_required(context, plans)
+        unreviewed = None if refused else review_required(context, plans, name)
     differs, problem = any(map(has_differences, plans)), refused or unreviewed
     refuses = "apply will refuse" if refused else "apply without --plan will refuse"
     if args.json:
@@ -5639,7 +5694,7 @@ def describe_record(record: Record) -> str:
 
 
 def plan_and_approve(
-    context: RunContext, targets: Sequence[Target], reviewed: Optional[str], log: RunLog
+    context: RunContext, targets: Sequence[Target], reviewed: str | None, log: RunLog
 ) -> list[TargetPlan]:
     """Return the plans to carry out; raise OffsyncError, with nothing sent, if they may not be."""
     if reviewed is None:
@@ -5668,12 +5723,12 @@ class Report:
     def __init__(self, log: RunLog, as_json: bool) -> None:
         self.log, self.as_json = log, as_json
         self.results: dict[str, list[str]] = {}  # result: logins
-        self.said: dict[str, list[str]] = {}  # failures, and whose they are
+        self.said: dict[tuple[str, ...], list[str]] = {}  # failures, and whose they are
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> Report:
         return self
 
-    def __exit__(self, _: object, error: Optional[BaseException], __: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         # Where all were refused main() says why, once for all of them.
         quiet = is_refusal(error) and not self.results
         for login in sorted(self.log.unreported):
@@ -5702,7 +5757,9 @@ class Report:
         elif record.result == "ok":
             emit(f"{login}: {colour('ok', 'ok')}: {text}", prose=True)
         if record.result != "ok" and not (quiet and record.result == "refused"):
-            logins = self.said.setdefault(text, [])
+            # A command that is to be typed for each target is shown for each.
+            each = [hint[1] for hint in failed.hints if "target add" in hint[1]] if failed else []
+            logins = self.said.setdefault((text, *each), [])
             if not logins and failed:
                 emit_error(f"offsync: error: {login}: {text}", failed.hints, failed.said)
             logins.append(login)
@@ -5742,10 +5799,8 @@ def cmd_verify(args: argparse.Namespace) -> int:
     elif shown:
         print_plans(config, shown, planning=False)
     elif sys.stdout.isatty():
-        emit(
-            "%s: equal to %s: %s"
-            % (colour("ok", "ok"), quote_text(config.source), plural(len(plans), "target"))
-        )
+        count = plural(len(plans), "target")
+        emit(f"{colour('ok', 'ok')}: equal to {quote_text(config.source)}: {count}")
     raise_for_failed(plans, "verify", args.json)
     return 3 if any(map(has_differences, plans)) else 0
 
@@ -5829,7 +5884,7 @@ def parse_manifest(lines: Iterable[bytes]) -> dict[bytes, str]:
     return found
 
 
-def manifest_files(root: str, exclude: Sequence[str], manifest: Optional[str]) -> dict[bytes, str]:
+def manifest_files(root: str, exclude: Sequence[str], manifest: str | None) -> dict[bytes, str]:
     """Return path -> sha256 of every file of a tree, but of the manifest and where stdout leads."""
     source, own, paths = Source(root, exclude), set(), []
     for place in (1, None if manifest == "-" else manifest):
@@ -5854,9 +5909,10 @@ def print_manifest(found: dict[bytes, str]) -> None:
         lines = manifest.decode("utf-8", "replace").split("\n")
         manifest = "\n".join(map(replace_unprintable, lines)).encode()
     emit(manifest)
+    groups = " ".join(re.findall("....", digest))
     emit(
-        "%s; digest of the whole (sha256 of the manifest), to compare by voice: %s"
-        % (plural(len(found), "file"), " ".join(re.findall("....", digest))),
+        f"{plural(len(found), 'file')}; digest of the whole (sha256 of the manifest), to compare "
+        f"by voice: {groups}",
         error=True,
     )
 
@@ -5896,10 +5952,10 @@ def cmd_manifest(args: argparse.Namespace) -> int:
                 kind, word = "added", "not listed"
             elif path not in found:
                 kind, word = "missing", "not here"
-            emit("%s  %s" % (colour(kind, "%-10s" % word), quote_name(path)))
+            emit(f"{colour(kind, f'{word:10}')}  {quote_name(path)}")
     if expected != found:
         return 3
-    emit("%s, all as in the manifest" % plural(len(found), "file"), error=True)
+    emit(f"{plural(len(found), 'file')}, all as in the manifest", error=True)
     return 0
 
 
@@ -5936,19 +5992,19 @@ def check_controller(state: StateDirectory) -> bool:
             raise OffsyncError(
                 "ssh: fails even when asked for its version", "install it again", said=said
             )
-        return "%s %s" % (find_program("ssh"), said)
+        return f"{find_program('ssh')} {said}"
 
     check("rsync", lambda: "%s %d.%d.%d" % (find_rsync()[0], *find_rsync()[1]))
     check("ssh", ssh)
     check("ssh-keygen", lambda: find_program("ssh-keygen"))
     check("state", lambda: check_private(state.path))
-    check("key", lambda: "%s %s" % (check_private(state.key), check_own_key(state.key)))
+    check("key", lambda: f"{check_private(state.key)} {check_own_key(state.key)}")
     check("config", config)
     check("source", source)
     return not problems
 
 
-def check_target(context: RunContext, target: Target) -> Union[list[Proof], OffsyncError]:
+def check_target(context: RunContext, target: Target) -> list[Proof] | OffsyncError:
     """Return what the key can and cannot do on a target, or why that cannot be told."""
     connection = Connection(context, target)
     try:
@@ -5958,7 +6014,7 @@ def check_target(context: RunContext, target: Target) -> Union[list[Proof], Offs
         return as_offsync_error(error)
 
 
-def print_examined(target: Target, found: Union[list[Proof], OffsyncError], short: bool) -> bool:
+def print_examined(target: Target, found: list[Proof] | OffsyncError, short: bool) -> bool:
     """Print what was found out on a target; return whether all is right. short: then one line."""
     if isinstance(found, OffsyncError):
         emit(target.where)
@@ -5979,20 +6035,20 @@ def print_examined(target: Target, found: Union[list[Proof], OffsyncError], shor
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
-    home, healthy = StateDirectory(), 0
-    if not os.path.lexists(home.config) and not os.path.lexists(home.key):
+    state, healthy = StateDirectory(), 0
+    if not os.path.lexists(state.config) and not os.path.lexists(state.key):
         raise OffsyncError(
-            f"doctor: {quote_text(home.path)} holds no controller's state", *NO_STATE
+            f"doctor: {quote_text(state.path)} holds no controller's state", *no_state_hints()
         )
-    if not check_controller(home):
+    if not check_controller(state):
         raise OffsyncError(
             "doctor: this controller has problems",
             "fix what is marked PROBLEM above, then run it again",
         )
-    config = home.load()
+    config = state.load()
     any_target = config.targets or args.targets
     targets = select_targets(config.targets, args.targets) if any_target else []
-    with RunContext(home, config, Typed("doctor", config), args.jobs) as context:
+    with RunContext(state, config, Typed("doctor", config), args.jobs) as context:
         examined = context.pool.imap_unordered(
             lambda target: check_target(context, target), targets
         )
@@ -6056,7 +6112,7 @@ def version_text() -> str:
         digest = hash_file(os.fsencode(os.path.realpath(__file__)))[0].hex()
     except (OSError, NameError):
         digest = "unknown (read from standard input)"
-    return "offsync %s  sha256 %s" % (VERSION, digest)
+    return f"offsync {VERSION}  sha256 {digest}"
 
 
 def number_of_jobs(text: str) -> int:
@@ -6067,7 +6123,7 @@ def number_of_jobs(text: str) -> int:
 
 # Arguments that several commands have: their words for add_argument.
 KEY_OPTIONS = {
-    "--key": value_option("TEXT", "the public key line (default: from a pipe, else asked for)"),
+    "--key": value_option("TEXT", "the public key line (default: from a pipe; link asks for it)"),
     "--key-file": value_option("FILE", "a file with the public key line"),
 }
 JSON = {"--json": flag_option("print JSON")}
@@ -6333,7 +6389,7 @@ def run_command(argv: Sequence[str]) -> int:
     return int(args.function(args))
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run offsync with these arguments; return the exit status."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         # Closed: its number would go to the next file that is opened.
@@ -6372,7 +6428,7 @@ def report_errors(argv: Sequence[str]) -> int:
         named = getattr(error, "filename", None)
         why = getattr(error, "strerror", None) or str(error) or "not enough memory"
         if named:
-            why = "%s: %s" % (quote_name(os.fsencode(named)), why)
+            why = f"{quote_name(os.fsencode(named))}: {why}"
         elif isinstance(error, FileNotFoundError):
             why = "the current directory is gone"
         emit_error("offsync: error: " + why, ["fix this, then try again"])

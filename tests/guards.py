@@ -374,7 +374,7 @@ GUARDS = [
     (
         "every line of now was reviewed",
         "approve",
-        "differing.append('%s: %s %s' % (target.login, quote_path(change.path), state))",
+        "differing.append(f'{target.login}: {quote_path(change.path)} {state}')",
         "None",
         "test_approval.Approval.test_what_a_review_does_not_approve",
         FEW,
@@ -530,8 +530,8 @@ GUARDS = [
     (
         "@revoked binds",
         "Connection.options",
-        "'UserKnownHostsFile=\"%s\" ~/.ssh/known_hosts ~/.ssh/known_hosts2' % self.known_hosts",
-        "'UserKnownHostsFile=\"%s\"' % self.known_hosts",
+        "f'UserKnownHostsFile=\"{self.known_hosts}\" ~/.ssh/known_hosts ~/.ssh/known_hosts2'",
+        "f'UserKnownHostsFile=\"{self.known_hosts}\"'",
         "test_trust.ManInTheMiddle",
     ),
     (

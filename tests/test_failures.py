@@ -281,7 +281,7 @@ class Trouble(SharedLab):
             os.unlink(log)
         os.mkdir(log)
         self.addCleanup(lambda: os.path.isdir(log) and os.rmdir(log))
-        self.assert_refused(self.lab.offsync("apply"), 1, "operations.log", "nothing was sent")
+        self.assert_refused(self.lab.offsync("apply"), 1, "operations.log", "it is a directory")
         self.assertEqual(snapshot(self.there), {})
 
     def test_a_torn_record_spoils_no_other(self) -> None:

@@ -157,10 +157,66 @@ class OneTarget(Typing):
             write(self.one.path + "/extra", "x")
 
     def test_the_beginning_of_an_id(self) -> None:
-        plan = self.lab.offsync("plan", check=0).out.split()[-1]
-        self.assertEqual(
-            self.fix("offsync apply --plan " + plan[:12], 2), "offsync apply --plan " + plan
-        )
+        plan = self.lab.offsync("plan", "--delete", check=0).out.split()[-1]
+        done = self.lab.offsync("apply", "--delete", "--plan", plan[:12], check=2)
+        self.assertIn("12 of 64 digits", done.err)
+        self.assertIn("one that begins so is %s\n" % plan, done.err)
+        self.lab.offsync("apply", "--delete", "--plan", plan, check=0)
+
+    def test_a_file_where_a_target_has_a_directory(self) -> None:
+        """Neither keeping nor adding is possible: no hint offers it."""
+        write(self.lab.source + "/conf", "a file")
+        write(self.one.path + "/conf/local", "x")
+        for options in ([], ["--keep"]):
+            done = self.lab.offsync("apply", *options, check=1)
+            self.assertIn("conf, conf/local", done.err)
+            self.assertEqual(commands(done.err), ["offsync plan --delete"])
+            self.assertNotIn("add it", done.err)
+        self.fix("offsync apply", 1)
+
+    def test_a_config_that_is_not_there(self) -> None:
+        """The command names the state that was meant: another tree keeps its source."""
+        before = read(self.lab.state + "/config.yaml")
+        done = self.type("OFFSYNC_HOME=%s/site offsync plan" % self.lab.base)
+        self.assertEqual(done.returncode, 2)
+        command = re.search('create it: "(.*) --source DIR"', done.stderr)[1]
+        self.assertEqual(command, "OFFSYNC_HOME=%s/site offsync init" % self.lab.base)
+        self.assertEqual(self.type(command + " --source " + self.lab.source).returncode, 0)
+        self.assertEqual(read(self.lab.state + "/config.yaml"), before)
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root can give directories away")
+    def test_the_state_of_another_account(self) -> None:
+        """Typed as that account, the command uses this state, not the account's own."""
+        state = self.lab.base + "/theirs"
+        os.rename(self.lab.state, state)
+        os.chown(state, 65534, 65534)
+        done = self.type("OFFSYNC_HOME=%s offsync apply --delete" % state)
+        self.assertEqual(done.returncode, 1)
+        wanted = "sudo -iu nobody env OFFSYNC_HOME=%s offsync apply --delete" % state
+        self.assertEqual(commands(done.stderr), [wanted])
+        os.chown(state, 0, 0)
+        os.chown(state + "/config.yaml", 65534, 65534)
+        self.fix("OFFSYNC_HOME=%s offsync plan" % state, 1)
+        self.assertEqual(os.stat(state + "/config.yaml").st_uid, 0)
+
+    def test_the_other_half_of_the_key_is_kept(self) -> None:
+        """unlink on the targets may need the line that was linked."""
+        public, other = read(self.key + ".pub"), self.lab.base + "/other"
+        make = [require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", other]
+        subprocess.run(make, check=True)
+        shutil.copy(other, self.key)
+        self.assertIn("the old one is kept", self.lab.offsync("plan", check=1).out)
+        self.lab.offsync("init", check=0)
+        self.assertEqual(read(self.key + ".pub.old"), public)
+        self.assertEqual(read(self.key + ".pub").split()[:2], read(other + ".pub").split()[:2])
+
+    def test_a_target_that_is_removed(self) -> None:
+        done = self.type("offsync target remove " + self.one.login)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        (command,) = commands(done.stderr)
+        self.assertEqual(self.type(command, home=self.one.home).returncode, 0)
+        self.assertEqual(read(self.one.keys), "")
+        self.assertNotIn("did you mean", self.type("offsync target remove 127.0.0.9").stderr)
 
     def test_another_state(self) -> None:
         """The command names the state that was used, also where it is not the default."""
@@ -252,6 +308,17 @@ class OnTheTarget(Typing):
         self.lab.program("sudo", script % (self.lab.base, path))
         self.fix(self.link, 2, home=self.home)
         self.assertTrue(read(self.lab.base + "/sudo").startswith("-iu nobody offsync link --key"))
+
+    def test_another_path_by_mistake(self) -> None:
+        self.assertEqual(self.type(self.link, home=self.home).returncode, 0)
+        before = read(self.home + "/.ssh/authorized_keys")
+        mistyped = self.type(self.link + "x", home=self.home)
+        self.assertIn("now it writes below %s/a bx instead" % self.lab.base, mistyped.stderr)
+        undo = commands(mistyped.stderr)[0]
+        typed = self.type(undo + " " + " ".join(risk()), home=self.home)
+        self.assertEqual(typed.returncode, 0, typed.stderr)
+        without_comment = before.rsplit(" ", 1)[0] + "\n"
+        self.assertEqual(read(self.home + "/.ssh/authorized_keys"), without_comment)
 
     def test_unlink_lists_what_is_linked(self) -> None:
         """Without a key: each with the command that removes it."""

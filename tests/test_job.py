@@ -268,9 +268,7 @@ class Missing(LabCase):
     def test_an_unreadable_source(self) -> None:
         self.lab.joined("one")
         os.rmdir(self.lab.source)
-        self.assert_refused(
-            self.lab.offsync("plan"), 1, "No such file or directory", "offsync init --source"
-        )
+        self.assert_refused(self.lab.offsync("plan"), 1, "No such file or directory", "--source")
 
     def test_no_ssh_and_no_rsync(self) -> None:
         self.lab.joined("one")

@@ -53,7 +53,7 @@ class Linking(LabCase):
         other = self.lab.base + "/other"
         self.key = self.key.rsplit(" ", 1)[0] + " somebody else"
         # It says what it replaces.
-        self.assertIn("no longer write to " + self.path, self.link(path=other, check=0).err)
+        self.assertIn("could write below " + self.path, self.link(path=other, check=0).err)
         self.assertEqual(read(self.keys).count("\n"), 1)
         self.assertIn("-wo %s'\"" % other, read(self.keys))
         self.assertIn("somebody else", read(self.keys))
@@ -306,7 +306,7 @@ class Linking(LabCase):
         said = self.link("--from", "10.0.0.2").err
         self.assertNotIn("already", said)
         # Only the place where it comes from is another.
-        self.assertNotIn("no longer write to", said)
+        self.assertNotIn("could write below", said)
         self.assertEqual(read(self.keys).count("from="), 1)
         self.path += "2"
         self.link()
@@ -634,7 +634,7 @@ class KeyThief(LabCase):
             write(self.keys, plain % (self.lab.base, final, self.key))
             linked = self.link(*risk(), check=0)
             self.assertIn("replaced the plain line", linked.err)
-            self.assertNotIn("no longer write", linked.err)
+            self.assertNotIn("could write below", linked.err)
             self.assertEqual((read(self.keys).count("-wo"), read(self.keys).count("fuzzy")), (1, 1))
             foreign = "command=\"/bin/sh -c 'id; true -wo x'\",%s %s\n"
             write(self.keys, foreign % (offsync.KEY_RESTRICTIONS, self.key))

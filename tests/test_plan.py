@@ -377,7 +377,7 @@ class PlanIds(SharedLab):
             plan_id, "the policy is not that", "delete was false, is true", args=["--delete"]
         )
         self.assert_refused(
-            self.lab.offsync("apply", "--plan", "f" * 64), 2, "No such file", "the whole ID"
+            self.lab.offsync("apply", "--plan", "f" * 64), 2, "no plan with this ID", "the whole ID"
         )
         self.assert_refused(
             self.lab.offsync("apply", "--plan", plan_id[:32]),

@@ -137,7 +137,7 @@ class Status(Fleet):
             check=1,
         )
         self.assertIn(
-            "is configured already, and will be replaced: it was %s --path %s --port %d"
+            "is configured already; if the proofs succeed, this replaces %s --path %s --port %d"
             % (target.login, target.path, target.port),
             done.err,
         )
