@@ -31,7 +31,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 348 to 3146, in the order in
+To audit it, read the trust core first: lines 348 to 3155, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -908,8 +908,8 @@ class FailureKind:
         "",
         "the key is restricted to a different path, so nothing was sent",
         ("if that path is right, update the config:", "offsync target add {add}"),
-        "else link the key on the target to the path that is meant",
-        "a second tree has a state of its own (OFFSYNC_HOME), with a key of its own",
+        "otherwise run offsync link on the target, with the path that is meant",
+        "to deliver a second tree, use a second OFFSYNC_HOME, with its own key",
     )
     NOT_RRSYNC = Failure(
         "",
@@ -960,7 +960,9 @@ class FailureKind:
         "deliver from a snapshot, or stop what writes to the source; then plan again",
     )
     CHANGED_MEANWHILE = Failure(
-        "", "not sent, since it was changed on the target after the plan", "plan and apply again"
+        "",
+        "rsync did not send an entry that changed on the target after the plan",
+        "plan and apply again",
     )
     APPEARED = Failure(
         "",
@@ -983,7 +985,7 @@ class FailureKind:
         "verification found differences: content arrived, modes did not",
         "the file system may keep none (exFAT, FAT, SMB): mount it with the modes of the source "
         "(fmask, dmask), give the source those modes, or exclude what is named",
-        "or a file on the target has another name (a hard link): delete one of the names",
+        "or a file has a second hard link on the target: delete one of the two",
     )
     UNEXPECTED_REPORT = Failure(
         "",
@@ -1056,7 +1058,7 @@ class FailureKind:
     BOOTING = Failure(
         "System is booting up|System is going down|System is shutting down|nologin(8)",
         "the target is booting, shutting down, or closed for logins (/etc/nologin)",
-        "wait, or see who closed it: /etc/nologin on the target",
+        "wait, or see why logins are closed: /etc/nologin on the target",
     )
     CLOSED_DURING_LOGIN = Failure(
         "Connection closed by&port|Connection reset by&port",
@@ -1695,7 +1697,7 @@ class RunContext:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End all work, and remove the scratch directory: the guard does so, or we without it."""
+        """End all work, and remove the scratch directory: the reaper does, or we if it failed."""
         STOPPING.value = True
         for process in list(LIVE_PROCESSES):
             kill_group(process)
@@ -1716,10 +1718,10 @@ class Connection:
         self.context, self.target = context, target
         self.known_hosts = known_hosts or context.state.known_hosts
         self.socket = os.path.join(context.scratch, "%d" % next(context.numbers))
-        self.restriction_proved = False  # proved: no command
-        self.path_proved = False  # proved: where it writes
+        self.restriction_proved = False  # it is proved that the key runs no command
+        self.path_proved = False  # it is proved where the key writes
         self.answered = False  # an rsync pass has succeeded
-        # What the plan's pass took, and the proof of the path: a session that does nothing.
+        # Seconds of the plan's pass, and of a session that does nothing (the proof of the path).
         self.plan_pass_seconds = self.session_overhead = 0.0
 
     def options(self) -> list[str]:
@@ -1736,7 +1738,7 @@ class Connection:
         return [*SSH_SESSION, "-o", "ControlPath=" + self.socket]
 
     def run(self, argv: Argv, **more: Any) -> Result:
-        """Run a program that prints what the target sends. Raises TargetError if it has no end."""
+        """Run a program that prints what a target sends. Raises TargetError if it is too much."""
         try:
             return run_program(argv, **more)
         except EndlessOutput as error:
@@ -1751,10 +1753,10 @@ class Connection:
         argv += [*self.options(), *self.destination()]
         self.restriction_proved = self.path_proved = False
         for last in retry_attempts():
-            # That of a master that is gone.
+            # The socket of a master that has ended.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.socket)
-            # No pipe: a ProxyCommand stays in the background with the master, and would hold it.
+            # A file, no pipe: a ProxyCommand stays in the background, and would keep the pipe open.
             with scratch_file(self.context.scratch) as stderr:
                 result = self.run(argv, stderr=stderr, limit=CONNECT_DEADLINE)
             if result.status == 0:
@@ -1762,7 +1764,7 @@ class Connection:
             error = diagnose_login(self, result)
             if last or not error.kind.retry:
                 raise error
-        # A banner could look like this line: then that host alone is refused.
+        # A banner could imitate this line: then that host alone is refused.
         if re.search(rb'(?m)^Authenticated to .* using "none"\.\r?$', result.stderr):
             raise failure(self.target, FailureKind.NO_KEY_ASKED)
 
@@ -1773,8 +1775,8 @@ class Connection:
     def prove_restricted(self, patient: bool = True) -> None:
         """Ask for a command on this connection; raise TargetError unless it was refused.
 
-        Where the answer tells nothing, patient tries again, and raises in the end; else restricted
-        stays False.
+        Where the answer tells nothing: with patient, it is asked again, and TargetError is raised
+        in the end; else restriction_proved stays False.
         """
         for last in retry_attempts():
             error = check_refusal(self.target, self.session((), PROOF_COMMAND))
@@ -1785,7 +1787,7 @@ class Connection:
                 raise error
 
     def rsync_remote_args(self, path: str) -> list[str]:
-        """Return rsync's words for this connection and a path on the target."""
+        """Return the last arguments of an rsync over this connection: -e, --, LOGIN:PATH."""
         shell = map(quote_rsh_word, [self.context.ssh, *self.session_options()])
         host = f"[{self.target.host}]" if ":" in self.target.host else self.target.host
         return ["-e", " ".join(shell), "--", f"{self.target.user}@{host}:{path}"]
@@ -1867,15 +1869,15 @@ class Connection:
 def diagnose_login(connection: Connection, result: Result) -> TargetError:
     """Return what a connection that did not open meant. Raises OffsyncError for a bad key of ours.
 
-    A banner of sshd stands before ssh's own words, and may look like anything: so ssh's last line
-    counts, and more than that only where no banner can have come before it.
+    A banner of sshd stands before ssh's own words, and may look like anything. So only ssh's last
+    line is used, but where no banner can have come before.
     """
     target, said = connection.target, [line for line in result.stderr.splitlines() if line.strip()]
     if result.status is None:
         return failure(target, FailureKind.TIMEOUT)
 
-    # ssh says so where the program that leads to sshd (a jump host) has ended. Before sshd has
-    # answered, no line can be sshd's: what stands before is that program's.
+    # Port 65535 means that the program which leads to sshd (a jump host) has ended. sshd has not
+    # answered then, so the lines before are that program's.
     exchange = (b"kex_exchange_identification: ", b"ssh_exchange_identification: ")
     nowhere = said and re.search(rb"UNKNOWN port 65535(?! timed out)", said[-1])
     if nowhere or said and said[-1].startswith(exchange):
@@ -1917,7 +1919,7 @@ PERL_REFUSAL = b"SSH_ORIGINAL_COMMAND='%s' is not rsync" % PROOF_COMMAND.encode(
 
 
 def check_refusal(target: Target, result: Result) -> TargetError | None:
-    """Return None if asking for a command was refused as rrsync does, else why that is not known.
+    """Return None if a command was refused as rrsync does, else the error: why that is not known.
 
     Raises TargetError where it is known that it was not refused.
     """
@@ -1945,10 +1947,10 @@ def check_refusal(target: Target, result: Result) -> TargetError | None:
 
 
 def prove_path(connection: Connection) -> str:
-    """Try, as a dry run, to write to an absolute path without a parent; return what it tells.
+    """Prove where the key writes: a dry run writes to /RANDOM/x, whose parent does not exist.
 
-    rsync's complaint names the directory in which it looked for our random name: that must be the
-    configured one, else TargetError is raised, as where no directory is named.
+    rsync's error names the directory in which it looked for it. Returns a sentence for people;
+    raises TargetError unless that directory is named, and is the configured path.
     """
     target, marker = connection.target, os.urandom(8).hex().encode()
     expected = os.fsencode(target.remote_path)
@@ -1979,7 +1981,8 @@ def prove_path(connection: Connection) -> str:
             connection.path_proved = True
             return "it stays below " + quote_name(expected)
         error = diagnose(target, result)
-        # A dying rsync now and then loses its last words: silence is asked again, four times.
+        # A dying rsync now and then loses its last words: where it printed nothing, four more
+        # tries.
         silent = not result.stderr and number < 4
         if last or not (error.kind.retry or silent):
             break
@@ -1996,9 +1999,10 @@ def tag_items(
     on_item: Callable[[bytes], None],
     on_other: Callable[[bytes], None] = lambda line: None,
 ) -> tuple[bytes, Callable[[bytes], None]]:
-    """Return the --out-format for rsync, and who takes its output: items have a secret marker.
+    """Return the --out-format for rsync, and the function that takes rsync's lines.
 
-    So no other output of rsync's, nor anything that a target sends, can look like an item.
+    Items bear a secret marker, so that no other output of rsync's, nor anything that a target
+    sends, can look like one.
     """
     marker = b"offsync-" + os.urandom(9).hex().encode() + b":"
 
@@ -2042,7 +2046,7 @@ def parse_itemized(line: bytes) -> Change | None:
 
 
 class TransferReport:
-    """What rsync reports of what it sends: each planned entry must be reported as planned.
+    """Checks what rsync reports of each entry that it sends against the plan.
 
     A report says what really went over the connection, whatever the source held before or after:
     it comes from the rsync that sends, behind a marker that no target knows.
@@ -2091,10 +2095,10 @@ class TransferReport:
 
 
 def is_leftover(source: Source, change: Change) -> bool:
-    """Return whether an entry that exists only on the target bears one of rsync's own names.
+    """Return whether an entry that exists only on the target has a temporary name of rsync's.
 
-    .~tmp~ and all in it, and .NAME.XXXXXX where NAME is in the source. It may be a user's file all
-    the same: so it never blocks, and is deleted only where the policy allows that.
+    These are .~tmp~ and all in it, and .NAME.XXXXXX where NAME is in the source. It may be a user's
+    file after all: so it never stops an apply, and is deleted only where the policy allows that.
     """
     directory, name = os.path.split(change.path)
     if STAGING_DIR in change.path.split(b"/"):
@@ -2108,15 +2112,15 @@ def is_leftover(source: Source, change: Change) -> bool:
 
 # --- Trust core: the plan -----------------------------------------------------------------------
 
-# One pass shows additions, changes and deletions. -t only adds time flags, which quick needs;
-# differences of time alone are not reported. strong is hash with MD5 (see child_environment()).
+# One pass shows additions, changes and deletions. -t is for the quick check; differences of time
+# alone are not reported. strong is hash with MD5 (see child_environment()).
 RSYNC_HASH = ("-n", "-rlptc", "--delete")
 RSYNC_PLAN = {"hash": RSYNC_HASH, "strong": RSYNC_HASH, "quick": ("-n", "-rlpt", "--delete")}
 # Of the listed entries, those that do not exist at all on the target.
 RSYNC_ABSENT = ("-n", "-lpt", "--ignore-existing", "--from0", "--files-from=-")
 # Of the listed entries, those that differ by hash.
 RSYNC_COMPARE = ("-n", "-lptc", "--from0", "--files-from=-")
-PLAN_VERSION = 3  # counts the form of plans
+PLAN_VERSION = 3  # of the format of plans
 POLICY_KEYS = ("source", "delete", "overwrite", "verify", "exclude")  # what a review approves
 
 
@@ -2141,8 +2145,8 @@ def itemize(
 ) -> dict[bytes, Change]:
     """Return what a run of rsync itemizes, by path, for the tree or for some paths.
 
-    want is called with each path that differs as it comes. Raises TargetError, also where the
-    target reports a path twice, or a deletion in a pass over paths.
+    want is called with each path that differs, as soon as it is reported. Raises TargetError, also
+    where the target reports a path twice, or a deletion in a pass over paths.
     """
     context, target = connection.context, connection.target
     found: dict[bytes, Change] = {}
@@ -2176,9 +2180,10 @@ def itemize(
 def compare_with_proof(connection: Connection) -> dict[bytes, Change]:
     """Return what the plan's pass itemizes, once it is proved that the key runs no command.
 
-    The proof runs beside the pass, on the same connection, from the moment in which the server has
-    answered the pass: then the pass has rrsync's lock. Where that tells nothing (MaxSessions of
-    sshd may allow one session), it is tried again after the pass.
+    The proof runs beside the pass, on the same connection. It begins when the server has answered
+    the pass, which has rrsync's lock by then. Where the proof tells nothing (MaxSessions of sshd
+    may be 1), it is tried again after the pass. A pass sends names and checksums of the source, no
+    content.
     """
     context, failed = connection.context, None
     proof: list[Any] = []
@@ -2200,7 +2205,7 @@ def compare_with_proof(connection: Connection) -> dict[bytes, Change]:
     connection.plan_pass_seconds = time.monotonic() - started
     for future in proof:
         future.result()
-    # A target that did not answer the pass would only be waited for once more.
+    # A target that did not answer the pass is not waited for a second time.
     if not connection.restriction_proved and (
         not failed or failed.kind is not FailureKind.NO_RESPONSE
     ):
@@ -2224,7 +2229,7 @@ def classify(connection: Connection, found: dict[bytes, Change]) -> list[Change]
     for path in replaced:
         found[path] = found[path]._replace(kind="modified", reasons=("type",))
     delete = connection.context.config.delete
-    # What has to make way for an entry of another type cannot be left alone.
+    # What stands in the place of an entry of another type cannot be left alone.
     in_place = {path for path in replaced if not found[path].directory}
     for path, change in found.items():
         if change.kind != "missing":
@@ -2290,7 +2295,7 @@ def plan_all(context: RunContext, targets: Sequence[Target]) -> list[TargetPlan]
     source.accepted.set()
     plans = dict(planning)
     if any(plan.changes_of("kept") for plan in plans.values()) and not context.included:
-        # Where the source has lost all, nothing is kept on purpose.
+        # Nothing is left of the source: that is an accident, which an apply refuses.
         for target, plan in plans.items():
             changes = (c._replace(kind="missing") if c.kind == "kept" else c for c in plan.changes)
             plans[target] = plan._replace(changes=tuple(changes))
@@ -2315,7 +2320,7 @@ def entry_line_parts(change: Change) -> tuple[bytes, bytes]:
             fields["sha256"] = entry.sha256.hex()
         if entry.type == "symlink":
             fields.update(name_to_json(entry.link, "link"))
-    # No text in JSON has a plain quote.
+    # In JSON, a quote within a text has a backslash: so this can only be the key.
     before, after = json_line(fields).split(b'"login": ""', 1)
     return before + b'"login": ', after
 
@@ -2345,7 +2350,7 @@ def entry_lines(plans: Sequence[TargetPlan]) -> Iterator[tuple[TargetPlan, Chang
 
 
 def plan_lines(config: Config, plans: Sequence[TargetPlan]) -> Iterator[bytes]:
-    """Yield a plan as JSON Lines, its only form: printed, kept; the plan ID is its sha256.
+    """Yield a plan as JSON Lines. The same bytes are printed, stored, and hashed into the plan ID.
 
     A line for the policy, one a target, one an entry; sorted by login and path.
     """
@@ -2390,7 +2395,7 @@ def parse_plan_line(line: bytes) -> set[Change]:
     )
     before, after = entry_line_parts(change)
     check_line(line, before + json.dumps(str(fields["login"])).encode() + after)
-    # Raises TypeError for a list where a word belongs.
+    # A set hashes the change: that raises TypeError for a list where a text belongs.
     return {change}
 
 
@@ -2401,7 +2406,7 @@ def check_line(line: bytes, printed: bytes) -> None:
 
 # --- Trust core: approval -----------------------------------------------------------------------
 
-MANY_DELETIONS = 10  # from so many on, max_delete is asked
+MANY_DELETIONS = 10  # max_delete applies from this many on
 
 
 def approve(
@@ -2410,11 +2415,10 @@ def approve(
     """Return the plans as far as a reviewed plan approves them.
 
     A target is reviewed if the reviewed plan compared it without an error; any other target fails
-    alone. Each change of a reviewed target must be in the reviewed plan, byte for byte; leftovers
-    and kept entries that are not in it are left alone. A change that is only in the reviewed plan
-    must be done already: the source must hold all that the plan adds or modifies, and lack all that
-    it deletes.
-    Raises OffsyncError that names the differences, UsageError for what is no plan.
+    alone. Each change of a reviewed target must be in the reviewed plan, byte for byte. A leftover
+    or kept entry that is not in it is not touched. A change that only the reviewed plan lists must
+    have been made already: the source must hold all that the plan adds or modifies, and lack all
+    that it deletes. Raises OffsyncError that names the differences, UsageError for what is no plan.
     """
     compared = [plan for plan in plans if not plan.error]
     replan = context.typed.again(command="plan", plan=None)
@@ -2441,7 +2445,7 @@ def approve(
             ) from None
     elsewhere = [why for why in (not_done(context.source, change) for change in done) if why]
     unreviewed = {target for target, change in open_lines.values() if change is None}
-    # What the review does not list, and nothing is done with.
+    # Leftovers and kept entries that the review does not list, which are not touched.
     spared: dict[Target, set[bytes]] = {}
     changed: set[str] = set()  # logins
     for target, change in open_lines.values():
@@ -2478,7 +2482,9 @@ def approve(
 
 
 def check_policy(context: RunContext, reviewed: bytes) -> None:
-    """Raise unless a reviewed plan's first line is the policy of this run, and none is taken over.
+    """Raise unless a reviewed plan's first line is the policy of this run.
+
+    The run never takes over the policy of a plan.
 
     Raises ValueError, KeyError or TypeError for what is no such line.
     """
@@ -2501,7 +2507,7 @@ def check_policy(context: RunContext, reviewed: bytes) -> None:
         if options[option] == configured:
             options[option] = None
     replan = ("have a new plan reviewed:", typed.again(command="plan", plan=None))
-    hints: list[Hint] = ["restore that in the config, or", replan]
+    hints: list[Hint] = ["restore the policy of the plan in the config", replan]
     by_option = all(pair[0] in ("source", "delete") for pair in differing)
     if by_option and options["deletion"] is not Deletion.REFUSE:
         hints = [("apply it with its own policy:", typed.again(**options)), replan]
@@ -2525,9 +2531,9 @@ def not_done(source: Source, change: Change) -> str:
 
 
 def colliding_names(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[bytes]:
-    """Return the names among the existing ones that a file system may take for one of these paths.
+    """Return the existing names that a file system may take for one of the paths, and these paths.
 
-    Or for a directory above them, since it would merge the two directories; with the paths.
+    Also for a directory above a path, since the file system would merge the two directories.
     """
     wanted: dict[str, set[bytes]] = {}
     for path in paths:
@@ -2545,7 +2551,7 @@ def policy_violation(context: RunContext, plans: Sequence[TargetPlan]) -> Offsyn
     """Return why none of these plans may be carried out, reviewed or not; None if all may."""
     config, allowed = context.config, context.config.delete is Deletion.ALLOW
     gone = ("missing", "leftover") if allowed else ("missing",)
-    # Where all is refused anyway, the excludes need not be asked.
+    # Where all is refused anyway, no rsync is run to learn what the excludes leave.
     emptied = config.delete is not Deletion.REFUSE or not context.source.entry_count
     if emptied and any(plan.changes_of(*gone) for plan in plans) and not context.included:
         return OffsyncError(
@@ -2571,10 +2577,11 @@ def review_required(
 
     name: the ID of the plan, where it is kept.
 
-    Deletions may be the work of an empty mount, or of a file system that takes two names for one:
-    where the target finds README under the name Readme, it reports README as missing and Readme as
-    equal, and whoever deletes README deletes the only copy. Where the name of the source is added
-    in the same plan, the target tells the two apart. What is kept could be overwritten likewise.
+    Deletions may be the work of an empty mount, or of a file system that takes two names for one.
+    On a target that ignores case and holds README, where the source has Readme, rsync reports
+    README as only on the target, and Readme as equal: deleting README deletes the only copy. If the
+    plan adds the name of the source, too, then the target tells the two apart. With delete: keep, a
+    kept file could be overwritten in the same way.
     """
     allowed = context.config.delete is Deletion.ALLOW
     review = "review the plan, then apply it by its ID:", context.typed.again(command="plan")
@@ -2662,20 +2669,21 @@ def describe_forbidden_changes(
 # .~tmp~. Never --partial-dir, --partial or --temp-dir: some releases lose files or leave half a
 # file under the live name.
 RSYNC_SEND = ("-ii", "-lptO", "--from0", "--files-from=-", "--info=progress2")
-RSYNC_CONTENT = ("-I", "--delay-updates")  # -I: no quick check, which a forged time stamp passes
+# -I: no quick check, which a file with a forged time stamp would pass.
+RSYNC_CONTENT = ("-I", "--delay-updates")
 RSYNC_UNSTAGED = ("-I",)  # for servers that do not put a staged file in place
 RSYNC_MODES = ("--size-only",)  # equal by hash: only the mode is to be set
 RSYNC_SENT = b"%C %B %b %i %n//%L"
 # Deletes what the include rules name, protects all else, and can send nothing: the first filter
-# hides all but directories of this side, so that a hostile target has no file to ask for. None of
+# hides every entry of the source but directories: a hostile target has no file to ask for. None of
 # the config's rules: a "+ " rule among them would permit deletions that nobody planned. --from0
 # must stand before --include-from. (--delete-missing-args fails in several releases.)
 RSYNC_DELETE = (
     *("--filter=hide,! */", "-r", "--delete", "--existing", "--ignore-existing"),
     *("--from0", "--include-from=-", "--exclude=*"),
 )
-# Seconds without a byte while sending: nothing is hashed in silence then, and an rsync that is
-# killed on the target leaves no end of file.
+# Seconds without a byte while sending. Nothing is hashed in silence then; and the connection shows
+# no end of file where the target's rsync is killed.
 SEND_TIMEOUT = 300
 RESCAN_DEADLINE = 15.0  # seconds to learn what arrived after a failure
 
@@ -2740,7 +2748,7 @@ class Delivery:
     def delivered(self) -> tuple[list[str] | None, list[str] | None]:
         """Return what was delivered and what was deleted, None where that is not known.
 
-        A file whose mode was not taken has arrived all the same.
+        A file whose mode differs has been delivered.
         """
         if not self.outcome:
             return None, None
@@ -2774,8 +2782,8 @@ class Delivery:
         if not found.differs and found.extraneous & self.to_delete:
             self.delete(self.to_delete, found.extraneous)
             found = self.compare_whole_tree()
-            # A file system that takes one of these names for one of the source may go on showing
-            # that one from its cache: so such files are read.
+            # A file system that ignores case may go on listing the source's name from its cache
+            # after the deletion: so such files are compared by hash.
             twins = colliding_names(self.to_delete, self.context.included) & self.context.included
             if twins and not found.differs:
                 found = found._replace(differs=self.compare("hash", sorted(twins)).differs)
@@ -2786,8 +2794,9 @@ class Delivery:
     def check_protected_directories(self) -> None:
         """Raise if an entry would replace a directory of the target that an exclude protects.
 
-        A rule such as "uploads/" protects a directory of that name, but none of what is in it once
-        the source has a file or symlink called so. rsync is asked, with directories of these names.
+        A rule such as "uploads/" protects a directory of that name, but not its contents once the
+        source has a file or symlink of that name. So rsync is asked about directories of these
+        names.
         """
         if not self.replacing or not self.context.config.exclude:
             return
@@ -2800,7 +2809,7 @@ class Delivery:
             raise self.target_error(FailureKind.PROTECTED, protected)
 
     def delete_blocking(self, changes: Sequence[Change]) -> None:
-        """Delete the planned entries below the directories that these entries replace."""
+        """Carry out the planned deletions below the directories that these entries replace."""
         replaced = self.replacing.intersection(change.path for change in changes)
         if replaced:
             blocking = {path for path in self.to_delete if not replaced.isdisjoint(above(path))}
@@ -2840,7 +2849,7 @@ class Delivery:
             self.bytes_sent = before + report.bytes
         if report.mismatched:
             raise self.target_error(FailureKind.SOURCE_CHANGED, report.mismatched)
-        # It ends with 0 where nothing could be staged.
+        # rsync ends with 0 even where it could not create its staging directory.
         if result.status != 0 or b"Unable to create partial-dir" in result.stderr:
             raise self.explain(result)
         lost = {c.path: c.entry for c in changes if c.entry and c.path not in report.confirmed}
@@ -2855,7 +2864,7 @@ class Delivery:
         return failure(self.plan.target, kind, names=paths)
 
     def explain(self, result: Result) -> TargetError:
-        """Return what a failed pass that sends meant; names that may be one are told together."""
+        """Return the error for a failed pass that sends, with colliding names if there are any."""
         error = self.connection.explain(result)
         if error.kind is FailureKind.OTHER:
             sent = (change.path for change in self.to_send)
@@ -2866,8 +2875,8 @@ class Delivery:
     def verify_sent(self, sent: Sequence[Change]) -> Comparison | None:
         """Compare by hash what was sent; raise TargetError for what differs.
 
-        Where all was sent, and where a pass over the tree costs less than two sessions, the tree is
-        compared instead of a list of names: then this returns how, else None.
+        Where all was sent, and where a pass over the tree costs less than two sessions, the whole
+        tree is compared instead of a list of names: then its Comparison is returned, else None.
         """
         PROGRESS.update(self.login, "verifying " + plural(len(sent), "entry", "entries"))
         near = self.connection.plan_pass_seconds < 2 * self.connection.session_overhead
@@ -2936,7 +2945,7 @@ class Delivery:
         )
 
     def delete(self, paths: set[bytes], extraneous: set[bytes]) -> None:
-        """Delete these planned entries, unless others have appeared since: then nothing.
+        """Delete these planned entries. If others have appeared since, nothing is deleted.
 
         Raises TargetError for anything else that rsync reports: only these may go.
         """
@@ -2979,10 +2988,10 @@ def staging_path(path: bytes) -> bytes:
 
 
 def take_lock(state: StateDirectory, what: str, shared: bool = False) -> None:
-    """Take the lock until the end: writers one at a time, readers (shared) beside each other.
+    """Hold the lock until the process ends: writers one at a time, readers (shared) side by side.
 
-    The loser says who has it. A writer logs the runs that were killed. The descriptor is never
-    closed, on purpose.
+    Raises OffsyncError that names the holder where it is taken. A writer logs the runs that were
+    killed. The descriptor is never closed, on purpose.
     """
     flags = os.O_RDWR | os.O_CREAT
     if shared and not os.access(state.path, os.W_OK):
@@ -3022,7 +3031,7 @@ def open_log(state: StateDirectory, so_far: str = "") -> int:
             raise OSError(errno.EINVAL, "it is no regular file")
         if not status.st_size:
             sync_directory(os.path.dirname(os.path.realpath(state.log)))
-        # The disk was full once: what follows stays readable.
+        # A write was cut short, on a full disk: the next record begins a line.
         if status.st_size and os.pread(log, 1, status.st_size - 1) != b"\n":
             os.write(log, b"\n")
         return log
@@ -3057,7 +3066,7 @@ def write_status(state: StateDirectory, record: Record) -> None:
 
 
 def log_killed_runs(state: StateDirectory) -> None:
-    """Log the deliveries that were killed before they could do so themselves. With the lock."""
+    """Log the deliveries that were killed before they could do so. The caller holds the lock."""
     for name, record in read_statuses(state).items():
         if record.result == "started":
             why = (
@@ -3080,7 +3089,7 @@ class RunLog:
         who, sudo = user_name(os.getuid()), os.environ.get("SUDO_USER")
         who += f" (sudo by {sudo})" if sudo else ""
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        # By login. They say "nothing" until a delivery begins, and "unknown" from then on.
+        # By login. files_changed is [] until the delivery begins, and None, unknown, from then on.
         self.unfinished: dict[str, Record] = {}
         for target in targets:
             record = Record(when, who, target.host, target.login, config.source)
@@ -3093,7 +3102,7 @@ class RunLog:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """End what has no end yet, for the reason that ended the run."""
+        """Finish the records that have no end yet, with the error that ended the run."""
         for record in list(self.unfinished.values()) if error else ():
             unknown = record.files_changed is None
             result, why = "interrupted", OffsyncError("interrupted", "run apply again to finish")
@@ -3120,7 +3129,7 @@ class RunLog:
         self.finish(record, failed)
 
     def finish(self, record: Record, failed: OffsyncError | None) -> None:
-        """Log what became of a target, and keep its status: what cannot be logged has failed.
+        """Log what became of a target, and store its status. What cannot be logged has failed.
 
         The status tells what a target has: a run that was refused leaves it alone. So does a run
         without the lock, since the status is the other run's.
@@ -3216,7 +3225,7 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
 def make_scratch() -> str:
     """Return a new private directory whose path is short and plain enough for control sockets.
 
-    The only place where scratch is made. sun_path has 104 bytes on macOS; ssh appends 17 to a
+    Every scratch directory is made here. sun_path has 104 bytes on macOS; ssh appends 17 to a
     socket's name while it binds it. Nobody else may be able to put another directory in its place.
     """
     import tempfile
@@ -3253,7 +3262,7 @@ def start_reaper(scratch: str, ssh: str) -> tuple[int, int]:
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
-        # The lock is among these: it must end with offsync.
+        # The lock's is among them: the lock must end with offsync.
         os.closerange(3, reader)
         os.closerange(reader + 1, 1024)
         # Returns when nobody holds the other end any more.
@@ -3320,7 +3329,7 @@ def read_file(path: str, what: str, *missing: Hint) -> bytes:
 def write_atomically(path: str, data: Iterable[bytes], mode: int) -> None:
     """Replace a file: a temporary neighbour, mode first, fsync, rename. Symlink and owner stay.
 
-    No other run can have made a neighbour of that name, not even one that was killed.
+    The neighbour's name is random: no other run, also none that was killed, has made it.
     """
     path = os.path.realpath(path)
     temporary = os.path.join(os.path.dirname(path), ".offsync-" + os.urandom(8).hex())
@@ -3351,7 +3360,7 @@ def write_atomically(path: str, data: Iterable[bytes], mode: int) -> None:
 
 
 def sync_directory(path: str) -> None:
-    """Make the names in a directory survive a power cut, such as that of a file just renamed."""
+    """Sync a directory, so that a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -3395,8 +3404,8 @@ def user_name(uid: int) -> str:
 def untrusted_writer(path: str, itself: bool = True) -> tuple[str, list[Hint]] | None:
     """Return (who else could replace what lies at a path, the ways out); None if nobody can.
 
-    Each existing directory on the way from / is judged, those of symlinks, too: the one judge of
-    this. itself: what lies at the path, too.
+    Every existing directory on the way from / is judged, with those that symlinks lead through.
+    itself: what lies at the path is judged, too.
     """
     at, parts, links = "/", os.path.abspath(path).split("/"), 0
     while parts:
@@ -3489,7 +3498,7 @@ def check_private(path: str) -> str:
 def home_directory() -> str:
     """Return the home directory; raise where HOME is that of another account.
 
-    As "sudo -u" that keeps it, or su without "-" leave it. A scratch one is fine.
+    "sudo -u" (where it keeps HOME) and su without "-" leave it so. One that we own is fine.
     """
     home, user = os.path.expanduser("~"), user_name(os.geteuid())
     try:
@@ -3531,7 +3540,7 @@ class StateDirectory:
     def check_writers(self) -> None:
         """Raise where others could change the directory or what lies at the names in it.
 
-        And where we cannot read it: a key or a host key must not look as if it were absent.
+        Also where we cannot read it: a key or a host key must not look as if it were absent.
         """
         names = (self.config, self.key, self.known_hosts, self.log, self.lock_file)
         for path in (self.named, *names, self.plans, self.last):
@@ -3668,8 +3677,9 @@ SYSTEM_TREES = """
     /var/lib/snapd /var/lib/systemd
 """.split()
 NO_LOGIN_SHELLS = ("nologin", "false", "true", "sync")
-# A line that link wrote, or that somebody wrote by hand as README shows it: from= and the guard may
-# be absent, and so may the final option.
+# A line that link wrote, or that somebody wrote by hand as README shows it. from=, the guard and
+# the final option may be absent: command="/usr/bin/rrsync -wo /srv",no-port-forwarding,... TYPE
+# BLOB
 OFFSYNC_KEY_LINE = (
     r'(?:from="[^"]*",)?command="(?:/bin/sh -c [^"]*; exec )?[^\s;&|"]+'
     r' -wo (?P<path>(?:\\"|[^"])*)",'
@@ -3695,8 +3705,8 @@ FORCED_GUARD = (
 def format_forced_command(rrsync: str, path: str, munge: bool = False) -> str:
     """Return the forced command: the guard, then rrsync, write-only, below path.
 
-    Every login shell reads it alike: one word in apostrophes, that /bin/sh then reads. It holds no
-    double quote, which dropbear's sshd would not unescape; so a blank has a backslash.
+    It is one argument in apostrophes for /bin/sh -c, which every login shell reads alike. It holds
+    no double quote, which dropbear's sshd would not unescape: a blank in the path has a backslash.
     """
     words = [rrsync, "-wo", *(["-munge"] if munge else []), path]
     escaped = (re.sub(r"[ -~](?<![A-Za-z0-9@%+=:,./_-])", r"\\\g<0>", word) for word in words)
@@ -3727,7 +3737,7 @@ def edit_authorized_keys(text: bytes, key: PublicKey, new_line: str | None) -> t
         written = re.fullmatch(OFFSYNC_KEY_LINE, decoded)
         if decoded.startswith("#") or key.blob not in decoded.replace("\0", " ").split():
             kept.append(line)
-        # Ours for another key, whose comment is this one.
+        # A line of ours for another key, whose comment holds this one.
         elif written and written["blob"] != key.blob:
             kept.append(line)
         elif not written:
@@ -3824,7 +3834,7 @@ FAKE_SSH_SCRIPT = (
 
 
 def probe_rrsync(rrsync: str, munge: bool) -> None:
-    """Try what a key thief would do with this host's rrsync; raise OffsyncError if it gets out.
+    """Try what a key thief would do; raise OffsyncError if a file lands outside the path.
 
     A symlink is sent, then a file through it (before rsync 3.5.0 that writes anywhere), and a file
     that was delivered is moved through it as a backup (rrsync 3.2.7 to 3.4.4 beside rsync 3.5.0).
@@ -3890,9 +3900,9 @@ def check_forced_word(what: str, path: str) -> None:
 
 
 def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -> str:
-    """Return the real path that the key may write below. accept_risk waives what users know.
+    """Return the real path that the key may write below. accept_risk skips link_risks().
 
-    protected: files that must not lie below it, nor it in them.
+    protected: paths that it must neither contain nor lie in.
     """
     real = os.path.realpath(validate_absolute_path(path, "path"))
     validate_absolute_path(real, "path")
@@ -4015,12 +4025,12 @@ def current_account() -> pwd.struct_passwd:
 
 
 def sshd_settings(user: str) -> dict[str, list[str]]:
-    """Return sshd's settings for a user (sshd -T), {} where it does not tell.
+    """Return sshd's settings for a user (sshd -T), {} where that fails.
 
-    An ordinary user may not read the host keys: it is given one, of a type that this host allows.
+    It is given a host key made for this, since an ordinary user may not read the real ones.
     """
     result = Result(1, b"", b"")
-    # The key is linked already: what is not told is not warned of.
+    # Errors are ignored: the key is linked already, and this only serves warnings.
     with contextlib.suppress(OffsyncError), scratch_directory() as scratch:
         key = os.path.join(scratch, "key")
         make_key(key, "")
@@ -4103,7 +4113,8 @@ def lets_code_in(pattern: str) -> bool:
 def advertised_address(settings: dict[str, list[str]]) -> tuple[int | None, list[str]]:
     """Return (port of the sshd that will answer, None for 22; fingerprints of its host keys)."""
     ports = settings.get("port") or ["22"]
-    # "client port server port": the sshd that answered need not be the one of these settings.
+    # SSH_CONNECTION is CLIENT PORT SERVER PORT. The sshd that answered need not be the one of these
+    # settings.
     answering = (os.environ.get("SSH_CONNECTION", "").split() or ports[:1])[-1]
     found: list[str] = []
     if answering in ports:
@@ -4129,7 +4140,7 @@ def cmd_link(args: argparse.Namespace) -> int:
     check_forced_word("rrsync", rrsync)
     from_pattern = "" if args.from_pattern is None else validate_from_pattern(args.from_pattern)
     named = os.path.expanduser("~/.offsync/sync") if args.path is None else args.path
-    # Where the program came on stdin, it is no file.
+    # Where offsync was piped into python, there is no program file.
     programs = filter(os.path.exists, (sys.argv[0], globals().get("__file__", "")))
     path = validate_link_path(named, [rrsync, StateDirectory().key, *programs], "path" in risks)
     key = read_key_argument(args)
@@ -4146,7 +4157,7 @@ def cmd_link(args: argparse.Namespace) -> int:
         )
     else:
         probe_rrsync(rrsync, munge)
-    # A repeated link never lets in more than before.
+    # An existing from= stays: linking again must not let the key come from more places.
     file, _, was = find_authorized_key(key)
     kept = re.match(r'from="([^"]*)",', was)
     if kept and args.from_pattern is None:
@@ -4337,10 +4348,10 @@ def connect_trusted(
 ) -> tuple[Connection, str]:
     """Return (a connection, the known_hosts to store, "" if its key is trusted already).
 
-    One key is trusted: that which ssh negotiates, once it is compared, and proved by the connection
-    that follows. A man in the middle can show a key that is not his, but not prove it. That
-    connection reads the known_hosts files of the user and the system, too, so that a key which is
-    marked as revoked there is refused by ssh itself.
+    Exactly one key is trusted: the one that ssh negotiates, after it was compared. The connection
+    that follows proves that the host has it; a man in the middle can show a key that is not his,
+    but not prove it. That connection reads the known_hosts files of the user and the system, too,
+    so that a key which is marked as revoked there is refused by ssh itself.
     """
     connection = Connection(context, target)
     if not wanted:
@@ -4370,7 +4381,7 @@ def connect_trusted(
 
 
 class Proof(NamedTuple):
-    """One thing that was tried on a target; closed is None where it could not be told."""
+    """One thing that was tried on a target; denied is None where sshd does not report it."""
 
     attempt: str
     denied: bool | None
@@ -4553,7 +4564,7 @@ def missing_programs(role: str) -> dict[str, OffsyncError]:
 def install_commands(manager: str, role: str) -> list[list[str]]:
     """Return the commands that install what a role needs.
 
-    One for each package: where one is not known to this release of the system, it fails alone.
+    One command for each package, so that one which this system does not know blocks no other.
     """
     install, controller, target = PACKAGE_MANAGERS[manager]
     sudo = ["sudo"] if manager != "brew" and os.geteuid() != 0 else []
@@ -4604,7 +4615,7 @@ def install_dependencies(role: str, assume_yes: bool = False) -> None:
 def require_programs(role: str) -> None:
     """Require a role's programs; ask to install those that are missing, or raise.
 
-    rrsync is left to find_rrsync(), which says more about it.
+    Where rrsync alone is missing, find_rrsync() reports it later, and says more.
     """
     missing = missing_programs(role)
     if missing and set(missing) != {"rrsync"}:
@@ -4692,8 +4703,8 @@ def explain_yaml(line: str) -> str:
 def parse_yaml(text: str) -> dict[str, Node]:
     """Return a document's nodes. Raises ValueError(line, why) where it is not in the subset."""
     nodes: dict[str, Node] = {}
-    opened: Node | None = None  # the open list
-    dash = keys = -1  # the columns of its dashes, and of its last item's keys
+    opened: Node | None = None  # the list that is being read
+    dash = keys = -1  # columns: of its dashes, and of the keys of its last item
     # CR before LF alone: elsewhere it would hide text.
     lines, number = text.replace("\r\n", "\n").split("\n"), 0
 
@@ -4769,8 +4780,8 @@ def format_new_config(source: str) -> str:
 def replace_block(text: str, key: str, block: Sequence[str]) -> str:
     """Return config text with one top-level key's lines replaced; all else stays.
 
-    Its lines are that of the key, and, as far as the last indented or dashed one, those that
-    follow. Comments and blank lines below that are kept.
+    Its lines are the key's, and the indented or dashed ones that follow. Comments and blank lines
+    after the last of them are kept.
     """
     lines = rf"(?m)^{key}:.*(?:(?:\n *(?:#.*)?\r?)*\n(?:-| +[^ #\r\n]).*)*"
 
@@ -4827,13 +4838,13 @@ def value_option(metavar: str, text: str, **more: Any) -> dict[str, Any]:
 class KeySpec(NamedTuple):
     """What a key of config.yaml must be.
 
-    normalize returns the value in its normal form; another value, and UsageError, are a refusal. A
+    normalize must return the value unchanged: any other result, or UsageError, is a refusal. A
     target's key is an argument of "target add", too: option, with its words for add_argument.
     """
 
     expected: str
     type: type
-    default: Any  # ... where the key is required
+    default: Any  # Ellipsis if the key is required
     normalize: Callable[[Any], Any] = lambda value: value
     option: str = ""
     argparse_kwargs: dict[str, Any] = {}
@@ -4889,7 +4900,7 @@ TARGET_KEYS = {
         ...,
         lambda path: validate_absolute_path(path, "path"),
         "--path",
-        value_option("DIR", "the path given to link there", required=True, dest="remote_path"),
+        value_option("DIR", "the path given to link", required=True, dest="remote_path"),
     ),
     "rrsync": KeySpec(
         PATH_RULE,
@@ -4897,7 +4908,7 @@ TARGET_KEYS = {
         DEFAULT_RRSYNC,
         lambda path: validate_absolute_path(path, "rrsync"),
         "--rrsync",
-        value_option("PATH", "where rrsync is there, if not " + DEFAULT_RRSYNC),
+        value_option("PATH", "rrsync on the target, if not " + DEFAULT_RRSYNC),
     ),
     "port": KeySpec(
         "a number from 1 to 65535",
@@ -4915,7 +4926,7 @@ TARGET_KEYS = {
         argparse_kwargs={
             "action": "store_false",
             "dest": "symlinks",
-            "help": "rrsync munges symlinks there, so none are delivered",
+            "help": "deliver no symlinks: rrsync munges them on the target",
         },
     ),
 }
@@ -5032,7 +5043,7 @@ class Progress:
         self.texts: dict[str, str] = {}  # name -> what is being done
         self.drawn: list[str] = []
         self.start = time.monotonic()
-        self.last = self.start + 0.3  # when it was drawn; what takes less needs no line
+        self.last = self.start + 0.3  # when it was drawn; a shorter run draws nothing
 
     def enabled(self) -> bool:
         """Return whether stderr is a terminal that can move its cursor."""
@@ -5082,7 +5093,7 @@ class Progress:
 
 
 PROGRESS = Progress()
-STDOUT_ERRORS: list[str] = []  # why stdout failed: said at the end, the work goes on
+STDOUT_ERRORS: list[str] = []  # reported at the end; the work goes on
 
 
 def terminal_size(stream: Any) -> tuple[int, int]:
@@ -5118,7 +5129,7 @@ def fold(text: str, columns: int) -> str:
 
 
 def emit(text: str | bytes, error: bool = False, prose: bool = False) -> None:
-    """Print a line, or bytes: a result on stdout, else on stderr. A reader who left is no error.
+    """Print a line, or bytes: a result on stdout, else on stderr. A closed pipe is no error.
 
     Prose (all on stderr is) is folded for a terminal; in a pipe every line stays as it is.
     """
@@ -5197,7 +5208,7 @@ def warn(message: str, *hints: Hint) -> None:
 
 
 def did_you_mean(word: str, known: Iterable[str], listed: bool = True) -> list[Hint]:
-    """Return the hints for a word that is none of the known ones; listed: name some of these."""
+    """Return the hints for an unknown word; listed: list the known ones, too."""
     import difflib
 
     names = sorted(known)
@@ -5228,7 +5239,7 @@ def colour(kind: str, text: str) -> str:
 def ask(question: str, *hints: Hint) -> str:
     """Return the answer typed on the terminal; without one, an error with these hints.
 
-    What was typed before the question is no answer to it. Under "su -c" only stdin leads to the
+    What was typed before the question is discarded. Under "su -c" only stdin leads to the
     terminal.
     """
     import termios
@@ -5270,7 +5281,7 @@ def make_key(path: str, comment: str) -> None:
 def read_public_key(path: str) -> bytes:
     """Return the public line of our private key, as ssh-keygen has it.
 
-    Raises OffsyncError, with what mends the key, where ssh could not use it.
+    Raises OffsyncError, with what repairs the key, where ssh could not use it.
     """
     # The limit is for a FIFO, which would be waited for.
     argv = [find_program("ssh-keygen"), "-y", "-P", "", "-f", path]
@@ -5431,7 +5442,7 @@ def cmd_target_list(args: argparse.Namespace) -> int:
 
 def print_targets(config: Config, last: dict[str, Record]) -> None:
     """Print the targets and what became of each in the last run that was not refused."""
-    rows = [["TARGET", "LAST OUTCOME (UTC)", "RESULT", "PLAN", "PATH, OR WHY NOT"]]
+    rows = [["TARGET", "LAST OUTCOME (UTC)", "RESULT", "PLAN", "PATH, OR ERROR"]]
     for target in sorted(config.targets):
         record, where = last.get(target.login), quote_text(target.remote_path)
         where += " port %d" % target.port if target.port else ""
@@ -5517,7 +5528,7 @@ def select_targets(
     chosen = match_targets(logins, patterns) if patterns else logins
     chosen = chosen - match_targets(logins, excepted)
     if not chosen:
-        raise UsageError("targets: --except excludes every target", "except fewer")
+        raise UsageError("targets: --except excludes every target", "exclude fewer of them")
     return sorted(target for target in targets if target.login in chosen)
 
 
@@ -5582,7 +5593,7 @@ def change_line(change: Change, quoted: bool = False) -> str:
     entry, path, kind = change.entry, quote_name(change.path, quoted), change.kind
     if entry is None:
         notes = {"missing": "only on target", "kept": "only on target, kept"}
-        reason = notes.get(kind, "rsync's name")
+        reason = notes.get(kind, "rsync's temporary")
         size = "directory" if change.directory else ""
     else:
         reason, size = ",".join(change.reasons) or "not on target", entry.type
@@ -5612,7 +5623,7 @@ def print_plans(
     for plan in plans:
         key = (plan.error.why, plan.error.hints) if plan.error else id(plan.changes)
         groups.setdefault(key, []).append(plan)
-    # What differs stands last, where it is read.
+    # Targets with changes come last, next to the prompt.
     for group in sorted(groups.values(), key=lambda group: bool(group[0].changes)):
         plan = group[0]
         shown = group if plan.changes or len(group) <= LISTED else group[:LISTED]
@@ -5729,7 +5740,7 @@ class Report:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        # Where all were refused main() says why, once for all of them.
+        # If all targets were refused, main() prints the reason once.
         quiet = is_refusal(error) and not self.results
         for login in sorted(self.log.unreported):
             self.print(login, quiet)
@@ -5843,7 +5854,7 @@ def cmd_log(args: argparse.Namespace) -> int:
             continue
         plan = (record.plan or "-")[:12]
         rows.append([record.timestamp, record.login, record.result, plan, record.operator])
-        # What was asked for stands below its row, whole.
+        # Names and errors stand on a line of their own, uncut.
         source = "" if config and record.source == config.source else f"from {record.source}"
         below.append("; ".join(filter(None, (what, record.error, source))))
     if len(rows) > 1:
@@ -6080,8 +6091,8 @@ def cmd_completion(args: argparse.Namespace) -> int:
         for target in state.load().targets:
             known |= {target.login, target.host}
         known.update(os.listdir(state.plans) if current else ())
-    # What is printed replaces the word as readline has it, which begins after the last of its word
-    # breaks: these are @ and :, too. bash gives that word as its second argument.
+    # readline breaks words at @ and :, too, and replaces only the part after the last break. bash
+    # gives that part as its second argument.
     cut_off = len(current) - len(args.words[1]) if len(args.words) > 1 else 0
     for word in sorted(known):
         if word.startswith(current):
@@ -6182,7 +6193,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
             "--no-symlinks": TARGET_KEYS["symlinks"].argparse_kwargs,
             "--accept-risk": {
                 "choices": ("rrsync", "path"),
-                "help": "go on although link calls rrsync, or the path, a risk",
+                "help": "go on although link reports a risk in rrsync, or in the path",
                 **REPEATED,
             },
         },
@@ -6195,30 +6206,30 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
     ),
     "target add": (
         cmd_target_add,
-        "prove trust and restriction of a target, then save it",
+        "controller: prove host key and restriction of a target, then save it",
         "target add deploy@node02 --path /srv/app-data --host-key SHA256:...",
         {
             **{rule.option: rule.argparse_kwargs for rule in TARGET_KEYS.values() if rule.option},
             "--host-key": value_option(
-                "FP", "a fingerprint SHA256:... to expect, unasked (repeatable)", **REPEATED
+                "FP", "accept this host key, SHA256:..., without asking (repeatable)", **REPEATED
             ),
         },
     ),
     "target list": (
         cmd_target_list,
-        "list the targets and their last outcomes",
+        "controller: list the targets and their last outcomes",
         "target list --json",
         JSON,
     ),
     "target remove": (
         cmd_target_remove,
-        "forget a target; its files and key entry stay there",
+        "controller: forget a target; its files and its line for the key stay",
         "target remove deploy@node02",
         {"login": value_option("LOGIN", "user@host, or a host that only one target has")},
     ),
     "install-deps": (
         cmd_install_deps,
-        "both: install the system packages, after asking",
+        "either: install the system packages, after asking",
         "install-deps --role target",
         {
             "--role": {
@@ -6258,7 +6269,11 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
         cmd_verify,
         "controller: hash everything again; exit 3 if a target differs",
         "verify --fast",
-        {**RUN_OPTIONS, **KEEP, "--fast": flag_option("by the fastest checksum instead of MD5")},
+        {
+            **RUN_OPTIONS,
+            **KEEP,
+            "--fast": flag_option("by rsync's fastest checksum instead of MD5"),
+        },
     ),
     "log": (
         cmd_log,
@@ -6392,20 +6407,20 @@ def run_command(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run offsync with these arguments; return the exit status."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        # Closed: its number would go to the next file that is opened.
+        # The number of a closed standard stream would go to the next file that is opened.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    # Ignored, it would hide how programs end.
+    # An ignored SIGCHLD would hide how programs end.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # Empty, it would be /.
+    # An empty HOME would be /.
     if not os.environ.get("HOME"):
         os.environ.pop("HOME", None)
     handle_signals(handle_signal)
     try:
         status = report_errors(sys.argv[1:] if argv is None else argv)
-        # All is done, and said: a signal just ends it.
+        # The result is printed: from now on, a signal just ends the process.
         handle_signals(end_now)
     except Interrupted as interrupted:
         name = signal.Signals(interrupted.signum).name
@@ -6440,5 +6455,5 @@ def report_errors(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # All is flushed; taking Python apart takes 10 ms.
+    # All is flushed: this skips the interpreter's shutdown, 10 ms.
     os._exit(main())

@@ -633,7 +633,7 @@ GUARDS = [
         "RunLog.finish",
         "self.locked",
         "True",
-        "test_state.Records.test_the_lock_is_taken",
+        "test_state.Records.test_a_signal_before_the_lock_is_taken",
     ),
     ("nothing beside it is imported", "", "del sys.path[0]", "pass", "test_state.UserBeside"),
     (

@@ -77,6 +77,9 @@ class Approval(Fleet):
             ('"delete": false', '"delete": 0'),
             ('"overwrite": true', '"overwrite": 1.0'),
             ('"version": ', '"version": 0.0e1'),
+            ('"delete": false', '"delete": true, "delete": false'),
+            ('{"delete"', '{ "delete"'),
+            ('{"delete"', '{"comment": "all is well", "delete"'),
         ):
             with self.subTest(new=new):
                 self.assertIn(old, lines[0])

@@ -336,7 +336,7 @@ class Converges(Standing):
         write(self.there + "/one", "same", 0o644, 1_600_000_000)
         os.link(self.there + "/one", self.there + "/two")
         done = self.lab.offsync("apply", check=1)
-        self.assertIn("another name (a hard link)", done.err)
+        self.assertIn("a second hard link", done.err)
         os.unlink(self.there + "/two")  # the cure
         self.lab.offsync("apply", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))

@@ -383,7 +383,7 @@ class PlanIds(SharedLab):
             self.lab.offsync("apply", "--plan", plan_id[:32]),
             2,
             "32 of 64 digits",
-            "apply --plan " + plan_id,
+            "one that begins so is " + plan_id,
         )
         self.lab.offsync("apply", "--plan", plan_id, check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))

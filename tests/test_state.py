@@ -183,6 +183,22 @@ class Records(Standing):
     def last(self) -> dict:
         return self.lab.records()[-1]
 
+    def test_a_signal_before_the_lock_is_taken(self) -> None:
+        """The outcome of a target is that of the run that has the lock."""
+        with mock.patch.dict(os.environ, {"OFFSYNC_HOME": self.lab.state}):
+            state = offsync.StateDirectory()
+        config = state.load()
+        for locked in (False, True):
+            with (
+                self.assertRaises(offsync.Interrupted),
+                offsync.RunLog(state, config, config.targets) as log,
+            ):
+                log.locked = locked
+                raise offsync.Interrupted(signal.SIGINT)
+            self.assertEqual(self.last()["result"], "interrupted")
+            path = state.last + "/" + self.target.login
+            self.assertEqual(os.path.exists(path), locked)
+
     def test_a_plan_file_that_is_none_and_a_plan_of_an_older_version(self) -> None:
         write(self.source + "/f", "x")
         plan = self.lab.base + "/plan"
