@@ -70,7 +70,7 @@ PROMISES = {
         "a kept plan is its ID's",
         "nothing unplanned is sent",
     ),
-    "In a pass that deletes nothing can be sent": (
+    "In a pass that deletes, nothing can be sent": (
         "nothing can be sent while deleting",
         "nothing else is deleted",
         "a deletion in a pass that sends",
