@@ -422,7 +422,7 @@ class Claims(LabCase):
             write(self.lab.source + "/new", "x")
 
     def test_what_it_says_of_files_is_there(self) -> None:
-        targets = re.findall(r"`make (\w+)", README)
+        targets = re.findall(r"(?m)(?:`|^)make (\w+)", README)
         self.assertIn("dist", targets)
         for name in targets:
             self.assertRegex(read(TOP + "/Makefile"), "(?m)^%s:" % name)
