@@ -6,7 +6,7 @@ DEV = .dev
 
 help:
 	@echo 'make demo     the whole job on this machine, nothing configured (YES=1: install what is missing)'
-	@echo 'make test     the suite, on a real sshd and rsync (YES=1 as above; TESTS="test_text ..." for some)'
+	@echo 'make test     the suite, on a real sshd and rsync (YES=1 as above; TESTS="test_parsers ..." for some)'
 	@echo 'make lint     ruff, mypy, vermin, shellcheck, and the YAML subset against PyYAML'
 	@echo 'make soak     random trees and random kills for as long as you like (SEEDS=n rounds, KILLS=n, from SEED=n)'
 	@echo 'make guards   each guard taken out in a copy: its test must notice (WORDS="--few" for those of CI)'

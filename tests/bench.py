@@ -45,7 +45,7 @@ class Bench:
     def __init__(self) -> None:
         LabTarget.KEX = ""  # as users have it
         self.lab = Lab()
-        self.target = self.lab.joined("one")
+        self.target = self.lab.linked_target("one")
         # The bare yardstick goes through the same sshd, key and rrsync into the same directory.
         self.rsh = (
             "%s -F /dev/null -p %d -i %s/id_ed25519 -o BatchMode=yes -o"
@@ -203,7 +203,7 @@ class Bench:
             os.path.join(os.path.dirname(os.path.abspath(__file__)), "delay.py"),
         )
         targets = [self.target] + [
-            self.lab.joined("far%d" % number) for number in range(4 if QUICK else 15)
+            self.lab.linked_target("far%d" % number) for number in range(4 if QUICK else 15)
         ]
         write(self.lab.ssh_config, "ProxyCommand %s\n" % delay)
         self.fresh(200, 1000)
@@ -280,7 +280,7 @@ class Bench:
         """
         self.fresh(200, 1000)
         targets = [self.target] + [
-            self.lab.joined_by_hand("near%d" % number) for number in range(3 if QUICK else 255)
+            self.lab.configured_target("near%d" % number) for number in range(3 if QUICK else 255)
         ]
         self.offsync("apply")
         found = {}
@@ -325,7 +325,7 @@ class Bench:
     def row_doctor(self) -> None:
         """doctor of 12 targets against one."""
         self.fresh(10, 1000)
-        more = [self.lab.joined_by_hand("ill%d" % number) for number in range(11)]
+        more = [self.lab.configured_target("ill%d" % number) for number in range(11)]
         one = self.target.login
         commands = {
             "one": lambda: self.offsync("doctor", one),

@@ -22,7 +22,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
 FEW = True
 CHANGES = "test_exact.SourceChanges"
-REVIEW = "test_approval.Approval"
+REVIEW = "test_reviewed_plans.Approval"
 # What README's Security promises, by the beginning of each paragraph, and what keeps it.
 PROMISES = {
     "The key is useless for anything but rsync writing below one path": (
@@ -117,7 +117,7 @@ GUARDS = [
         "TransferReport.take",
         "self.mismatched.add(name)",
         "None",
-        "test_text.Reports",
+        "test_parsers.Reports",
     ),
     (
         "a deletion in a pass that sends",
@@ -144,7 +144,7 @@ GUARDS = [
         "Delivery.send",
         "b'Unable to create partial-dir' in result.stderr",
         "False",
-        "test_filesystems.Odd",
+        "test_filesystems.UnusualFilesystems",
     ),
     (
         "content goes without a quick check",
@@ -217,35 +217,35 @@ GUARDS = [
         "Delivery.delivered",
         "not self.outcome",
         "False",
-        "test_exact.Unknown",
+        "test_exact.UnknownIsNull",
     ),
     (
         "stuck staged files are sent again",
         "Delivery.verify_sent",
         "staging_path(change.path) in left",
         "False",
-        "test_exact.Converges",
+        "test_exact.SecondRunIsEmpty",
     ),
     (
         "two slashes",
         "prove_path",
         "before[quote + 1:].rstrip(b'/')",
         "before[quote + 1:]",
-        "test_exact.Converges",
+        "test_exact.SecondRunIsEmpty",
     ),
     (
         "the time without a byte while sending",
         "Connection.rsync_once",
         "min(SEND_TIMEOUT, config.timeout)",
         "0",
-        "test_exact.DeadEnds",
+        "test_exact.Timeouts",
     ),
     (
         "Ctrl-C ends programs",
         "RunContext.__exit__",
         "for process in list(LIVE_PROCESSES):\n    kill_group(process)",
         "pass",
-        "test_exact.DeadEnds",
+        "test_exact.Timeouts",
     ),
     (
         "a run that is over ends its work",
@@ -332,7 +332,7 @@ GUARDS = [
         "approve",
         "plan.target in spared",
         "False",
-        "test_approval.Approval",
+        "test_reviewed_plans.Approval",
     ),
     (
         "names that may be one file",
@@ -376,7 +376,7 @@ GUARDS = [
         "approve",
         "differing.append(f'{target.login}: {quote_path(change.path)} {state}')",
         "None",
-        "test_approval.Approval.test_what_a_review_does_not_approve",
+        "test_reviewed_plans.Approval.test_what_a_review_does_not_approve",
         FEW,
     ),
     (
@@ -384,7 +384,7 @@ GUARDS = [
         "not_done",
         "now._replace(md5=b'') == entry if now else source.still_matches(path, entry)",
         "True",
-        "test_approval.Approval",
+        "test_reviewed_plans.Approval",
     ),
     (
         "what was to be deleted is not back",
@@ -398,14 +398,14 @@ GUARDS = [
         "check_relative",
         "not {b'..', b'.', b''}.isdisjoint(path.split(b'/'))",
         "False",
-        "test_approval.Approval",
+        "test_reviewed_plans.Approval",
     ),
     (
         "a plan's line is as offsync prints it",
         "check_line",
         "line != printed",
         "False",
-        "test_approval.Approval.test_what_a_line_shows_is_what_it_approves",
+        "test_reviewed_plans.Approval.test_what_a_line_shows_is_what_it_approves",
         FEW,
     ),
     (
@@ -413,7 +413,7 @@ GUARDS = [
         "approve",
         "plan.target in unreviewed",
         "False",
-        "test_approval.Approval",
+        "test_reviewed_plans.Approval",
     ),
     (
         "a kept plan is its ID's",
@@ -568,7 +568,7 @@ GUARDS = [
         "plan_target",
         "source.accepted.wait(0.1)",
         "True",
-        "test_exact.Accepted",
+        "test_exact.SourceAccepted",
     ),
     (
         "devices and fifos",
@@ -603,7 +603,7 @@ GUARDS = [
         "describe_entry",
         "escapes_source(path, link)",
         "False",
-        "test_text.Sources",
+        "test_parsers.Sources",
     ),
     (
         "others may not write to the state",
@@ -690,7 +690,7 @@ GUARDS = [
         "Output.feed",
         "len(self.partial_line) > MAX_LINE",
         "False",
-        "test_text.Limits",
+        "test_parsers.Limits",
     ),
     (
         "nothing shown moves a cursor",
@@ -811,28 +811,28 @@ GUARDS = [
         "",
         "'[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ufeff\\ud800-\\udfff\\ufffe\\uffff]'",
         "'[\\x00-\\x08]'",
-        "test_text.AsPeopleWriteIt",
+        "test_config.AsPeopleWriteIt",
     ),
     (
         "a program that falls silent",
         "Output.read",
         "not late and (not ended) and (now - heard > limit)",
         "False",
-        "test_text.Limits",
+        "test_parsers.Limits",
     ),
     (
         "a file of stderr is bounded",
         "Output.read",
         "self.stderr_file and os.fstat(self.stderr_file.fileno()).st_size > self.room",
         "False",
-        "test_text.Limits",
+        "test_parsers.Limits",
     ),
     (
         "a plan has one policy line",
         "approve",
         "number == 1",
         "b'\"source\"' in line",
-        "test_approval.Approval.test_what_a_review_does_not_approve",
+        "test_reviewed_plans.Approval.test_what_a_review_does_not_approve",
     ),
     (
         "an idle connection is opened once more",
@@ -888,14 +888,14 @@ GUARDS = [
         "Delivery.delivered",
         "self.tried_to_delete - self.outcome.extraneous",
         "self.to_delete - self.outcome.extraneous",
-        "test_exact.Unknown",
+        "test_exact.UnknownIsNull",
     ),
     (
         "a policy line is as offsync prints it",
         "check_policy",
         "check_line(reviewed, json_line(printed))",
         "None",
-        "test_approval.Approval.test_what_a_review_does_not_approve",
+        "test_reviewed_plans.Approval.test_what_a_review_does_not_approve",
     ),
     (
         "the policy is the reviewed one",
@@ -968,7 +968,7 @@ GUARDS = [
         "never_matches",
         "not {'', '.', '..'}.isdisjoint(parts)",
         "False",
-        "test_text.Config.test_excludes_that_protect_nothing",
+        "test_config.Config.test_excludes_that_protect_nothing",
         FEW,
     ),
     (
@@ -976,14 +976,14 @@ GUARDS = [
         "never_matches",
         "within(pattern, place) and place != '/'",
         "False",
-        "test_text.Config.test_excludes_that_protect_nothing",
+        "test_config.Config.test_excludes_that_protect_nothing",
     ),
     (
         "excludes with a blank at an end",
         "never_matches",
         "pattern != pattern.strip()",
         "False",
-        "test_text.Config.test_excludes_that_protect_nothing",
+        "test_config.Config.test_excludes_that_protect_nothing",
     ),
     (
         "excludes with another source for one run",
@@ -1061,7 +1061,7 @@ GUARDS = [
         "Connection.open",
         "re.search(b'(?m)^Authenticated to .* using \"none\"\\\\.\\\\r?$', result.stderr)",
         "False",
-        "test_sentences.Host.test_what_the_host_does_at_every_login",
+        "test_diagnosis.TargetHost.test_what_the_host_does_at_every_login",
     ),
     (
         "a program that cannot start",

@@ -460,7 +460,7 @@ class Lab:
             check=check,
         )
 
-    def joined(self, name: str, options: str = "") -> LabTarget:
+    def linked_target(self, name: str, options: str = "") -> LabTarget:
         """Return a new target, linked and added."""
         if not os.path.exists(self.state):
             self.init()
@@ -469,7 +469,7 @@ class Lab:
         self.add(target)
         return target
 
-    def joined_by_hand(self, name: str, options: str = "") -> LabTarget:
+    def configured_target(self, name: str, options: str = "") -> LabTarget:
         """Return a new target like joined(), its files written directly, in a tenth of the time:
         for tests of what comes later.
         """
@@ -617,7 +617,7 @@ def pam(*lines: str) -> str:
     )
 
 
-class LabCase(unittest.TestCase):
+class LabTestCase(unittest.TestCase):
     """A laboratory for each test."""
 
     def setUp(self) -> None:
@@ -635,14 +635,14 @@ class LabCase(unittest.TestCase):
             self.assertIn(word, done.err)
 
 
-class SharedLab(LabCase):
+class OneTargetCase(LabTestCase):
     """One laboratory for the class; source, target and policies are reset for each test."""
 
     @classmethod
     def setUpClass(cls) -> None:
         cls.lab = Lab()
         cls.addClassCleanup(cls.lab.close)
-        cls.target = cls.lab.joined_by_hand("one")
+        cls.target = cls.lab.configured_target("one")
         cls.config = read(cls.lab.state + "/config.yaml")
 
     def setUp(self) -> None:
@@ -660,14 +660,14 @@ class SharedLab(LabCase):
         return snapshot(self.source), snapshot(self.there)
 
 
-class Fleet(LabCase):
+class ThreeTargetsCase(LabTestCase):
     """Three targets in a laboratory of the class."""
 
     @classmethod
     def setUpClass(cls) -> None:
         cls.lab = Lab()
         cls.addClassCleanup(cls.lab.close)
-        cls.targets = [cls.lab.joined_by_hand("t%d" % number) for number in range(3)]
+        cls.targets = [cls.lab.configured_target("t%d" % number) for number in range(3)]
         cls.config = read(cls.lab.state + "/config.yaml")
 
     def setUp(self) -> None:
@@ -691,10 +691,10 @@ class Fleet(LabCase):
         self.assertEqual([snapshot(target.path) for target in self.targets], before)
 
 
-class Standing(SharedLab):
+class WrappedRsyncCase(OneTargetCase):
     """Stand-ins for rsync here and rrsync there: they act at one step and call the real one."""
 
-    def there_runs(self, script: str) -> None:
+    def wrap_target_rrsync(self, script: str) -> None:
         """Wrap the target's rrsync; $SSH_ORIGINAL_COMMAND is its command, "real" calls the real
         one.
         """
@@ -709,7 +709,7 @@ class Standing(SharedLab):
         self.addCleanup(write, self.target.keys, line)
         write(self.target.keys, line.replace("/usr/bin/rrsync", path))
 
-    def here_runs(self, script: str) -> dict:
+    def wrap_local_rsync(self, script: str) -> dict:
         """Return the environment in which rsync here is wrapped; "real" calls the real one."""
         path = self.lab.program(
             "standing-rsync",
@@ -722,7 +722,7 @@ class Standing(SharedLab):
         return stat.S_IMODE(os.stat(path).st_mode)
 
 
-class SentenceCase(SharedLab):
+class DiagnosisCase(OneTargetCase):
     """One target; each row changes its sshd, its forced command, or the controller's ssh_config."""
 
     WAITS = True

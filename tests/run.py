@@ -1,10 +1,34 @@
-"""Run the suite: every test class in a process of its own, two more at once than there are cores,
-since all of them wait now and then.
+"""Run the suite: every test class in a process of its own, more at once than there are cores.
 
-Beside these, two at once, run the classes with WAITS, which mostly wait for deadlines.
+usage: run.py [--yes] [FILE | FILE.CLASS | FILE.CLASS.test ...]; --yes installs missing system
+programs unasked. The last line is "N passed, M failed" (", K skipped" if any were).
 
-usage: run.py [--yes] [MODULE or MODULE.CLASS ...]; --yes installs missing system programs unasked.
-The last line is "N passed, M failed" (", K skipped" if any were).
+  test_end_to_end      the whole job, from nothing to a verified delivery; what is missing
+  test_config          config.yaml: the subset of YAML, what is refused with its line
+  test_plan            what a plan lists, its forms, its ID; the policies
+  test_reviewed_plans  apply --plan: what a review approves
+  test_deleting        deletions, and what is kept
+  test_exact           exactly what was planned is sent: content, modes, symlinks; time limits
+  test_property        random trees against an oracle
+  test_failures        what fails at work: targets, disks, kills, locks; many targets
+  test_failure_table   recorded answers of programs, and the failure that each one is
+  test_diagnosis       failures provoked from the real programs, and the side that is named
+  test_hints           the command of each hint, typed as printed
+  test_hostile         hostile targets
+  test_trust           host keys, the proofs of restriction and path, connections
+  test_link            link and unlink; what a thief of the key tries
+  test_filesystems     targets that ignore case, keep no modes, have no inodes (exFAT by FUSE)
+  test_state           the state directory, the log, signals, other users
+  test_status          target list, log, doctor
+  test_terminal        terminals: width, progress, colours, completion
+  test_install         install.sh, install-deps, first steps
+  test_readme          README: every command and claim; the release
+  test_parsers         pure functions: what rsync prints, names, keys
+  test_budgets         how much is to be audited, and how it is laid out
+
+lab.py has the base classes (a laboratory of throw-away sshds); guards.py takes out each guard in a
+copy, and sees its test fail. A test is skipped where what it needs cannot be had: root, mount
+namespaces, FUSE, another shell; the reason says which.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ import os
 import shutil
 import unittest
 
-from lab import Fleet, SharedLab, read, snapshot, write
+from lab import OneTargetCase, ThreeTargetsCase, read, snapshot, write
 
 
-class Deleting(SharedLab):
+class Deleting(OneTargetCase):
     def fill(self, here: int, there: int) -> None:
         for number in range(here):
             write(self.source + "/here%d" % number, "x")
@@ -118,7 +118,7 @@ class Deleting(SharedLab):
         )
 
 
-class Keeping(Fleet):
+class Keeping(ThreeTargetsCase):
     """ "delete: keep": what exists only on a target is left alone, and stops nothing."""
 
     def setUp(self) -> None:

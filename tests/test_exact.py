@@ -14,7 +14,7 @@ import unittest
 
 from lab import (
     OFFSYNC,
-    Standing,
+    WrappedRsyncCase,
     descendants,
     mentions,
     offsync,
@@ -27,7 +27,7 @@ from lab import (
 )
 
 
-class Root(Standing):
+class Root(WrappedRsyncCase):
     def test_the_root_of_the_target_is_never_touched(self) -> None:
         for ours, theirs, more in (
             (0o700, 0o755, {}),
@@ -50,7 +50,7 @@ class Root(Standing):
         os.chmod(self.source, 0o755)
 
 
-class SymlinksLast(Standing):
+class SymlinksLast(WrappedRsyncCase):
     def setUp(self) -> None:
         super().setUp()
         write(self.there + "/v1/app", "old")
@@ -60,7 +60,7 @@ class SymlinksLast(Standing):
         os.symlink("v1", self.there + "/current")
 
     def test_a_switched_link_is_never_live_before_its_files(self) -> None:
-        self.there_runs(
+        self.wrap_target_rrsync(
             'real; s=$?; echo "$(readlink current) $(cat v2/app 2>/dev/null | wc -c)" >> %s/seen;'
             " exit $s" % self.lab.base
         )
@@ -76,7 +76,7 @@ class SymlinksLast(Standing):
         for how in ("exit 1", "real; exit 12", "real; rm -f v2/app; exit 0"):
             with self.subTest(how=how):
                 self.setUp()
-                self.there_runs(
+                self.wrap_target_rrsync(
                     'case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) %s;; *) real;; esac' % how
                 )
                 self.lab.offsync("apply", check=1)
@@ -86,7 +86,7 @@ class SymlinksLast(Standing):
     def test_what_stands_in_the_way_of_a_link_goes_only_then(self) -> None:
         os.unlink(self.there + "/current")
         write(self.there + "/current/old/file", "x")
-        self.there_runs(
+        self.wrap_target_rrsync(
             'case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) ls current/old > %s/then;; esac; real'
             % self.lab.base
         )
@@ -95,7 +95,7 @@ class SymlinksLast(Standing):
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
 
-class OutsideInfluence(Standing):
+class OutsideInfluence(WrappedRsyncCase):
     def test_nothing_of_popt_or_the_environment_counts(self) -> None:
         write(self.source + "/o/x.o", "an object file")
         write(self.source + "/f", "f", 0o640)
@@ -140,7 +140,7 @@ class OutsideInfluence(Standing):
 
     def test_which_checksum_each_pass_uses(self) -> None:
         record = self.lab.base + "/passes"
-        env = self.here_runs(
+        env = self.wrap_local_rsync(
             'echo "${RSYNC_CHECKSUM_LIST-fastest} ${HOME-nohome} $(env | grep -c ^RSYNC_) $*" >>'
             " %s; real" % record
         )
@@ -174,7 +174,7 @@ class OutsideInfluence(Standing):
         self.assertEqual(found - {("list", "md5")}, {("tree", "md5"), ("send", "md5")})
 
 
-class SourceChanges(Standing):
+class SourceChanges(WrappedRsyncCase):
     """Something writes to the source while a run is on its way: what is called ok is what was
     planned.
     """
@@ -190,7 +190,7 @@ class SourceChanges(Standing):
         write(self.source + "/d/f", "good", when=1_600_000_000)
         write(self.lab.base + "/swapped/f", "evil", when=1_600_000_000)
         self.addCleanup(shutil.rmtree, self.lab.base + "/swapped", True)
-        env = self.here_runs(
+        env = self.wrap_local_rsync(
             'case "$*" in *"-ii "*) mv d ../kept; mv ../swapped d; real; s=$?; mv d ../swapped; mv'
             " ../kept d; exit $s;; esac; real"
         )
@@ -219,7 +219,7 @@ class SourceChanges(Standing):
                 os.chmod(self.there + "/d", 0o700)
                 once = self.lab.base + "/once"
                 shutil.rmtree(once, ignore_errors=True)
-                env = self.here_runs(
+                env = self.wrap_local_rsync(
                     'case "$*" in *"-ii "*) mkdir %s 2>/dev/null && { %s; };; esac; real'
                     % (once, change)
                 )
@@ -240,7 +240,7 @@ class SourceChanges(Standing):
             ("l", "ln -sfn old l", "ln -sfn new l"),
         ):
             with self.subTest(name=name):
-                env = self.here_runs(
+                env = self.wrap_local_rsync(
                     'case "$*" in *"-ii "*|*"--size-only"*) %s;; esac; real' % change
                 )
                 self.failing(env, name)
@@ -252,7 +252,7 @@ class SourceChanges(Standing):
             with self.subTest(change=change):
                 once = self.lab.base + "/once"
                 shutil.rmtree(once, ignore_errors=True)
-                env = self.here_runs(
+                env = self.wrap_local_rsync(
                     'case "$*" in *"-ii "*) real; s=$?; mkdir %s 2>/dev/null && { %s; }; exit $s;;'
                     " esac; real" % (once, change)
                 )
@@ -262,7 +262,7 @@ class SourceChanges(Standing):
     def test_a_mode_only_entry_that_is_sent_with_content(self) -> None:
         write(self.source + "/m", b"", 0o600)
         write(self.there + "/m", b"", 0o644)
-        env = self.here_runs('case "$*" in *--size-only*) echo unplanned > m;; esac; real')
+        env = self.wrap_local_rsync('case "$*" in *--size-only*) echo unplanned > m;; esac; real')
         self.failing(env, "m")
 
     def test_a_file_named_as_a_symlink_is_printed(self) -> None:
@@ -273,7 +273,7 @@ class SourceChanges(Standing):
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
 
-class Unknown(Standing):
+class UnknownIsNull(WrappedRsyncCase):
     def test_what_is_not_known_is_null(self) -> None:
         """sshd dies while it receives, and does not come back: it is unknown what was delivered."""
         write(self.source + "/big", os.urandom(3 << 20))
@@ -297,7 +297,7 @@ class Unknown(Standing):
     def test_what_somebody_else_deleted_is_not_logged_as_ours(self) -> None:
         write(self.source + "/f", "x")
         write(self.there + "/gone", "z")
-        env = self.here_runs(
+        env = self.wrap_local_rsync(
             'case "$*" in *--delay-updates*) rm -f %s/gone; exit 23;; esac; real' % self.there
         )
         self.lab.offsync("apply", "--delete", env=env, check=1)
@@ -305,7 +305,7 @@ class Unknown(Standing):
         self.assertEqual((record["files_changed"], record["files_deleted"]), ([], []))
 
     def test_a_target_with_nothing_to_do_is_not_interrupted(self) -> None:
-        other = self.lab.joined_by_hand("busy")
+        other = self.lab.configured_target("busy")
         self.addCleanup(self.lab.offsync, "target", "remove", other.login, check=0)
         write(self.source + "/big", os.urandom(3 << 20))
         shutil.copytree(self.source, self.there, dirs_exist_ok=True)
@@ -329,7 +329,7 @@ class Unknown(Standing):
         )
 
 
-class Converges(Standing):
+class SecondRunIsEmpty(WrappedRsyncCase):
     def test_two_names_of_one_inode_there_with_two_modes_here(self) -> None:
         for name, mode in (("one", 0o644), ("two", 0o600)):
             write(self.source + "/" + name, "same", mode, 1_600_000_000)
@@ -354,7 +354,7 @@ class Converges(Standing):
         write(self.source + "/f", "new content")
         write(self.there + "/f", "old")
         write(self.there + "/.~tmp~/f", "new")
-        self.there_runs(
+        self.wrap_target_rrsync(
             'case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) cp -p f ../old; real; s=$?; mkdir -p'
             " .~tmp~; mv f .~tmp~/f; mv ../old f; exit $s;; esac; real"
         )
@@ -389,7 +389,7 @@ class Converges(Standing):
     def test_a_complaint_with_two_slashes(self) -> None:
         """As rsync up to 3.1.3 names the directory that it could not enter."""
         write(self.source + "/f", "x")
-        env = self.here_runs(
+        env = self.wrap_local_rsync(
             'case "$*" in *:/*/x) { real 2>&1 1>&3 | sed "s,%s/,%s//," >&2; } 3>&1; exit 12;; esac;'
             " real" % (self.there, self.there)
         )
@@ -397,7 +397,7 @@ class Converges(Standing):
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
 
-class DeadEnds(Standing):
+class Timeouts(WrappedRsyncCase):
     WAITS = True
 
     def test_a_generator_that_is_killed_and_a_target_that_stops(self) -> None:
@@ -457,7 +457,7 @@ class DeadEnds(Standing):
     def test_ctrl_c_with_a_hung_target_and_a_second_one(self) -> None:
         for signals in (1, 2):
             with self.subTest(signals=signals):
-                self.there_runs("touch ../begun; cat > /dev/null")
+                self.wrap_target_rrsync("touch ../begun; cat > /dev/null")
                 process = self.lab.start("apply")
                 wait_for(
                     lambda: os.path.exists(os.path.dirname(self.there) + "/begun"), "the session"
@@ -473,7 +473,7 @@ class DeadEnds(Standing):
                 os.unlink(os.path.dirname(self.there) + "/begun")
 
 
-class Manifest(Standing):
+class Manifest(WrappedRsyncCase):
     def test_its_own_output_is_not_in_it(self) -> None:
         write(self.source + "/f", "x")
         with open(self.source + "/sums", "wb") as stream:
@@ -501,13 +501,13 @@ class Manifest(Standing):
         )
 
 
-class SourceWriter(Standing):
+class SourceWriter(WrappedRsyncCase):
     def test_a_parent_that_becomes_a_symlink_before_it_is_hashed(self) -> None:
         """What lies outside the source is not read, whatever stands in for a directory of it."""
         secret = self.lab.base + "/secret/f"
         write(secret, "secret", when=1_600_000_000)
         write(self.source + "/d/f", "public", when=1_600_000_000)
-        env = self.here_runs(
+        env = self.wrap_local_rsync(
             'case "$*" in *--delete*--out-format*) real > ../items; s=$?; mv d ../d;'
             " ln -s ../secret d; cat ../items; exit $s;; esac; real"
         )
@@ -523,7 +523,7 @@ class SourceWriter(Standing):
         self.lab.offsync("apply", check=0)
 
 
-class Replaced(Standing):
+class Replaced(WrappedRsyncCase):
     def test_a_file_in_place_of_a_directory_survives_the_deletions_after_it(self) -> None:
         """The rule that lets rsync into the directory must not match the file of its name."""
         write(self.source + "/d", "now a file")
@@ -533,7 +533,7 @@ class Replaced(Standing):
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
 
-class Excluded(Standing):
+class Excluded(WrappedRsyncCase):
     """What an exclude protects is never emptied or replaced."""
 
     def setUp(self) -> None:
@@ -571,14 +571,14 @@ class Excluded(Standing):
         self.assertEqual(read(self.there + "/uploads/photo"), "precious")
 
 
-class Accepted(Standing):
+class SourceAccepted(WrappedRsyncCase):
     def test_nothing_is_compared_before_the_source_is_accepted(self) -> None:
         """Connections are opened meanwhile; a stand-in takes its time over the excludes."""
         write(self.source + "/f", "x")
         os.mkfifo(self.source + "/fifo")
         before = self.target.read_log().count("Starting session")
         accepted = self.target.read_log().count("Accepted publickey")
-        env = self.here_runs('case "$*" in *" -rlD "*) sleep 1;; esac; real')
+        env = self.wrap_local_rsync('case "$*" in *" -rlD "*) sleep 1;; esac; real')
         self.assert_refused(self.lab.offsync("plan", env=env), 1, "it is a device")
         self.assertEqual(self.target.read_log().count("Starting session"), before)
         self.assertEqual(self.target.read_log().count("Accepted publickey"), accepted + 1)
@@ -595,7 +595,7 @@ class Accepted(Standing):
         self.assertEqual(self.target.read_log().count("Connection from"), connections)
 
 
-class LookAlike(Standing):
+class LookAlike(WrappedRsyncCase):
     def test_two_symlinks_whose_rows_look_alike(self) -> None:
         os.symlink("b -> c", self.source + "/a")
         os.symlink("c", self.source + "/a -> b")

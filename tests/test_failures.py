@@ -18,8 +18,8 @@ import unittest
 
 from lab import (
     OFFSYNC,
-    LabCase,
-    SharedLab,
+    LabTestCase,
+    OneTargetCase,
     comm,
     descendants,
     mentions,
@@ -34,7 +34,7 @@ from lab import (
 MEBIBYTE = 1 << 20
 
 
-class Kills(SharedLab):
+class Kills(OneTargetCase):
     """Each test stops a slow transfer of one large file while it is on its way."""
 
     WAITS = True
@@ -265,7 +265,7 @@ class Kills(SharedLab):
             self.assertIn(process.returncode, (130, 143))
 
 
-class Trouble(SharedLab):
+class Trouble(OneTargetCase):
     def failing(self, *words: str) -> None:
         """apply fails with these words, logs it, and works again when the trouble is over (the
         caller mends it).
@@ -548,7 +548,7 @@ class Trouble(SharedLab):
         self.assertEqual(read(self.lab.base + "/n").strip(), "3")
 
     def test_one_failing_target_does_not_stop_the_others(self) -> None:
-        other = self.lab.joined_by_hand("other")
+        other = self.lab.configured_target("other")
         self.addCleanup(lambda: self.lab.offsync("target", "remove", other.login, check=0))
         write(self.source + "/f")
         keys = read(other.keys)
@@ -570,9 +570,9 @@ class Trouble(SharedLab):
         self.assertEqual(snapshot(other.path), snapshot(self.source))
 
 
-class BadSurroundings(LabCase):
+class BadSurroundings(LabTestCase):
     def test_closed_and_full_streams(self) -> None:
-        self.lab.joined_by_hand("one")
+        self.lab.configured_target("one")
         write(self.lab.source + "/f")
         for number in range(300):
             write(self.lab.source + "/n%d" % number)
@@ -616,7 +616,7 @@ class BadSurroundings(LabCase):
                     r"(?m)^offsync: error: writing to standard output failed: No space left .*\n\Z",
                 )
         self.assertEqual(snapshot(self.lab.base + "/one/data"), snapshot(self.lab.source))
-        two = self.lab.joined_by_hand(
+        two = self.lab.configured_target(
             "two"
         )  # what cannot be printed for one target keeps nothing from the other
         write(self.lab.source + "/more")
@@ -703,7 +703,7 @@ class BadSurroundings(LabCase):
 
     @unittest.skipIf(os.geteuid() == 0, "root may write anywhere")
     def test_state_directory_read_only(self) -> None:
-        target = self.lab.joined_by_hand("one")
+        target = self.lab.configured_target("one")
         write(self.lab.source + "/f")
         os.chmod(self.lab.state, 0o500)
         self.addCleanup(os.chmod, self.lab.state, 0o700)
@@ -712,7 +712,7 @@ class BadSurroundings(LabCase):
         self.assertEqual(snapshot(target.path), {})
 
 
-class ManyTargets(LabCase):
+class ManyTargets(LabTestCase):
     """Far-away targets, six of them dead in different ways (GOOD sets how many are not)."""
 
     WAITS = True
@@ -730,9 +730,9 @@ class ManyTargets(LabCase):
             .replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 15.0")
         )
         write(quick, text.replace("ConnectTimeout=15", "ConnectTimeout=5"))
-        good = [lab.joined_by_hand("good%d" % number) for number in range(good_ones)]
+        good = [lab.configured_target("good%d" % number) for number in range(good_ones)]
         refusing, silent, hanging, mute, full, keyless = (
-            lab.joined_by_hand(name)
+            lab.configured_target(name)
             for name in ("refusing", "silent", "hanging", "mute", "full", "keyless")
         )
         refusing.stop()
@@ -791,7 +791,7 @@ class ManyTargets(LabCase):
         )
 
 
-class Soak(SharedLab):
+class Soak(OneTargetCase):
     """Random kills: KILLS sets how many ("make soak" runs many), SEED where they begin."""
 
     def test_random_kills(self) -> None:

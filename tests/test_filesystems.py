@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import unittest
 
-from lab import Standing, can_mount, read, require, snapshot, write
+from lab import WrappedRsyncCase, can_mount, read, require, snapshot, write
 
 CAN_EXFAT = (
     can_mount()
@@ -16,7 +16,7 @@ CAN_EXFAT = (
 )
 
 
-class Case(Standing):
+class Case(WrappedRsyncCase):
     """Names that differ only in case, on a file system that tells them apart."""
 
     def test_a_rename_in_case_only_needs_one_run(self) -> None:
@@ -78,7 +78,7 @@ class Case(Standing):
         for root, name in ((self.source, "README"), (self.there, "README"), (self.there, "Readme")):
             write(root + "/" + name, "text", when=1_600_000_000)
         plan = self.lab.offsync("plan", "--delete", check=0).out.split()[-1]
-        self.there_runs(
+        self.wrap_target_rrsync(
             'case "$SSH_ORIGINAL_COMMAND" in *--existing*) real; s=$?; echo xext > README;'
             " truncate -s 4 README; touch -d @1600000000 README; exit $s;; esac; real"
         )
@@ -136,7 +136,7 @@ class Case(Standing):
         os.symlink("f", self.source + "/kept/l")
         os.symlink("f", self.there + "/kept/l")
         write(self.there + "/gone", "x")
-        self.there_runs(
+        self.wrap_target_rrsync(
             'case "$SSH_ORIGINAL_COMMAND" in *--existing*) real; s=$?; rm -r kept; exit $s;; esac;'
             " real"
         )
@@ -151,7 +151,7 @@ class Case(Standing):
         write(self.source + "/kept", "kept")
         write(self.there + "/kept", "kept")
         write(self.there + "/gone", "x")
-        self.there_runs(
+        self.wrap_target_rrsync(
             'case "$SSH_ORIGINAL_COMMAND" in *--existing*|*delay-updates*)'
             " real; s=$?; rm -f kept; exit $s;; esac; real"
         )
@@ -160,11 +160,11 @@ class Case(Standing):
         self.assertNotIn("ok:", done.out)
 
 
-class Odd(Standing):
+class UnusualFilesystems(WrappedRsyncCase):
     def test_nothing_can_be_collected(self) -> None:
         """rsync ends with 0 where it cannot make .~tmp~."""
         write(self.source + "/f", "x")
-        env = self.here_runs(
+        env = self.wrap_local_rsync(
             'case "$*" in *--delay-updates*) echo "Unable to create partial-dir for f --'
             ' discarding completed file." >&2;; esac; real'
         )
@@ -196,7 +196,7 @@ class Odd(Standing):
 
 
 @unittest.skipUnless(CAN_EXFAT, "no exFAT can be mounted here (root, exfat-fuse, a loop device)")
-class ExFat(Standing):
+class ExFat(WrappedRsyncCase):
     """A real file system without case, modes and symlinks."""
 
     def setUp(self) -> None:

@@ -16,9 +16,9 @@ import unittest
 
 from lab import (
     OFFSYNC,
-    Fleet,
-    LabCase,
     USER,
+    LabTestCase,
+    ThreeTargetsCase,
     offsync,
     read,
     require,
@@ -53,7 +53,7 @@ def commands(text: str) -> list:
     return re.findall(r"(?m)^ *hint: .*\n +(?!hint: )(\S.*)$", text)
 
 
-class Typing(LabCase):
+class Typing(LabTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.lab.program("offsync", '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, OFFSYNC))
@@ -83,7 +83,7 @@ class Typing(LabCase):
 class OneTarget(Typing):
     def setUp(self) -> None:
         super().setUp()
-        self.one = self.lab.joined_by_hand("one")
+        self.one = self.lab.configured_target("one")
         self.key = self.lab.state + "/id_ed25519"
         write(self.lab.source + "/f", "x")
 
@@ -250,9 +250,9 @@ class OneTarget(Typing):
         self.assertIn("did you mean delete?", self.type("offsync plan").stderr)
 
 
-class SeveralTargets(Fleet, Typing):
+class SeveralTargets(ThreeTargetsCase, Typing):
     def setUp(self) -> None:
-        Fleet.setUp(self)
+        ThreeTargetsCase.setUp(self)
         self.lab.program("offsync", '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, OFFSYNC))
         self.yesterday = self.lab.base + "/yester day"
         write(self.yesterday + "/f", "of yesterday")

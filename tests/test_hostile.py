@@ -8,8 +8,8 @@ import unittest
 
 from lab import (
     OFFSYNC,
-    SharedLab,
-    Standing,
+    OneTargetCase,
+    WrappedRsyncCase,
     comm,
     descendants,
     offsync,
@@ -21,12 +21,12 @@ from lab import (
 )
 
 
-class HostileTarget(Standing):
+class HostileTarget(WrappedRsyncCase):
     def test_answers_made_for_a_regular_expression(self) -> None:
         """Tens of kilobytes on stderr, of what a pattern with nested repetition takes minutes for,
         cost nothing.
         """
-        other = self.lab.joined_by_hand("other")
+        other = self.lab.configured_target("other")
         self.addCleanup(lambda: self.lab.offsync("target", "remove", other.login, check=0))
         write(self.source + "/f", "x")
         evil = self.lab.base + "/stderr"
@@ -55,7 +55,7 @@ class HostileTarget(Standing):
     def test_a_target_that_says_all_is_equal(self) -> None:
         """What offsync cannot know: README says so. It must not be called delivered, though."""
         write(self.source + "/f", "x")
-        env = self.here_runs(
+        env = self.wrap_local_rsync(
             'case "$*" in *-rlptc*) echo "sending incremental file list"; exit 0;; esac; real'
         )
         self.assertIn("equal, nothing to do", self.lab.offsync("apply", env=env, check=0).out)
@@ -67,7 +67,7 @@ class HostileTarget(Standing):
     def test_a_target_that_takes_nothing_and_says_all_is_equal(self) -> None:
         """It was planned, so rsync here must report that it went."""
         write(self.source + "/f", "x")
-        env = self.here_runs(
+        env = self.wrap_local_rsync(
             'case "$*" in *--delay-updates*) touch ../sent; exit 0;; *-lptc*|*-rlpt*) [ -e ../sent'
             ' ] && { echo "sending incremental file list"; exit 0; };; esac; real'
         )
@@ -88,7 +88,7 @@ class HostileTarget(Standing):
         self.lab.offsync("plan", check=0)
 
 
-class Hostile(SharedLab):
+class Hostile(OneTargetCase):
     # The beginning of a false rsync that knows the marker of the lines that count.
     MARKED = (
         "#!/bin/sh\nfor w; do case $w in --out-format=*) m=${w#--out-format=}; m=${m%%:*};; esac;"
@@ -185,7 +185,7 @@ class Hostile(SharedLab):
         self.assertIn("no itemized line", done.out)
 
 
-class Deletions(Standing):
+class Deletions(WrappedRsyncCase):
     """In a pass that deletes nothing can be sent; in one that sends nothing may be deleted."""
 
     def test_what_is_excluded_cannot_be_asked_for(self) -> None:
@@ -195,7 +195,7 @@ class Deletions(Standing):
         write(self.source + "/.git/config", "a password")
         write(self.source + "/f", "x")
         write(self.there + "/f", "x")
-        self.there_runs(
+        self.wrap_target_rrsync(
             'case "$SSH_ORIGINAL_COMMAND" in *--existing*) export SSH_ORIGINAL_COMMAND="$(echo'
             ' "$SSH_ORIGINAL_COMMAND" | sed "s/--existing//; s/--ignore-existing//")";; esac; real'
         )
@@ -216,7 +216,7 @@ class Deletions(Standing):
         write(self.source + "/f", "x")
         write(self.there + "/f", "x")
         write(self.there + "/planned", "x")
-        self.there_runs(  # what appears in the last moment is not in any plan
+        self.wrap_target_rrsync(  # what appears in the last moment is not in any plan
             'case "$SSH_ORIGINAL_COMMAND" in *--existing*) echo mine > late.conf;; esac; real'
         )
         self.lab.offsync("apply", "--delete")

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import unittest
 
-from lab import OFFSYNC, LabCase, read, require, type_on_terminal, write
+from lab import OFFSYNC, LabTestCase, read, require, type_on_terminal, write
 
 TOP = os.path.dirname(OFFSYNC)
 # How an ordinary user installs a package, and what each role needs: a command for each package, so
@@ -43,7 +43,7 @@ brew controller: rsync
 """
 
 
-class InstallDeps(LabCase):
+class InstallDeps(LabTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.bin = self.lab.base + "/only"
@@ -125,7 +125,7 @@ class InstallDeps(LabCase):
         ):
             write(self.bin + "/rsync", "#!/bin/sh\ncat <<'E'\n%s\nE\n" % answer, 0o755)
             if not self.lab.targets:
-                self.lab.joined_by_hand("one")
+                self.lab.configured_target("one")
             self.assert_refused(
                 self.lab.offsync("plan", env={"PATH": self.bin}), 1, said, "OFFSYNC_RSYNC"
             )
@@ -275,11 +275,11 @@ class InstallScript(unittest.TestCase):
         )
 
 
-class FirstSteps(LabCase):
+class FirstSteps(LabTestCase):
     def test_the_next_step_from_where_one_stands(self) -> None:
         self.assertIn("offsync init", self.lab.offsync(check=2).err)
         self.assertIn("offsync link", self.lab.offsync(check=2).err)
-        self.lab.joined_by_hand("one")
+        self.lab.configured_target("one")
         self.assertIn("offsync plan", self.lab.offsync(check=2).err)
 
     def test_init_says_whether_the_key_is_one(self) -> None:
@@ -296,7 +296,7 @@ class FirstSteps(LabCase):
         )
 
     def test_a_status_that_is_none_is_passed_over(self) -> None:
-        self.lab.joined_by_hand("one")
+        self.lab.configured_target("one")
         for record in ('{"login": "%s", "result": ["x"]}', '{"login": "%s"}', "[]", "\udcff"):
             write(
                 self.lab.state + "/last/" + self.lab.targets[0].login,
@@ -342,7 +342,7 @@ class FirstSteps(LabCase):
         self.assertIn("sha256 unknown", piped.stdout)
 
     def test_verbose_shows_every_program(self) -> None:
-        self.lab.joined_by_hand("one")
+        self.lab.configured_target("one")
         err = self.lab.offsync("-v", "plan", check=0).err
         self.assertRegex(err, r"(?m)^\+ \S+ssh .*ControlMaster=yes")
         self.assertRegex(
@@ -409,7 +409,7 @@ class Asking(InstallDeps):
         env = {"OFFSYNC_RSYNC": "/nowhere/rsync"}
         for args in (["init", "--source", self.lab.source], ["plan"]):
             if args == ["plan"]:
-                self.lab.joined_by_hand("one")
+                self.lab.configured_target("one")
             done = self.lab.offsync(*args, env=env)
             self.assert_refused(done, 1, "OFFSYNC_RSYNC names, is no program", "unset it")
             self.assertNotIn("install-deps", done.err)

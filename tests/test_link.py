@@ -17,7 +17,7 @@ from unittest import mock
 from lab import (
     OFFSYNC,
     Lab,
-    LabCase,
+    LabTestCase,
     can_mount,
     login_shell,
     offsync,
@@ -30,7 +30,9 @@ from lab import (
 )
 
 
-class Linking(LabCase):
+class LinkCase(LabTestCase):
+    """A key of the controller, and a target's home: link() runs link there."""
+
     def setUp(self) -> None:
         super().setUp()
         self.key = self.lab.init()
@@ -45,6 +47,8 @@ class Linking(LabCase):
             "link", "--path", path or self.path, "--key", self.key, *risk(), *args, **more
         )
 
+
+class Linking(LinkCase):
     def test_idempotent_and_replaced_by_another_path_or_comment(self) -> None:
         first = self.link(check=0)
         before = os.stat(self.keys)
@@ -334,8 +338,8 @@ class Linking(LabCase):
         self.assertFalse(os.path.exists(self.path))
 
 
-class Rrsync(Linking):
-    """Where rrsync is, what can be done with it; the tests of linking itself are not repeated."""
+class Rrsync(LinkCase):
+    """Where rrsync is found, and what can be done with it."""
 
     def test_not_executable_is_refused_with_the_command_that_makes_it_so(self) -> None:
         script = self.lab.base + "/doc/rrsync"
@@ -362,11 +366,6 @@ class Rrsync(Linking):
         self.assert_refused(
             self.link("--rrsync", script, path=self.lab.base + "/tools"), 2, "contains " + script
         )
-
-
-for name in list(vars(Linking)):
-    if name.startswith("test_"):
-        setattr(Rrsync, name, None)
 
 
 class Quoting(unittest.TestCase):
@@ -399,7 +398,7 @@ class Quoting(unittest.TestCase):
                 offsync.validate_link_path(path, (), True)
 
 
-class Provisioning(LabCase):
+class Provisioning(LabTestCase):
     def test_as_the_last_step_of_an_image_where_no_sshd_runs(self) -> None:
         """No terminal, no sshd process to be seen, an account of its own home: warnings at most."""
         self.lab.init()
@@ -421,7 +420,7 @@ class Provisioning(LabCase):
         )
 
 
-class KeyThief(LabCase):
+class KeyThief(LabTestCase):
     """link proves rrsync before it installs the key."""
 
     LEAKY = (
@@ -688,7 +687,7 @@ class KeyThief(LabCase):
         self.assertEqual(read(target.keys), "")
 
 
-class Paths(LabCase):
+class Paths(LabTestCase):
     """What link refuses, with the option that waives it, and the legitimate twins."""
 
     def setUp(self) -> None:
@@ -823,7 +822,7 @@ class Paths(LabCase):
         self.assertEqual(stat.S_IMODE(os.stat(self.lab.base + "/real").st_mode), 0o755)
 
 
-class SshdSays(LabCase):
+class SshdSays(LabTestCase):
     """What sshd -T tells decides what link warns of; a stand-in prints it."""
 
     def setUp(self) -> None:

@@ -12,10 +12,10 @@ import stat
 import subprocess
 import unittest
 
-from lab import SharedLab, read, snapshot, write
+from lab import OneTargetCase, read, snapshot, write
 
 
-class Scope(SharedLab):
+class Scope(OneTargetCase):
     def test_what_cannot_be_delivered_is_refused_before_anything_is_compared(self) -> None:
         write(self.source + "/d/inside")
         os.symlink("/etc/passwd", self.source + "/absolute")
@@ -96,7 +96,7 @@ class Scope(SharedLab):
         )
 
 
-class Reasons(SharedLab):
+class Reasons(OneTargetCase):
     def test_every_reason(self) -> None:
         when = 1_600_000_000
         for name, ours, theirs in (
@@ -262,9 +262,9 @@ class Reasons(SharedLab):
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
 
-class Policies(SharedLab):
+class Policies(OneTargetCase):
     def test_delete_false_and_overwrite_false_refuse_the_whole_run(self) -> None:
-        other = self.lab.joined_by_hand("other")
+        other = self.lab.configured_target("other")
         self.addCleanup(lambda: self.lab.offsync("target", "remove", other.login, check=0))
         write(self.source + "/f", b"new")
         write(self.there + "/f", b"old")
@@ -337,7 +337,7 @@ class Policies(SharedLab):
         )
 
 
-class PlanIds(SharedLab):
+class PlanIds(OneTargetCase):
     def refused(self, reviewed: str, *words: str, args=()) -> None:
         before = self.unchanged()
         self.assert_refused(
@@ -365,7 +365,7 @@ class PlanIds(SharedLab):
         write(self.source + "/new", b"n")
         self.refused(plan_id, "new is now added")
         os.unlink(self.source + "/new")
-        other = self.lab.joined_by_hand("other")
+        other = self.lab.configured_target("other")
         done = self.lab.offsync("apply", "--plan", plan_id, check=1)
         self.assertIn("%s: this target is not covered by the reviewed plan" % other.login, done.err)
         self.assertEqual(snapshot(other.path), {})
@@ -482,7 +482,7 @@ class PlanIds(SharedLab):
         self.assertEqual(len(kept), 1)
 
 
-class Manifests(SharedLab):
+class Manifests(OneTargetCase):
     def test_sha256sum_reads_it_and_the_target_agrees(self) -> None:
         for name in (b"plain", b"new\nline", b"back\\slash", b"\xff", b"d/ deep", b"cr\rx"):
             write(os.path.join(os.fsencode(self.source), name), name)

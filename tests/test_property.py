@@ -38,7 +38,7 @@ class RandomTrees(unittest.TestCase):
     def setUpClass(cls) -> None:
         cls.lab = Lab()
         cls.addClassCleanup(cls.lab.close)
-        cls.target = cls.lab.joined_by_hand("target")
+        cls.target = cls.lab.configured_target("target")
         cls.lab.configure(delete="true")
 
     def make_pair(self, rng: random.Random) -> tuple:

@@ -15,7 +15,7 @@ import tempfile
 import unittest
 
 import guards
-from lab import HERE, OFFSYNC, USER, LabCase, offsync, read, require, risk, snapshot, write
+from lab import HERE, OFFSYNC, USER, LabTestCase, offsync, read, require, risk, snapshot, write
 
 TOP = os.path.dirname(OFFSYNC)
 README = read(os.path.join(TOP, "README.md"))
@@ -50,7 +50,7 @@ def subparser(*words: str):
     return parser
 
 
-class Claims(LabCase):
+class Claims(LabTestCase):
     def test_the_quick_start_as_it_stands(self) -> None:
         """Every line of it is typed, its names replaced by those of the laboratory."""
         lines = [
@@ -166,7 +166,7 @@ class Claims(LabCase):
                 self.assertIn("`%s" % key, section("Configuration"))
 
     def test_plan_and_log_are_described_field_by_field(self) -> None:
-        self.lab.joined_by_hand("one")
+        self.lab.configured_target("one")
         write(self.lab.source + "/file", "x")
         os.symlink("file", self.lab.source + "/link")
         lines = [
@@ -182,7 +182,7 @@ class Claims(LabCase):
     def test_the_first_screen_is_what_is_printed(self) -> None:
         """The block of real output: the same tree on two targets, with other names."""
         lab = self.lab
-        one, two = lab.joined("one"), lab.joined("two")
+        one, two = lab.linked_target("one"), lab.linked_target("two")
         write(lab.source + "/app.conf", "colour = green\n")
         write(lab.source + "/v2/helper", "#!/bin/true\n", 0o4755)
         os.symlink("v2", lab.source + "/release")
@@ -306,7 +306,7 @@ class Claims(LabCase):
 
     def test_two_people(self) -> None:
         """Only what the reviewer signed is applied; the chain of commands fails closed."""
-        target = self.lab.joined_by_hand("one")
+        target = self.lab.configured_target("one")
         write(self.lab.source + "/f", "x")
         key = self.lab.base + "/reviewer"
         make = [require("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key]
@@ -328,7 +328,7 @@ class Claims(LabCase):
         self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
 
     def test_several_controllers_share_one_plan(self) -> None:
-        one, two = self.lab.joined_by_hand("one"), self.lab.joined_by_hand("two")
+        one, two = self.lab.configured_target("one"), self.lab.configured_target("two")
         write(self.lab.source + "/f", "x")
         plan = self.lab.base + "/plan.jsonl"
         write(plan, self.lab.offsync("plan", "--json", check=0).stdout)
@@ -393,7 +393,7 @@ class Claims(LabCase):
             if language == "ini" and "offsync-verify.service" in text
         )
         self.assertIn("User=%s\nExecStart=%s\n" % (user, command), unit)
-        self.lab.joined_by_hand("one")
+        self.lab.configured_target("one")
         installed = self.lab.base + "/usr/local/bin/offsync"
         write(installed, '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, OFFSYNC), 0o755)
         for expected in (0, 3):

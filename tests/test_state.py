@@ -18,8 +18,8 @@ from unittest import mock
 from lab import (
     OFFSYNC,
     USER,
-    LabCase,
-    Standing,
+    LabTestCase,
+    WrappedRsyncCase,
     can_mount,
     offsync,
     read,
@@ -30,9 +30,9 @@ from lab import (
 )
 
 
-class UserBeside(LabCase):
+class UserBeside(LabTestCase):
     def test_a_state_directory_that_others_may_write_to(self) -> None:
-        self.lab.joined_by_hand("one")
+        self.lab.configured_target("one")
         for mode in (0o777, 0o702):
             os.chmod(self.lab.state, mode)
             for command in (
@@ -67,7 +67,7 @@ class UserBeside(LabCase):
 
     def test_a_file_in_it_that_others_may_write_to(self) -> None:
         """Another user could name a source, a host key, or a plan of their own."""
-        self.lab.joined_by_hand("one")
+        self.lab.configured_target("one")
         write(self.lab.source + "/f", "x")
         plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
         self.lab.offsync("apply", check=0)
@@ -83,7 +83,7 @@ class UserBeside(LabCase):
         self.lab.offsync("apply", "--plan", plan_id, check=0)
 
     def test_a_log_elsewhere_is_written_where_only_we_can_change_it(self) -> None:
-        self.lab.joined_by_hand("one")
+        self.lab.configured_target("one")
         write(self.lab.source + "/f", "x")
         elsewhere = self.lab.base + "/logs/offsync.log"
         os.mkdir(os.path.dirname(elsewhere))
@@ -98,7 +98,7 @@ class UserBeside(LabCase):
     @unittest.skipUnless(os.geteuid() == 0, "only root can give directories away")
     def test_a_symlink_on_the_way_that_another_user_can_turn(self) -> None:
         """What it leads to is ours; who owns its directory can lead it to another place."""
-        self.lab.joined_by_hand("one")
+        self.lab.configured_target("one")
         log = self.lab.state + "/operations.log"
         write(self.lab.base + "/logs/log", "")
         os.mkdir(self.lab.base + "/eve")
@@ -145,7 +145,7 @@ class UserBeside(LabCase):
     @unittest.skipUnless(os.geteuid() == 0, "only root can give directories away")
     def test_a_temporary_directory_of_somebody_else(self) -> None:
         """They could put another one, with another connection in it, in the place of ours."""
-        self.lab.joined_by_hand("one")
+        self.lab.configured_target("one")
         os.mkdir(self.lab.base + "/theirs")
         os.chown(self.lab.base + "/theirs", 65534, 65534)
         os.chmod(self.lab.base + "/theirs", 0o777)
@@ -154,13 +154,13 @@ class UserBeside(LabCase):
         self.assertEqual(os.listdir(self.lab.base + "/theirs"), [])
 
     def test_the_private_key_is_never_delivered_by_its_real_path_either(self) -> None:
-        self.lab.joined_by_hand("one")
+        self.lab.configured_target("one")
         os.rename(self.lab.state + "/id_ed25519", self.lab.source + "/key")
         os.symlink(self.lab.source + "/key", self.lab.state + "/id_ed25519")
         self.assert_refused(self.lab.offsync("plan"), 1, "contains the private key")
 
     def test_a_log_that_cannot_be_written_stops_only_what_it_belongs_to(self) -> None:
-        one, two = self.lab.joined_by_hand("one"), self.lab.joined_by_hand("two")
+        one, two = self.lab.configured_target("one"), self.lab.configured_target("two")
         write(self.lab.source + "/f", "x")
         write(
             self.lab.state + "/last/" + one.login + "/in-the-way", ""
@@ -177,7 +177,7 @@ class UserBeside(LabCase):
         self.assertEqual(len(self.lab.records()), 2 + 1 + 1)
 
 
-class Records(Standing):
+class Records(WrappedRsyncCase):
     """Every apply that knew its targets leaves a record, whatever ended it; --json prints it."""
 
     def last(self) -> dict:
@@ -255,7 +255,7 @@ class Records(Standing):
     def test_interrupted_while_it_plans(self) -> None:
         write(self.source + "/f", "x")
         begun = self.lab.base + "/begun"
-        self.there_runs("touch %s; cat > /dev/null" % begun)
+        self.wrap_target_rrsync("touch %s; cat > /dev/null" % begun)
         process = self.lab.start("apply", "--json")
         wait_for(lambda: os.path.exists(begun), "the pass")
         process.send_signal(signal.SIGINT)
@@ -284,7 +284,7 @@ class Records(Standing):
         self.assertIn("the record could not be written", done.err)
 
 
-class OwnKey(Standing):
+class OwnKey(WrappedRsyncCase):
     """A private key that ssh cannot use is found here; no target is blamed."""
 
     def setUp(self) -> None:
@@ -412,7 +412,7 @@ class PowerCut(unittest.TestCase):
         self.assertEqual(self.done[2:], [home.log])
 
 
-class Surroundings(Standing):
+class Surroundings(WrappedRsyncCase):
     def test_programs_that_cannot_start(self) -> None:
         """A library is missing, or is of another version: it is this host's, and is said as that.
 
@@ -463,7 +463,7 @@ class Surroundings(Standing):
     def test_what_a_target_says_is_no_failure_of_this_host(self) -> None:
         write(self.source + "/f", "x")
         words = "rsync: error while loading shared libraries: libpopt.so.0: cannot open it"
-        self.there_runs("echo '%s' >&2; exit 127" % words)
+        self.wrap_target_rrsync("echo '%s' >&2; exit 127" % words)
         out = self.lab.offsync("plan", check=1).out
         self.assertIn("rrsync or rsync on the target cannot start", out)
         self.assertNotIn("this host", out)
@@ -473,7 +473,7 @@ class Surroundings(Standing):
         write(self.source + "/f", "x")
         quick = self.lab.base + "/offsync.py"
         write(quick, read(OFFSYNC).replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 3.0"))
-        self.there_runs("[ -e f ] && exec cat > /dev/null; real")
+        self.wrap_target_rrsync("[ -e f ] && exec cat > /dev/null; real")
         done = self.lab.offsync("apply", check=1, program=quick)
         self.assertIn("the connection was lost", done.err)
         self.assertNotIn(".bashrc", done.err)

@@ -9,10 +9,10 @@ import shutil
 import sys
 import unittest
 
-from lab import OFFSYNC, Fleet, type_on_terminal, wait_for, write
+from lab import OFFSYNC, ThreeTargetsCase, type_on_terminal, wait_for, write
 
 
-class Status(Fleet):
+class Status(ThreeTargetsCase):
     def test_what_the_list_says(self) -> None:
         write(self.source + "/f", "x")
         shutil.rmtree(self.lab.state + "/last", ignore_errors=True)
@@ -144,7 +144,7 @@ class Status(Fleet):
         self.assertIn("Host alias", done.err)
 
 
-class OperationsLog(Fleet):
+class OperationsLog(ThreeTargetsCase):
     """offsync log: when, to whom, what came of it, which plan, by whom."""
 
     def setUp(self) -> None:
@@ -221,7 +221,7 @@ class OperationsLog(Fleet):
         )
 
 
-class GoingOn(Fleet):
+class ResumedRuns(ThreeTargetsCase):
     """One host is down, another has a stray file: the rest goes on."""
 
     def test_except(self) -> None:
@@ -285,7 +285,7 @@ class GoingOn(Fleet):
         self.assertEqual(self.lab.offsync("verify", check=0).out, "")
 
 
-class Doctor(Fleet):
+class Doctor(ThreeTargetsCase):
     def test_targets_and_a_count(self) -> None:
         done = self.lab.offsync("doctor", check=0)
         self.assertTrue(done.out.endswith("3 targets: 3 ok\n"), done.out)

@@ -10,12 +10,12 @@ import shutil
 import sys
 import unittest
 
-from lab import OFFSYNC, USER, LabCase, read, type_on_terminal, write
+from lab import OFFSYNC, USER, LabTestCase, read, type_on_terminal, write
 
 SHELLS = {"bash": ["--norc", "--noprofile", "-i"], "zsh": ["-f", "-i"]}
 
 
-class Completion(LabCase):
+class Completion(LabTestCase):
     def type_in(self, shell: str, *lines: str) -> str:
         """Type lines into an interactive shell with the completion; return what was shown."""
         self.lab.program("offsync", '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, OFFSYNC))
@@ -38,7 +38,7 @@ class Completion(LabCase):
             with self.subTest(shell=shell):
                 config = self.lab.state + "/config.yaml"
                 if not self.lab.targets:
-                    one = self.lab.joined_by_hand("one")
+                    one = self.lab.configured_target("one")
                     more = ["far@127.0.0.1", "far@127.0.0.11", "six@[2001:db8::1]"]
                     write(
                         config,
@@ -68,7 +68,7 @@ class Completion(LabCase):
                 self.assertIn("everything for the role target is installed", shown)
 
     def test_every_command_option_target_and_plan_that_begins_as_typed(self) -> None:
-        one = self.lab.joined_by_hand("one")
+        one = self.lab.configured_target("one")
         write(self.lab.source + "/f", "x")
         plan = self.lab.offsync("plan", check=0).out.split()[-1]
 
@@ -90,9 +90,9 @@ class Completion(LabCase):
         self.assert_refused(self.lab.offsync("completion", "fish"), 2, "fish")
 
 
-class WrongWords(LabCase):
+class WrongWords(LabTestCase):
     def test_what_is_known_is_named(self) -> None:
-        one = self.lab.joined_by_hand("one")
+        one = self.lab.configured_target("one")
         for words, wanted in (
             (["paln"], "plan"),
             (["target", "delete"], "remove"),
@@ -106,12 +106,12 @@ class WrongWords(LabCase):
                 self.assert_refused(self.lab.offsync(*words), 2, wanted)
 
 
-class ProgressLines(LabCase):
+class ProgressLines(LabTestCase):
     WAITS = True
 
     def setUp(self) -> None:
         super().setUp()
-        self.one = self.lab.joined_by_hand("one")
+        self.one = self.lab.configured_target("one")
         for number in range(300):
             write(self.lab.source + "/d%d/file" % number, b"x" * 100)
         # As slow as with large files: the comparing rsync starts late.
@@ -174,7 +174,7 @@ class ProgressLines(LabCase):
         self.assertIn("600 entries delivered", " ".join(" ".join(left).split()))
 
     def test_nothing_is_left_when_several_targets_are_equal(self) -> None:
-        self.lab.joined_by_hand("two")
+        self.lab.configured_target("two")
         self.lab.offsync("apply", check=0)
         env = {**self.lab.env, "TERM": "xterm", "OFFSYNC_RSYNC": self.slow}
         status, seen = type_on_terminal(
@@ -195,7 +195,7 @@ class ProgressLines(LabCase):
         self.assertIn("(all): 1 of 2 done", seen)
 
     def test_equal_plans_are_one_list_and_the_next_step_follows(self) -> None:
-        two, three = self.lab.joined_by_hand("two"), self.lab.joined_by_hand("three")
+        two, three = self.lab.configured_target("two"), self.lab.configured_target("three")
         write(three.path + "/other", "x")
         out = self.lab.offsync("plan", check=0).out.splitlines()
         self.assertEqual(
@@ -256,7 +256,7 @@ class ProgressLines(LabCase):
         self.assertNotRegex(seen, r"\x1b\[\d*m")
 
 
-class EightyColumns(LabCase):
+class EightyColumns(LabTestCase):
     """Messages break between words; what is to be copied stands alone, and is never broken."""
 
     def on_terminal(self, *args: str, columns: int = 80) -> list:
@@ -266,7 +266,7 @@ class EightyColumns(LabCase):
         ].splitlines()
 
     def test_a_message_and_its_command(self) -> None:
-        one = self.lab.joined_by_hand("one")
+        one = self.lab.configured_target("one")
         os.unlink(one.keys)
         for columns in (80, 50):
             lines = self.on_terminal("plan", columns=columns)
@@ -292,7 +292,7 @@ class EightyColumns(LabCase):
         self.assertNotIn("Traceback", "".join(self.on_terminal("plan", columns=1)))
 
     def test_facts_before_the_remedy(self) -> None:
-        one = self.lab.joined_by_hand("one")
+        one = self.lab.configured_target("one")
         old = one.fingerprint
         one.stop()
         one.new_host_key()
@@ -315,7 +315,7 @@ class EightyColumns(LabCase):
             self.assert_refused(self.lab.offsync(*words.split()), 2, helped)
 
     def test_where_one_stands(self) -> None:
-        one = self.lab.joined_by_hand("one")
+        one = self.lab.configured_target("one")
         write(self.lab.source + "/f", "x")
         self.lab.offsync("apply", check=0)
         self.assertIn(self.lab.records()[-1]["timestamp"] + "  ok", self.lab.offsync(check=2).out)
@@ -327,13 +327,13 @@ class EightyColumns(LabCase):
         self.assertLessEqual(max(map(len, rows)), 60)
 
 
-class HostComplete(LabCase):
+class HostComplete(LabTestCase):
     """bash with and without hostcomplete, as bash-completion sets it: @ is a word break or not."""
 
     def test_logins_hosts_plans_and_files(self) -> None:
         bash = Completion("type_in")
         bash.lab = self.lab
-        one = self.lab.joined_by_hand("one")
+        one = self.lab.configured_target("one")
         write(self.lab.source + "/f", "x")
         plan = self.lab.offsync("plan", check=0).out.split()[-1]
         write(self.lab.base + "/listed", one.login + "\n")

@@ -15,7 +15,7 @@ from lab import (
     OFFSYNC,
     USER,
     Lab,
-    LabCase,
+    LabTestCase,
     can_mount,
     change,
     free_port,
@@ -27,7 +27,7 @@ from lab import (
 )
 
 
-class HostKeys(LabCase):
+class HostKeys(LabTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.lab.init()
@@ -139,7 +139,7 @@ class HostKeys(LabCase):
         self.add("--host-key", self.target.fingerprint, check=0)
         targets = [
             self.target,
-            *(self.lab.joined_by_hand("more%d" % number) for number in range(3)),
+            *(self.lab.configured_target("more%d" % number) for number in range(3)),
         ]
         for target in targets:
             target.stop()
@@ -236,12 +236,12 @@ class HostKeys(LabCase):
         self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
 
 
-class Restriction(LabCase):
+class Restriction(LabTestCase):
     @classmethod
     def setUpClass(cls) -> None:
         cls.lab = Lab()
         cls.addClassCleanup(cls.lab.close)
-        cls.target = cls.lab.joined("one")
+        cls.target = cls.lab.linked_target("one")
         cls.line = cls.good = read(cls.target.keys)
         write(cls.lab.source + "/f", "content")
 
@@ -440,7 +440,7 @@ class Restriction(LabCase):
         other = self.lab.base + "/other-path"
         os.mkdir(other)
         self.close_idle_connections()
-        two = self.lab.joined_by_hand("two")
+        two = self.lab.configured_target("two")
         self.addCleanup(self.lab.offsync, "target", "remove", two.login, check=0)
         write(self.lab.base + "/moved-keys", self.line.replace(self.target.path, other))
         script = self.lab.base + "/slow-rrsync"
@@ -474,7 +474,7 @@ class Restriction(LabCase):
     def test_an_idle_connection_that_sshd_closes_is_opened_once_more(self) -> None:
         """While the source is scanned, and while another target is compared."""
         self.close_idle_connections()
-        two = self.lab.joined_by_hand("three")
+        two = self.lab.configured_target("three")
         self.addCleanup(self.lab.offsync, "target", "remove", two.login, check=0)
         script = self.lab.base + "/slow-rrsync"
         write(
@@ -556,13 +556,13 @@ class Restriction(LabCase):
             os.kill(int(pid), 15)
 
 
-class Banners(LabCase):
+class Banners(LabTestCase):
     """What sshd prints before a login stands ahead of ssh's own words, and is none of these."""
 
     def test_a_banner_that_reads_like_a_changed_host_key(self) -> None:
         banner = self.lab.base + "/banner"
-        good = self.lab.joined_by_hand("good")
-        bad = self.lab.joined_by_hand("bad", "Banner " + banner)
+        good = self.lab.configured_target("good")
+        bad = self.lab.configured_target("bad", "Banner " + banner)
         write(bad.keys, "")
         write(self.lab.source + "/f", "x")
         for text in (
@@ -581,7 +581,7 @@ class Banners(LabCase):
                 self.assertEqual(snapshot(good.path), snapshot(self.lab.source))
 
 
-class ManInTheMiddle(LabCase):
+class ManInTheMiddle(LabTestCase):
     def test_no_session_and_no_environment_for_a_host_that_is_not_verified(self) -> None:
         self.lab.init()
         seen = self.lab.base + "/seen"
@@ -607,7 +607,7 @@ class ManInTheMiddle(LabCase):
         self.assertEqual(target.read_log().count("Starting session"), 0)
 
     def test_nothing_of_the_users_environment_reaches_a_session(self) -> None:
-        target = self.lab.joined_by_hand("one", "AcceptEnv *")
+        target = self.lab.configured_target("one", "AcceptEnv *")
         seen = self.lab.base + "/seen"
         script = self.lab.base + "/env-rrsync"
         write(script, '#!/bin/sh\nenv >> %s\nexec /usr/bin/rrsync "$@"\n' % seen, 0o755)
@@ -619,7 +619,7 @@ class ManInTheMiddle(LabCase):
         self.assertNotIn("OFSECRET", read(seen))
 
     def test_a_remote_forward_never_opens_in_proofs_either(self) -> None:
-        target, port = self.lab.joined("one"), free_port()
+        target, port = self.lab.linked_target("one"), free_port()
         blob = read(target.keys).split("restrict ")[1]
         script = self.lab.base + "/look-rrsync"
         write(
@@ -676,7 +676,7 @@ class ManInTheMiddle(LabCase):
                     self.assertNotIn(target.login, read(self.lab.state + "/config.yaml"))
 
     def test_revoked_host_keys_of_ssh_config_is_one_sentence_after_one_attempt(self) -> None:
-        target = self.lab.joined_by_hand("one")
+        target = self.lab.configured_target("one")
         revoked = self.lab.base + "/revoked"
         write(revoked, read(target.host_key + ".pub"))
         write(self.lab.ssh_config, "RevokedHostKeys %s\n" % revoked)
@@ -717,7 +717,7 @@ class ManInTheMiddle(LabCase):
         )  # asking for the key, the connection, the forwarding proof
 
 
-class OneKey(LabCase):
+class OneKey(LabTestCase):
     """What is trusted is the one key that was shown, compared and proved."""
 
     def setUp(self) -> None:

@@ -4,7 +4,7 @@ side that is named and the remedy.
 About 60 rows: what sshd is configured to, what answers instead of rsync, accounts, shells and disks
 of the target (in a mount namespace of
 its own, as root), dropbear, and the way there. Recorded answers of programs that cannot be had here
-are in test_text.Diagnosis.
+are in test_failure_table.Diagnosis.
 Most of the time here is waited, so each class is a process of its own.
 """
 
@@ -18,7 +18,7 @@ import unittest
 from lab import (
     OFFSYNC,
     USER,
-    SentenceCase,
+    DiagnosisCase,
     can_mount,
     change,
     free_port,
@@ -31,7 +31,7 @@ from lab import (
 )
 
 
-class Sshd(SentenceCase):
+class Sshd(DiagnosisCase):
     def test_what_sshd_is_configured_to(self) -> None:
         rows = (
             ("Ciphers aes128-ctr", "Ciphers aes256-ctr\n", "no algorithm in common"),
@@ -71,7 +71,7 @@ class Sshd(SentenceCase):
         self.lab.offsync("plan", check=0)
 
 
-class Answers(SentenceCase):
+class ForcedCommandAnswers(DiagnosisCase):
     def test_what_answers_instead_of_rsync(self) -> None:
         quick = self.lab.base + "/offsync.py"  # the time for an answer is shortened in a copy
         write(quick, read(OFFSYNC).replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 3.0"))
@@ -129,7 +129,7 @@ class Answers(SentenceCase):
 
 
 @unittest.skipUnless(can_mount(), "no mount namespace can be had here (it needs root)")
-class Host(SentenceCase):
+class TargetHost(DiagnosisCase):
     """The target's accounts, shells, PAM and disks; nothing of this machine's is changed."""
 
     def test_accounts_and_shells(self) -> None:
@@ -243,7 +243,7 @@ class Host(SentenceCase):
 @unittest.skipUnless(
     can_mount() and shutil.which("dropbear"), "needs root for a mount namespace, and dropbear"
 )
-class Dropbear(SentenceCase):
+class Dropbear(DiagnosisCase):
     def test_dropbear_instead_of_sshd(self) -> None:
         self.target.stop()
         key = self.target.base + "/dropbear_key"
@@ -319,7 +319,7 @@ class Dropbear(SentenceCase):
                     self.target.stop()
 
 
-class Way(SentenceCase):
+class JumpHosts(DiagnosisCase):
     def test_the_way_to_the_target(self) -> None:
         """A jump host or ProxyCommand that fails is told as that, in its own words; never a remedy
         for the target.

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import unittest
 
-from lab import OFFSYNC, Fleet, descendants, read, read_plan, snapshot, write
+from lab import OFFSYNC, ThreeTargetsCase, descendants, read, read_plan, snapshot, write
 
 
-class Approval(Fleet):
+class Approval(ThreeTargetsCase):
     def test_one_host_first_then_the_rest_then_again(self) -> None:
         write(self.source + "/f", "x")
         reviewed = self.review()

@@ -12,20 +12,20 @@ import subprocess
 import unittest
 
 from lab import (
-    LabCase,
-    mentions,
     OFFSYNC,
+    USER,
+    LabTestCase,
+    mentions,
     offsync,
     read,
     require,
     risk,
     snapshot,
-    USER,
     write,
 )
 
 
-class Job(LabCase):
+class Job(LabTestCase):
     def test_from_nothing_to_a_verified_delivery(self) -> None:
         lab = self.lab
         key = lab.init()
@@ -122,7 +122,7 @@ class Job(LabCase):
         self.assertEqual(self.lab.offsync("init", check=0).out.split()[:2], public)
 
     def test_many_targets_one_run(self) -> None:
-        targets = [self.lab.joined("t%d" % number) for number in range(3)]
+        targets = [self.lab.linked_target("t%d" % number) for number in range(3)]
         write(self.lab.source + "/f", "content")
         done = self.lab.offsync("apply", targets[1].login, check=0)
         self.assertEqual([os.path.exists(t.path + "/f") for t in targets], [False, True, False])
@@ -144,7 +144,7 @@ class Job(LabCase):
         )
 
     def test_thousands_of_files_arrive_identical(self) -> None:
-        target = self.lab.joined("one")
+        target = self.lab.linked_target("one")
         for number in range(6000):
             directory = "%s/%d" % (self.lab.source, number % 100)
             if number < 100:
@@ -155,12 +155,12 @@ class Job(LabCase):
         self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
 
 
-class Connections(LabCase):
+class Connections(LabTestCase):
     def authentications(self, target) -> int:
         return target.read_log().count("Accepted publickey")
 
     def test_one_connection_per_target_and_run(self) -> None:
-        target = self.lab.joined("one")
+        target = self.lab.linked_target("one")
         write(self.lab.source + "/f")
         before = self.authentications(target)
         self.lab.offsync("apply", check=0)
@@ -170,7 +170,7 @@ class Connections(LabCase):
         """What rsync is started for, as -v shows it; a pass that is tried again (rrsync's lock,
         lost words) counts once.
         """
-        target = self.lab.joined_by_hand("one")
+        target = self.lab.configured_target("one")
         for name in ("d/f", "d/g"):
             write("%s/%s" % (self.lab.source, name), name)
         plan, quick, absent, path, send, compare = (
@@ -201,20 +201,20 @@ class Connections(LabCase):
         self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
 
     def test_a_server_that_allows_one_session_at_a_time(self) -> None:
-        target = self.lab.joined("one", "MaxSessions 1")
+        target = self.lab.linked_target("one", "MaxSessions 1")
         write(self.lab.source + "/f")
         self.lab.offsync("apply", check=0)
         self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
 
     def test_nothing_is_left_running_or_lying_about(self) -> None:
-        self.lab.joined("one")
+        self.lab.linked_target("one")
         write(self.lab.source + "/f")
         self.lab.offsync("apply", check=0)
         self.assertEqual(mentions(self.lab.tmp), [])
         self.assertEqual(os.listdir(self.lab.tmp), [])
 
 
-class Missing(LabCase):
+class Missing(LabTestCase):
     """One sentence with the next step, exit 1 or 2, no traceback."""
 
     def test_no_config(self) -> None:
@@ -227,14 +227,14 @@ class Missing(LabCase):
         self.assert_refused(self.lab.offsync("plan"), 2, "there are none yet", "offsync link")
 
     def test_no_key_and_a_key_that_others_may_read(self) -> None:
-        self.lab.joined("one")
+        self.lab.linked_target("one")
         os.chmod(self.lab.state + "/id_ed25519", 0o640)
         self.assert_refused(self.lab.offsync("plan"), 1, "others may read it", "chmod 600")
         os.unlink(self.lab.state + "/id_ed25519")
         self.assert_refused(self.lab.offsync("plan"), 1, "id_ed25519", "offsync init")
 
     def test_no_such_host_and_nobody_listening(self) -> None:
-        target = self.lab.joined("one")
+        target = self.lab.linked_target("one")
         self.assert_refused(
             self.lab.offsync("target", "add", "u@no-such-host.invalid", "--path", "/x"),
             1,
@@ -248,7 +248,7 @@ class Missing(LabCase):
         self.assert_refused(self.lab.offsync("plan"), 1, "1 of 1 target could not be compared")
 
     def test_a_wrong_key(self) -> None:
-        target = self.lab.joined("one")
+        target = self.lab.linked_target("one")
         os.unlink(target.keys)
         self.assertRegex(
             self.lab.offsync("plan", check=1).out,
@@ -257,7 +257,7 @@ class Missing(LabCase):
         )
 
     def test_no_rrsync(self) -> None:
-        target = self.lab.joined("one")
+        target = self.lab.linked_target("one")
         line = read(target.keys)
         write(target.keys, line.replace("/usr/bin/rrsync", "/nowhere/rrsync"))
         self.assertRegex(
@@ -266,12 +266,12 @@ class Missing(LabCase):
         )
 
     def test_an_unreadable_source(self) -> None:
-        self.lab.joined("one")
+        self.lab.linked_target("one")
         os.rmdir(self.lab.source)
         self.assert_refused(self.lab.offsync("plan"), 1, "No such file or directory", "--source")
 
     def test_no_ssh_and_no_rsync(self) -> None:
-        self.lab.joined("one")
+        self.lab.linked_target("one")
         empty = self.lab.base + "/nobin"
         os.mkdir(empty)
         for missing in ("rsync", "ssh"):
