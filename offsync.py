@@ -31,7 +31,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 348 to 3155, in the order in
+To audit it, read the trust core first: lines 354 to 3213, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -113,7 +113,9 @@ class OffsyncError(Exception):
 
     def __init__(self, message: str, *hints: Hint, said: str = "") -> None:
         super().__init__(message)
-        self.message, self.hints, self.said = message, hints, said
+        self.message = message
+        self.hints = hints
+        self.said = said
 
 
 class UsageError(OffsyncError):
@@ -136,7 +138,9 @@ class Failure:
         self.patterns = [
             [part.encode() for part in way.split("&")] for way in words.split("|") if way
         ]
-        self.why, self.hints, self.retry = why, hints, retry
+        self.why = why
+        self.hints = hints
+        self.retry = retry
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name.lower().replace("_", "-")
@@ -147,7 +151,8 @@ class TargetError(OffsyncError):
 
     def __init__(self, login: str, kind: Failure, why: str, *hints: Hint, said: str = "") -> None:
         super().__init__(f"{login}: {why}", *hints, said=said)
-        self.kind, self.why = kind, why
+        self.kind = kind
+        self.why = why
 
 
 def as_offsync_error(problem: BaseException) -> OffsyncError:
@@ -170,7 +175,8 @@ class Interrupted(BaseException):
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
-        self.signum, self.status = signum, 128 + signum
+        self.signum = signum
+        self.status = 128 + signum
 
 
 DEFAULT_RRSYNC = "/usr/bin/rrsync"
@@ -513,7 +519,8 @@ def cannot_start(program: str | bytes, result: Result) -> bool:
         b"error while loading shared libraries|Error loading shared library|Error relocating"
         b"|Library not loaded|symbol lookup error|version `.*' not found"
     )
-    first, named = result.stderr.split(b"\n")[0], os.path.basename(os.fsencode(program))
+    first = result.stderr.split(b"\n")[0]
+    named = os.path.basename(os.fsencode(program))
     if not result.status or b"rsync error: " in result.stderr:
         return False
     if first.startswith(b"OpenSSL version mismatch"):
@@ -530,7 +537,9 @@ class Output:
         room: int = OUTPUT_LIMIT,
         stderr_file: BinaryIO | None = None,
     ) -> None:
-        self.on_line, self.room, self.stderr_file = on_line, room, stderr_file
+        self.on_line = on_line
+        self.room = room
+        self.stderr_file = stderr_file
         self.stdout = bytearray()  # where there is no on_line
         self.partial_line = b""  # a line of stdout that has no end yet
         self.stderr = b""  # the end of it
@@ -564,7 +573,9 @@ class Output:
         limit and silence are those of run_program(). The end is that of the program, not of its
         pipes, which an ssh in the background may hold open. For rsync, its session is waited for.
         """
-        heard, over, late = time.monotonic(), 0.0, False
+        heard = time.monotonic()
+        over = 0.0
+        late = False
         patience = SESSION_END if self.on_line else 0
         with selectors.DefaultSelector() as selector:
             for stream in filter(None, (process.stdout, process.stderr)):
@@ -585,7 +596,8 @@ class Output:
                     else:
                         self.feed(chunk)
                         if silence:
-                            heard, limit = time.monotonic(), silence
+                            heard = time.monotonic()
+                            limit = silence
                 if self.stderr_file and os.fstat(self.stderr_file.fileno()).st_size > self.room:
                     self.use_room(self.room + 1)
                 PROGRESS.tick()
@@ -633,7 +645,8 @@ class ThreadPool:
         # Imported on first use, since it is slow to import.
         from concurrent import futures
 
-        self.futures, self.executor = futures, futures.ThreadPoolExecutor(max_workers=threads)
+        self.futures = futures
+        self.executor = futures.ThreadPoolExecutor(max_workers=threads)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return the future of a function. Raises OffsyncError where no thread can be started."""
@@ -1328,7 +1341,8 @@ def hash_file(path: bytes, with_md5: bool = False, parent: int | None = None) ->
     digests = [new_digest()]
     if with_md5:
         digests.append(new_digest(name="md5"))
-    size, flags = 0, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    size = 0
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags, dir_fd=parent)
     try:
         status = os.fstat(descriptor)
@@ -1380,7 +1394,9 @@ class Source:
     """
 
     def __init__(self, path: str, exclude: Sequence[str] = (), with_md5: bool = False) -> None:
-        self.root, self.exclude, self.with_md5 = os.fsencode(path), exclude, with_md5
+        self.root = os.fsencode(path)
+        self.exclude = exclude
+        self.with_md5 = with_md5
         self.entry_count = 0  # of entries, excluded ones too, once it is scanned
         self.symlinks: list[bytes] = []  # not excluded; for targets that take none
         self.accepted = threading.Event()  # it is scanned, and all of it can be delivered
@@ -1482,7 +1498,8 @@ def symlink_problem(root: bytes, real_root: bytes, path: bytes) -> str:
     """Return why a symlink cannot be delivered, "" if it stays inside, written and resolved."""
     place = os.path.join(root, path)
     try:
-        link, real = os.readlink(place), os.path.realpath(place)
+        link = os.readlink(place)
+        real = os.path.realpath(place)
     except OSError as error:
         return f"it is a symlink that cannot be read: {error.strerror}"
     if link.startswith(b"/"):
@@ -1669,7 +1686,9 @@ class RunContext:
         with_md5: bool = False,
     ) -> None:
         check_private(state.key)
-        self.state, self.config, self.typed = state, config, typed
+        self.state = state
+        self.config = config
+        self.typed = typed
         self.ssh = find_program("ssh")
         self.target_count = 1  # how many are planned
         # Equal plans are one object. Written by the threads of all targets.
@@ -1715,7 +1734,8 @@ class Connection:
     """One authenticated ssh connection to a target; sessions and rsyncs go over it or nowhere."""
 
     def __init__(self, context: RunContext, target: Target, known_hosts: str = "") -> None:
-        self.context, self.target = context, target
+        self.context = context
+        self.target = target
         self.known_hosts = known_hosts or context.state.known_hosts
         self.socket = os.path.join(context.scratch, "%d" % next(context.numbers))
         self.restriction_proved = False  # it is proved that the key runs no command
@@ -1811,7 +1831,8 @@ class Connection:
         MD5 sums. limit: seconds for all of it; without one, the server must answer in time, and
         then may stay silent for "timeout" of the config, in seconds.
         """
-        context, config = self.context, self.context.config
+        context = self.context
+        config = self.context.config
         out_format, on_line = tag_items(item_format, on_item, on_other)
         *shell, destination = self.rsync_remote_args(path)
         timeout = min(SEND_TIMEOUT, config.timeout) if sends else config.timeout
@@ -1872,7 +1893,8 @@ def diagnose_login(connection: Connection, result: Result) -> TargetError:
     A banner of sshd stands before ssh's own words, and may look like anything. So only ssh's last
     line is used, but where no banner can have come before.
     """
-    target, said = connection.target, [line for line in result.stderr.splitlines() if line.strip()]
+    target = connection.target
+    said = [line for line in result.stderr.splitlines() if line.strip()]
     if result.status is None:
         return failure(target, FailureKind.TIMEOUT)
 
@@ -1952,7 +1974,8 @@ def prove_path(connection: Connection) -> str:
     rsync's error names the directory in which it looked for it. Returns a sentence for people;
     raises TargetError unless that directory is named, and is the configured path.
     """
-    target, marker = connection.target, os.urandom(8).hex().encode()
+    target = connection.target
+    marker = os.urandom(8).hex().encode()
     expected = os.fsencode(target.remote_path)
     for number, last in enumerate(retry_attempts()):
         started = time.monotonic()
@@ -2020,7 +2043,9 @@ def parse_itemized(line: bytes) -> Change | None:
 
     The code is YXcstpoguax (rsync(1), --itemize-changes). Times are not compared, nor is the root.
     """
-    code, blank, escaped = line[:11], line[11:12], line[12:]
+    code = line[:11]
+    blank = line[11:12]
+    escaped = line[12:]
     if len(code) != 11 or blank != b" " or not escaped:
         raise ValueError("no itemized line: " + quote_name(line[:100]))
     name = unescape_rsync_name(escaped)
@@ -2030,7 +2055,8 @@ def parse_itemized(line: bytes) -> Change | None:
     check_relative(path)
     if code.startswith(b"*deleting"):
         return Change(path, "missing", name.endswith(b"/"))
-    update, letter = code[:1], code[1:2]
+    update = code[:1]
+    letter = code[1:2]
     if update not in b"<>ch." or letter not in b"fdL":
         raise ValueError("an unknown itemize code: " + quote_name(line[:100]))
     if code[2:3] == b"+":
@@ -2148,7 +2174,8 @@ def itemize(
     want is called with each path that differs, as soon as it is reported. Raises TargetError, also
     where the target reports a path twice, or a deletion in a pass over paths.
     """
-    context, target = connection.context, connection.target
+    context = connection.context
+    target = connection.target
     found: dict[bytes, Change] = {}
 
     def on_item(line: bytes) -> None:
@@ -2185,7 +2212,8 @@ def compare_with_proof(connection: Connection) -> dict[bytes, Change]:
     may be 1), it is tried again after the pass. A pass sends names and checksums of the source, no
     content.
     """
-    context, failed = connection.context, None
+    context = connection.context
+    failed = None
     proof: list[Any] = []
     started = time.monotonic()
 
@@ -2249,7 +2277,8 @@ def plan_target(context: RunContext, target: Target) -> TargetPlan:
     there is something to do, the key must really write below the configured path: that is proved
     while the source entries are hashed.
     """
-    connection, source = Connection(context, target), context.source
+    connection = Connection(context, target)
+    source = context.source
     try:
         PROGRESS.update(target.login, "connecting")
         connection.open()
@@ -2277,7 +2306,8 @@ def plan_target(context: RunContext, target: Target) -> TargetPlan:
     except TargetError as error:
         plan = TargetPlan(target, connection, error=error)
     except (OffsyncError, OSError) as problem:
-        hints, said = getattr(problem, "hints", ()), getattr(problem, "said", "")
+        hints = getattr(problem, "hints", ())
+        said = getattr(problem, "said", "")
         local = TargetError(target.login, FailureKind.LOCAL_ERROR, str(problem), *hints, said=said)
         plan = TargetPlan(target, connection, error=local)
     PROGRESS.update(target.login, None)
@@ -2286,7 +2316,8 @@ def plan_target(context: RunContext, target: Target) -> TargetPlan:
 
 def plan_all(context: RunContext, targets: Sequence[Target]) -> list[TargetPlan]:
     """Return the plan of each target, in the given order. Raises where the source is refused."""
-    source, state = context.source, context.state
+    source = context.source
+    state = context.state
     # Before any target is contacted.
     check_source_location(source.root, (state.path, state.key))
     context.target_count = len(targets)
@@ -2331,7 +2362,8 @@ def policy_line(config: Config) -> bytes:
 
 
 def target_line(plan: TargetPlan) -> bytes:
-    target, error = plan.target, plan.error.kind.name if plan.error else None
+    target = plan.target
+    error = plan.error.kind.name if plan.error else None
     fields = {"login": target.login, "host": target.host, "port": target.port}
     return json_line({**fields, "remote_path": target.remote_path, "error": error})
 
@@ -2341,7 +2373,8 @@ def entry_lines(plans: Sequence[TargetPlan]) -> Iterator[tuple[TargetPlan, Chang
     equal = collections.Counter(id(plan.changes) for plan in plans)
     pieces: dict[int, list[tuple[bytes, bytes]]] = {}
     for plan in plans:
-        login, key = json.dumps(plan.target.login).encode(), id(plan.changes)
+        login = json.dumps(plan.target.login).encode()
+        key = id(plan.changes)
         lines: Iterable[tuple[bytes, bytes]] = map(entry_line_parts, plan.changes)
         if equal[key] > 1:
             lines = pieces[key] = pieces.get(key) or list(lines)
@@ -2362,7 +2395,8 @@ def plan_lines(config: Config, plans: Sequence[TargetPlan]) -> Iterator[bytes]:
 
 def plan_id(config: Config, plans: Sequence[TargetPlan]) -> tuple[str, int]:
     """Return (the plan ID, the sha256 of the plan's lines; their size in bytes)."""
-    digest, size = new_digest(), 0
+    digest = new_digest()
+    size = 0
     for line in plan_lines(config, plans):
         digest.update(line)
         size += len(line)
@@ -2389,7 +2423,8 @@ def parse_plan_line(line: bytes) -> set[Change]:
         )
     elif fields["kind"] not in CHANGE_KINDS:
         raise ValueError("an unknown kind")
-    reasons, directory = tuple(fields.get("changes", ())), fields["type"] == "directory"
+    reasons = tuple(fields.get("changes", ()))
+    directory = fields["type"] == "directory"
     change = Change(
         check_relative(name_from_json(fields)), fields["kind"], directory, reasons, entry
     )
@@ -2423,18 +2458,18 @@ def approve(
     compared = [plan for plan in plans if not plan.error]
     replan = context.typed.again(command="plan", plan=None)
     # What is not approved yet, by the digests of its lines: there may be millions.
-    open_lines: dict[bytes, tuple[Target, Change | None]] = {}
+    unapproved: dict[bytes, tuple[Target, Change | None]] = {}
     for plan in compared:
-        open_lines[new_digest(target_line(plan)).digest()] = plan.target, None
-    for plan, entry, line in entry_lines(compared):
-        open_lines[new_digest(line).digest()] = plan.target, entry
+        unapproved[new_digest(target_line(plan)).digest()] = plan.target, None
+    for plan, changed, line in entry_lines(compared):
+        unapproved[new_digest(line).digest()] = plan.target, changed
     done: set[Change] = set()
     differing: list[str] = []
     for number, line in enumerate(reviewed, 1):
         try:
             if number == 1:
                 check_policy(context, line)
-            elif not open_lines.pop(new_digest(line).digest(), None):
+            elif not unapproved.pop(new_digest(line).digest(), None):
                 done |= parse_plan_line(line)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UsageError(
@@ -2443,26 +2478,26 @@ def approve(
                 "use the unmodified output of 'offsync plan --json'",
                 ("or have a new plan reviewed:", replan),
             ) from None
-    elsewhere = [why for why in (not_done(context.source, change) for change in done) if why]
-    unreviewed = {target for target, change in open_lines.values() if change is None}
+    other_reasons = [why for why in (not_done(context.source, change) for change in done) if why]
+    unreviewed = {target for target, change in unapproved.values() if change is None}
     # Leftovers and kept entries that the review does not list, which are not touched.
     spared: dict[Target, set[bytes]] = {}
-    changed: set[str] = set()  # logins
-    for target, change in open_lines.values():
+    differing_logins: set[str] = set()
+    for target, change in unapproved.values():
         if change and change.kind in ("leftover", "kept"):
             spared.setdefault(target, set()).add(change.path)
         elif change and target not in unreviewed:
             state = "now exists only on the target" if change.kind == "missing" else "is now "
             state += change.kind if change.entry else ""
             differing.append(f"{target.login}: {quote_path(change.path)} {state}")
-            changed.add(target.login)
+            differing_logins.add(target.login)
     if len(unreviewed) == len(compared) > 0:
-        elsewhere.append("it covers none of these targets")
-    differing += elsewhere
+        other_reasons.append("it covers none of these targets")
+    differing += other_reasons
     if differing:
         hints = [("have a new plan reviewed:", replan)]
-        if len(changed) < len(compared) and not elsewhere:
-            excepted = [*context.typed.excepted, *sorted(changed)]
+        if len(differing_logins) < len(compared) and not other_reasons:
+            excepted = [*context.typed.excepted, *sorted(differing_logins)]
             hints.append(("or leave those targets out:", context.typed.again(excepted=excepted)))
         raise OffsyncError(
             "refused, nothing was sent: the current plan is not the reviewed plan "
@@ -2475,8 +2510,8 @@ def approve(
             error = failure(plan.target, FailureKind.NOT_REVIEWED)
             plan = TargetPlan(plan.target, plan.connection, error=error)
         elif plan.target in spared:
-            kept = (c for c in plan.changes if c.path not in spared[plan.target])
-            plan = plan._replace(changes=tuple(kept))
+            remaining = (c for c in plan.changes if c.path not in spared[plan.target])
+            plan = plan._replace(changes=tuple(remaining))
         approved.append(plan)
     return approved
 
@@ -2488,7 +2523,8 @@ def check_policy(context: RunContext, reviewed: bytes) -> None:
 
     Raises ValueError, KeyError or TypeError for what is no such line.
     """
-    now, then = json.loads(policy_line(context.config)), json.loads(reviewed)
+    now = json.loads(policy_line(context.config))
+    then = json.loads(reviewed)
     deletion = Deletion(then["delete"])
     validate_absolute_path(then["source"], "source")
     printed = {**{key: then[key] for key in now}, "delete": deletion.value}
@@ -2499,7 +2535,8 @@ def check_policy(context: RunContext, reviewed: bytes) -> None:
     differing = [pair for pair in pairs if pair[1] != pair[2]]
     if not differing:
         return
-    typed, options = context.typed, {"source": then["source"], "deletion": deletion}
+    typed = context.typed
+    options = {"source": then["source"], "deletion": deletion}
     for option, configured in (
         ("source", typed.configured.source),
         ("deletion", typed.configured.delete),
@@ -2520,7 +2557,8 @@ def check_policy(context: RunContext, reviewed: bytes) -> None:
 
 def not_done(source: Source, change: Change) -> str:
     """Return how the source contradicts a reviewed change, "" if it agrees; hashes if it must."""
-    path, entry = change.path, change.entry
+    path = change.path
+    entry = change.entry
     if change.kind == "missing" and os.path.lexists(os.path.join(source.root, path)):
         return f"{quote_path(path)} was to be deleted, but is back in the source"
     now = source.entries.get(path)
@@ -2549,7 +2587,8 @@ def colliding_names(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[by
 
 def policy_violation(context: RunContext, plans: Sequence[TargetPlan]) -> OffsyncError | None:
     """Return why none of these plans may be carried out, reviewed or not; None if all may."""
-    config, allowed = context.config, context.config.delete is Deletion.ALLOW
+    config = context.config
+    allowed = context.config.delete is Deletion.ALLOW
     gone = ("missing", "leftover") if allowed else ("missing",)
     # Where all is refused anyway, no rsync is run to learn what the excludes leave.
     emptied = config.delete is not Deletion.REFUSE or not context.source.entry_count
@@ -2699,8 +2738,11 @@ class Delivery:
     """Carries one target's plan out and verifies it."""
 
     def __init__(self, context: RunContext, plan: TargetPlan) -> None:
-        self.context, self.plan, self.connection = context, plan, plan.connection
-        self.login, self.source = plan.target.login, context.source
+        self.context = context
+        self.plan = plan
+        self.connection = plan.connection
+        self.login = plan.target.login
+        self.source = context.source
         self.to_send = [change for change in plan.changes if change.entry]
         allowed = context.config.delete is Deletion.ALLOW
         gone = plan.changes_of("missing", "leftover") if allowed else ()
@@ -2714,7 +2756,8 @@ class Delivery:
 
     def run_delivery(self, record: Record) -> tuple[Record, OffsyncError | None]:
         """Send, delete and verify; return (the record of what became of it, why it failed)."""
-        started, result = time.monotonic(), "ok"
+        started = time.monotonic()
+        result = "ok"
         failed: OffsyncError | None = None
         try:
             if self.plan.error:
@@ -2723,9 +2766,11 @@ class Delivery:
                 self.deliver()
             self.outcome = Comparison({}, set())
         except Cancelled:
-            result, failed = "interrupted", OffsyncError("interrupted", "run apply again to finish")
+            result = "interrupted"
+            failed = OffsyncError("interrupted", "run apply again to finish")
         except (OffsyncError, OSError, MemoryError) as problem:
-            result, failed = "failed", as_offsync_error(problem)
+            result = "failed"
+            failed = as_offsync_error(problem)
             # If the source changed, a comparison would mean nothing. A connection whose proofs
             # failed is asked nothing more.
             known = getattr(problem, "kind", None) is not FailureKind.SOURCE_CHANGED
@@ -2830,7 +2875,8 @@ class Delivery:
         PROGRESS.update(self.login, "sending " + total)
         self.target_touched = True
         # Unknown where rsync fails.
-        before, self.bytes_sent = self.bytes_sent or 0, None
+        before = self.bytes_sent or 0
+        self.bytes_sent = None
         with scratch_file(
             self.context.scratch, (files_from_entry(c.path) for c in changes)
         ) as names:
@@ -2896,7 +2942,8 @@ class Delivery:
         ]
         if stuck:
             self.send(stuck, RSYNC_UNSTAGED)
-            whole, found = False, self.compare("hash", paths)
+            whole = False
+            found = self.compare("hash", paths)
             different = set(found.differs)
         if different:
             raise self.mismatch_error(Comparison({p: found.differs[p] for p in different}, set()))
@@ -2956,7 +3003,8 @@ class Delivery:
         may_go = paths | self.replacing
 
         def judge(line: bytes) -> None:
-            code, name = line[:11], unescape_rsync_name(line[12:]).rstrip(b"/")
+            code = line[:11]
+            name = unescape_rsync_name(line[12:]).rstrip(b"/")
             gone = code.startswith(b"*deleting") and name in may_go
             # Once: a target can report it without end.
             may_go.discard(name)
@@ -3044,12 +3092,15 @@ def open_log(state: StateDirectory, so_far: str = "") -> int:
 
 def append_log(state: StateDirectory, record: Record) -> None:
     """Append one record with one write. Raises OffsyncError if it is not all there."""
-    line, log, why = json_line(record._asdict()), open_log(state), "no space left"
+    line = json_line(record._asdict())
+    log = open_log(state)
+    why = "no space left"
     try:
         written = os.write(log, line)
         os.fsync(log)
     except OSError as error:
-        written, why = 0, str(error.strerror)
+        written = 0
+        why = str(error.strerror)
     os.close(log)
     if written != len(line):
         raise OffsyncError(
@@ -3085,8 +3136,10 @@ class RunLog:
     """
 
     def __init__(self, state: StateDirectory, config: Config, targets: Sequence[Target]) -> None:
-        self.state, self.locked = state, False
-        who, sudo = user_name(os.getuid()), os.environ.get("SUDO_USER")
+        self.state = state
+        self.locked = False
+        who = user_name(os.getuid())
+        sudo = os.environ.get("SUDO_USER")
         who += f" (sudo by {sudo})" if sudo else ""
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         # By login. files_changed is [] until the delivery begins, and None, unknown, from then on.
@@ -3105,9 +3158,11 @@ class RunLog:
         """Finish the records that have no end yet, with the error that ended the run."""
         for record in list(self.unfinished.values()) if error else ():
             unknown = record.files_changed is None
-            result, why = "interrupted", OffsyncError("interrupted", "run apply again to finish")
+            result = "interrupted"
+            why = OffsyncError("interrupted", "run apply again to finish")
             if error and is_refusal(error) and not unknown:
-                result, why = "refused", as_offsync_error(error)
+                result = "refused"
+                why = as_offsync_error(error)
             self.finish(record._replace(result=result, error=why.message, seconds=0.0), why)
 
     def identify(self, plan: str) -> None:
@@ -3117,7 +3172,8 @@ class RunLog:
 
     def deliver(self, context: RunContext, plan: TargetPlan) -> None:
         """Carry out one target's plan and log it at once, whatever becomes of the others."""
-        record, failed = self.unfinished[plan.target.login], None
+        record = self.unfinished[plan.target.login]
+        failed = None
         try:
             if plan.changes:
                 unknown = record._replace(files_changed=None, files_deleted=None, bytes_sent=None)
@@ -3125,7 +3181,8 @@ class RunLog:
                 self.unfinished[record.login] = unknown
             record, failed = Delivery(context, plan).run_delivery(record)
         except OffsyncError as error:
-            failed, record = error, record._replace(result="failed", error=error.message)
+            failed = error
+            record = record._replace(result="failed", error=error.message)
         self.finish(record, failed)
 
     def finish(self, record: Record, failed: OffsyncError | None) -> None:
@@ -3139,7 +3196,8 @@ class RunLog:
             if self.locked and record.result != "refused":
                 write_status(self.state, record)
         except OffsyncError as error:
-            failed, why = error, record.error or "delivered and verified, but not logged"
+            failed = error
+            why = record.error or "delivered and verified, but not logged"
             if error.message not in why:
                 record = record._replace(result="failed", error=f"{why}; {error.message}")
             # A status "started" would say that it was killed.
@@ -3407,7 +3465,9 @@ def untrusted_writer(path: str, itself: bool = True) -> tuple[str, list[Hint]] |
     Every existing directory on the way from / is judged, with those that symlinks lead through.
     itself: what lies at the path is judged, too.
     """
-    at, parts, links = "/", os.path.abspath(path).split("/"), 0
+    at = "/"
+    parts = os.path.abspath(path).split("/")
+    links = 0
     while parts:
         part = parts.pop(0)
         if part in ("", "."):
@@ -3418,7 +3478,8 @@ def untrusted_writer(path: str, itself: bool = True) -> tuple[str, list[Hint]] |
         entry = os.path.dirname(at) if part == ".." else os.path.join(at, part)
         if os.path.islink(entry):
             target = os.readlink(entry)
-            parts, links = [*target.split("/"), *parts], links + 1
+            parts = [*target.split("/"), *parts]
+            links = links + 1
             at = "/" if target.startswith("/") else at
         elif os.path.lexists(entry):
             at = entry
@@ -3443,7 +3504,8 @@ def judge_place(place: str, entry: str = "") -> tuple[str, list[Hint]] | None:
         return f"{quote_text(place)} cannot be looked at: {error.strerror}", []
     if status.st_uid not in ours:
         return f"{quote_text(place)} belongs to {user_name(status.st_uid)}", []
-    mode, following = stat.S_IMODE(status.st_mode), os.path.join(place, entry)
+    mode = stat.S_IMODE(status.st_mode)
+    following = os.path.join(place, entry)
     if entry and mode & stat.S_ISVTX and os.path.lexists(following):
         if os.lstat(following).st_uid in ours:
             return None
@@ -3500,7 +3562,8 @@ def home_directory() -> str:
 
     "sudo -u" (where it keeps HOME) and su without "-" leave it so. One that we own is fine.
     """
-    home, user = os.path.expanduser("~"), user_name(os.geteuid())
+    home = os.path.expanduser("~")
+    user = user_name(os.geteuid())
     try:
         own = pwd.getpwuid(os.geteuid()).pw_dir
         owner = os.stat(home).st_uid
@@ -3561,18 +3624,19 @@ class StateDirectory:
 
     def owner_hints(self, path: str) -> list[Hint]:
         """Return the ways out where the state, or a file in it, belongs to another account."""
-        user = user_name(os.geteuid())
-        for place in (self.path, path):
-            with contextlib.suppress(OSError):
-                uid = os.stat(place).st_uid
-                owner = user_name(uid)
-                if uid != os.geteuid() and place == self.path:
-                    again = typed_again(user=owner, state=self.path)
-                    return [(f"it belongs to {owner}; work as that account:", again)]
-                if uid != os.geteuid():
-                    quoted = shlex.quote(os.path.realpath(place))
-                    why = f"it belongs to {owner}; if that is a mistake, as root:"
-                    return [(why, f"chown {user} {quoted}")]
+        if not os.path.exists(path):
+            return []
+        user = os.geteuid()
+        real = os.path.realpath(path)
+        owner = os.stat(self.path).st_uid
+        if owner != user:
+            again = typed_again(user=user_name(owner), state=self.path)
+            return [(f"it belongs to {user_name(owner)}; work as that account:", again)]
+        owner = os.stat(path).st_uid
+        # What a symlink leads to is not ours to give away.
+        if owner != user and within(real, self.path):
+            why = f"it belongs to {user_name(owner)}; if that is a mistake, as root:"
+            return [(why, f"chown {user_name(user)} {shlex.quote(real)}")]
         return []
 
     def read_config(self) -> str:
@@ -3617,7 +3681,8 @@ class StateDirectory:
         is_id = re.fullmatch("[0-9a-f]{64}", named)
         path = os.path.join(self.plans, named) if is_id else named
         # A copy: it may be a pipe, and may change meanwhile.
-        digest, copy = new_digest(), scratch_file(scratch)
+        digest = new_digest()
+        copy = scratch_file(scratch)
         try:
             with open(path, "rb") as stream:
                 # A device may have no end.
@@ -3730,7 +3795,8 @@ def edit_authorized_keys(text: bytes, key: PublicKey, new_line: str | None) -> t
 
     Other lines stay byte for byte. Raises ValueError(line number) for a foreign line with the key.
     """
-    kept, was = [], ""
+    kept = []
+    was = ""
     new = b"" if new_line is None else os.fsencode(new_line) + b"\n"
     for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", text), 1):
         decoded = line.decode("utf-8", "surrogateescape").strip()
@@ -3969,7 +4035,8 @@ def link_risks(real: str) -> Iterator[tuple[str, list[Hint]]]:
     if strangers:
         yield f"others could put another directory in its place: {strangers[0]}", strangers[1]
     if os.path.isdir(real):
-        owner, user = user_name(os.stat(real).st_uid), user_name(os.geteuid())
+        owner = user_name(os.stat(real).st_uid)
+        user = user_name(os.geteuid())
         if os.geteuid() == 0 and owner != user:
             yield (
                 f"it belongs to {owner}, and this links it for {user}, who may write anywhere",
@@ -4049,8 +4116,11 @@ def link_warnings(
     account: pwd.struct_passwd, sshd: dict[str, list[str]], delivery: str
 ) -> Iterator[tuple[str, list[Hint]]]:
     """Yield (a warning, its hints): what makes sshd ignore the key, or undoes its restriction."""
-    status, own, home = os.stat(delivery), account.pw_uid, account.pw_dir
-    shown, user = quote_text(delivery), account.pw_name
+    status = os.stat(delivery)
+    own = account.pw_uid
+    home = account.pw_dir
+    shown = quote_text(delivery)
+    user = account.pw_name
     if status.st_uid not in (0, own):
         yield f"{shown} belongs to {user_name(status.st_uid)}, who can change what is delivered", []
     if not os.access(delivery, os.W_OK):
@@ -4129,7 +4199,9 @@ def advertised_address(settings: dict[str, list[str]]) -> tuple[int | None, list
 
 def cmd_link(args: argparse.Namespace) -> int:
     require_programs("target")
-    account, risks, munge = current_account(), args.accept_risk, not args.symlinks
+    account = current_account()
+    risks = args.accept_risk
+    munge = not args.symlinks
     # "target add" takes no other login, and ssh takes few of them.
     if not re.fullmatch(LOGIN_PATTERN, account.pw_name + "@host"):
         raise OffsyncError(
@@ -4283,7 +4355,8 @@ def fetch_host_key(connection: Connection) -> tuple[str, str, str]:
     (ssh-keyscan knows none). What a server shows is not proved yet: the connection that trusts this
     key proves it.
     """
-    context, target = connection.context, connection.target
+    context = connection.context
+    target = connection.target
     path = os.path.join(context.scratch, "fetched-%d" % next(context.numbers))
     argv = [context.ssh, *SSH_NO_MUX, *SSH_FETCH_HOST_KEY, "-o", "UserKnownHostsFile=" + path]
     for last in retry_attempts():
@@ -4323,7 +4396,8 @@ def confirm_host_key(target: Target, shown: str) -> None:
 
 def trust_host_key(context: RunContext, host: str, line: str) -> str:
     """Return a scratch copy of our known_hosts with this line in place of those of its host."""
-    path, old = os.path.join(context.scratch, "known_hosts"), b""
+    path = os.path.join(context.scratch, "known_hosts")
+    old = b""
     if os.path.exists(context.state.known_hosts):
         shutil.copyfile(context.state.known_hosts, path)
         # It knows hashed names, too.
@@ -4425,7 +4499,8 @@ def prove_forwarding(connection: Connection) -> list[Proof]:
 def prove_all(connection: Connection) -> list[Proof]:
     """Try all that the key must not do, and that it can write; no file is sent."""
     connection.prove_restricted()
-    context, marker = connection.context, os.urandom(8).hex()
+    context = connection.context
+    marker = os.urandom(8).hex()
     dry: dict[str, Any] = {"source": context.empty, "limit": SESSION_DEADLINE}
     read = connection.session((), "cat /etc/passwd")
     *shell, files = connection.rsync_remote_args(".")
@@ -4706,7 +4781,8 @@ def parse_yaml(text: str) -> dict[str, Node]:
     opened: Node | None = None  # the list that is being read
     dash = keys = -1  # columns: of its dashes, and of the keys of its last item
     # CR before LF alone: elsewhere it would hide text.
-    lines, number = text.replace("\r\n", "\n").split("\n"), 0
+    lines = text.replace("\r\n", "\n").split("\n")
+    number = 0
 
     def add(mapping: dict[str, Node], key: str, node: Node) -> None:
         if key in mapping:
@@ -4723,14 +4799,17 @@ def parse_yaml(text: str) -> dict[str, Node]:
             match = re.fullmatch(YAML_LINE, line)
             if re.search(YAML_FORBIDDEN, line) or not match:
                 raise ValueError(explain_yaml(line))
-            indent, key, value = len(match["indent"]), match["key"], match["value"]
+            indent = len(match["indent"])
+            key = match["key"]
+            value = match["value"]
             node = None if value is None else Node(parse_yaml_value(value, number), number)
             if match["dash"]:
                 if opened is None or opened.value and indent != dash:
                     raise ValueError("a list item where none is expected; indent all items alike")
                 if node is None:
                     raise ValueError("an empty list item; remove it")
-                dash, keys = indent, match.start("key") if key else -1
+                dash = indent
+                keys = match.start("key") if key else -1
                 opened.value.append(Node({key: node}, number) if key else node)
             elif not key:
                 if value is not None:
@@ -5007,7 +5086,8 @@ def validate_config(text: str, filename: str) -> Config:
         if not isinstance(node.value, dict):
             refuse(node.line, "a target is a list of keys: " + ", ".join(TARGET_KEYS))
         fields = values_of(node.value, TARGET_KEYS, node.line)
-        user, host = fields.pop("user"), fields.pop("host")
+        user = fields.pop("user")
+        host = fields.pop("host")
         target = Target(**fields)
         if (target.user, target.host) != (user, host):
             refuse(node.value["login"].line, "login, user and host disagree; login is user@host")
@@ -5100,7 +5180,8 @@ def terminal_size(stream: Any) -> tuple[int, int]:
     try:
         columns, rows = os.get_terminal_size(stream.fileno())
     except OSError:
-        columns, rows = 0, 0
+        columns = 0
+        rows = 0
     return columns or 80, rows or 24
 
 
@@ -5288,10 +5369,8 @@ def read_public_key(path: str) -> bytes:
     done = run_program(argv, limit=SESSION_DEADLINE)
     if done.status == 0:
         return done.stdout
-    data, quoted = (
-        read_file(path, "key", ("create it:", offsync_command("init"))),
-        shlex.quote(path),
-    )
+    data = read_file(path, "key", ("create it:", offsync_command("init")))
+    quoted = shlex.quote(path)
     if data and (b"\r" in data or not data.endswith(b"\n")):
         raise OffsyncError(
             f"key {quote_text(path)}: CRLF line endings, or no final newline (a CI variable?)",
@@ -5315,7 +5394,8 @@ def read_public_key(path: str) -> bytes:
 
 def check_own_key(path: str) -> str:
     """Return the type of our key; raise for what keeps ssh from using it."""
-    public, shown = read_public_key(path).split()[:2], path + ".pub"
+    public = read_public_key(path).split()[:2]
+    shown = path + ".pub"
     # ssh offers the public half that lies beside the private key.
     if os.path.exists(shown) and read_file(shown, "key").split()[:2] != public:
         raise OffsyncError(
@@ -5331,7 +5411,8 @@ def check_own_key(path: str) -> str:
 
 def cmd_init(args: argparse.Namespace) -> int:
     require_programs("controller")
-    state, named = StateDirectory(), args.source
+    state = StateDirectory()
+    named = args.source
     if named is None and not os.path.lexists(state.config):
         named = "."
     source = "" if named is None else validate_absolute_path(os.path.abspath(named), "source")
@@ -5420,7 +5501,8 @@ def read_log(state: StateDirectory) -> Iterator[tuple[bytes, Record]]:
 
 def cmd_target_list(args: argparse.Namespace) -> int:
     state = StateDirectory()
-    config, last = state.load(), read_statuses(state)
+    config = state.load()
+    last = read_statuses(state)
     targets = sorted(config.targets)
     if args.json:
         listed = []
@@ -5444,7 +5526,8 @@ def print_targets(config: Config, last: dict[str, Record]) -> None:
     """Print the targets and what became of each in the last run that was not refused."""
     rows = [["TARGET", "LAST OUTCOME (UTC)", "RESULT", "PLAN", "PATH, OR ERROR"]]
     for target in sorted(config.targets):
-        record, where = last.get(target.login), quote_text(target.remote_path)
+        record = last.get(target.login)
+        where = quote_text(target.remote_path)
         where += " port %d" % target.port if target.port else ""
         if not record:
             rows.append([target.login, "", "none", "", where + ": never delivered (no record)"])
@@ -5590,13 +5673,16 @@ def plan_summary(config: Config, plan: TargetPlan, planning: bool) -> str:
 
 def change_line(change: Change, quoted: bool = False) -> str:
     """Return one entry of a plan: kind, reasons, size, path."""
-    entry, path, kind = change.entry, quote_name(change.path, quoted), change.kind
+    entry = change.entry
+    path = quote_name(change.path, quoted)
+    kind = change.kind
     if entry is None:
         notes = {"missing": "only on target", "kept": "only on target, kept"}
         reason = notes.get(kind, "rsync's temporary")
         size = "directory" if change.directory else ""
     else:
-        reason, size = ",".join(change.reasons) or "not on target", entry.type
+        reason = ",".join(change.reasons) or "not on target"
+        size = entry.type
         if entry.type == "file":
             size = format_bytes(entry.size)
         if entry.type == "symlink":
@@ -5663,9 +5749,11 @@ def cmd_plan(args: argparse.Namespace) -> int:
     config, targets, typed = load_targets(state, args)
     with RunContext(state, config, typed, args.jobs) as context:
         plans = plan_all(context, targets)
-        name, refused = state.store_plan(config, plans), policy_violation(context, plans)
+        name = state.store_plan(config, plans)
+        refused = policy_violation(context, plans)
         unreviewed = None if refused else review_required(context, plans, name)
-    differs, problem = any(map(has_differences, plans)), refused or unreviewed
+    differs = any(map(has_differences, plans))
+    problem = refused or unreviewed
     refuses = "apply will refuse" if refused else "apply without --plan will refuse"
     if args.json:
         emit_lines(plan_lines(config, plans))
@@ -5696,7 +5784,8 @@ def describe_record(record: Record) -> str:
     """Return what became of a target, in words."""
     counts = describe_counts(record)
     if record.result == "ok":
-        sent, seconds = format_bytes(record.bytes_sent or 0), record.seconds or 0
+        sent = format_bytes(record.bytes_sent or 0)
+        seconds = record.seconds or 0
         return f"{counts}, verified; {sent} sent in {seconds:.1f} s" if counts else EQUAL
     so_far = f"before that: {counts}" if counts else "nothing was delivered"
     if record.files_changed is None:
@@ -5732,7 +5821,8 @@ class Report:
     """Prints what became of each target of an apply, and what all came to."""
 
     def __init__(self, log: RunLog, as_json: bool) -> None:
-        self.log, self.as_json = log, as_json
+        self.log = log
+        self.as_json = as_json
         self.results: dict[str, list[str]] = {}  # result: logins
         self.said: dict[tuple[str, ...], list[str]] = {}  # failures, and whose they are
 
@@ -5836,7 +5926,9 @@ def cmd_log(args: argparse.Namespace) -> int:
     if args.targets:
         known = {target.login for target in config.targets} if config else set()
         logins = match_targets(logins | known, args.targets)
-    rows, below, unknown = [["WHEN (UTC)", "TARGET", "RESULT", "PLAN", "BY"]], [""], 0
+    rows = [["WHEN (UTC)", "TARGET", "RESULT", "PLAN", "BY"]]
+    below = [""]
+    unknown = 0
     found = False
     for line, record in records:
         if record.login not in logins:
@@ -5897,7 +5989,9 @@ def parse_manifest(lines: Iterable[bytes]) -> dict[bytes, str]:
 
 def manifest_files(root: str, exclude: Sequence[str], manifest: str | None) -> dict[bytes, str]:
     """Return path -> sha256 of every file of a tree, but of the manifest and where stdout leads."""
-    source, own, paths = Source(root, exclude), set(), []
+    source = Source(root, exclude)
+    own = set()
+    paths = []
     for place in (1, None if manifest == "-" else manifest):
         with contextlib.suppress(OSError, TypeError):
             own.add(os.stat(place)[1:3])  # type: ignore[arg-type]
@@ -5948,7 +6042,8 @@ def cmd_manifest(args: argparse.Namespace) -> int:
     exclude: tuple[str, ...] = ()
     if directory is None:
         config = StateDirectory().load()
-        directory, exclude = config.source, config.exclude
+        directory = config.source
+        exclude = config.exclude
     if not os.path.isdir(directory):
         raise UsageError(f"manifest: {quote_text(directory)} is not a directory", "name one")
     expected = {} if args.check is None else read_manifest(args.check)
@@ -5958,11 +6053,14 @@ def cmd_manifest(args: argparse.Namespace) -> int:
         return 0
     for path in sorted({*expected, *found}):
         if expected.get(path) != found.get(path):
-            kind, word = "modified", "modified"
+            kind = "modified"
+            word = "modified"
             if path not in expected:
-                kind, word = "added", "not listed"
+                kind = "added"
+                word = "not listed"
             elif path not in found:
-                kind, word = "missing", "not here"
+                kind = "missing"
+                word = "not here"
             emit(f"{colour(kind, f'{word:10}')}  {quote_name(path)}")
     if expected != found:
         return 3
@@ -6046,7 +6144,8 @@ def print_examined(target: Target, found: list[Proof] | OffsyncError, short: boo
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
-    state, healthy = StateDirectory(), 0
+    state = StateDirectory()
+    healthy = 0
     if not os.path.lexists(state.config) and not os.path.lexists(state.key):
         raise OffsyncError(
             f"doctor: {quote_text(state.path)} holds no controller's state", *no_state_hints()

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import unittest
 
 from lab import (
@@ -345,7 +346,9 @@ class EveryFailure(unittest.TestCase):
     """The table of failures: each command only looks, is typed in a test, or says why it is not."""
 
     def test_commands(self) -> None:
-        target = offsync.Target("%s@127.0.0.1" % USER, "/tmp")
+        base = tempfile.mkdtemp(prefix="offsync-hints-")
+        self.addCleanup(os.rmdir, base)
+        target = offsync.Target("%s@127.0.0.1" % USER, base)
         typed = {"offsync link"}
         for kind in offsync.FAILURES:
             for _, command in offsync.failure(target, kind).hints:
