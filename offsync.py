@@ -31,7 +31,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 354 to 3213, in the order in
+To audit it, read the trust core first: lines 356 to 3235, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -125,11 +125,11 @@ class UsageError(OffsyncError):
 
 
 class Failure:
-    """A kind of failure of a target: the words by which it is known, why it is, and the ways out.
+    """A kind of failure of a target: how it is recognised, what it means, and the ways out.
 
-    words: "a|b" is one of them, "a&b" both in one line, "" what only we find. retry: another
-    attempt may help. Each is an attribute of Kind, whose name it bears: none can be misspelt
-    without mypy saying so.
+    words: alternatives are separated by "|"; parts joined by "&" must stand in one line; an empty
+    text is for what only offsync detects. retry: another attempt may help. Every Failure is an
+    attribute of FailureKind, and has the name of that attribute.
     """
 
     name = ""
@@ -180,6 +180,8 @@ class Interrupted(BaseException):
 
 
 DEFAULT_RRSYNC = "/usr/bin/rrsync"
+# added: not on the target; modified: it differs; missing: from the source, so only on the target;
+# leftover: only on the target, under a temporary name of rsync's.
 CHANGE_KINDS = ("added", "modified", "missing", "leftover")
 LISTED = 5  # names in a message: the first ones, then a count
 NAME_SHOWN = 200  # characters of a name in a message
@@ -258,8 +260,8 @@ class Change(NamedTuple):
     """One difference between source and target: one line of a plan."""
 
     path: bytes
-    kind: str  # one of KINDS, or "kept": what is missing, and is left alone
-    directory: bool  # of what only the target has rsync tells no more
+    kind: str  # one of CHANGE_KINDS, or "kept": only on the target, and left alone
+    directory: bool  # of what exists only on the target, rsync reports no more than this
     reasons: tuple[str, ...] = ()  # of modified: "content", "mode", "type", "link"
     entry: Entry | None = None  # of added and modified, once the source is described
 
@@ -384,7 +386,7 @@ FOREVER = threading.TIMEOUT_MAX  # seconds
 CONNECT_DEADLINE = 60.0  # seconds for a connection
 SESSION_DEADLINE = 45.0  # seconds for a session that hashes nothing
 STDERR_KEPT = 1 << 14  # bytes
-OUTPUT_LIMIT = 1 << 22  # bytes that a program may print, but for rsync
+OUTPUT_LIMIT = 1 << 22  # bytes that a program may print, except rsync
 MAX_LINE = 1 << 16  # bytes; a name has 4096, times 5 when escaped
 LINE_COST = 150  # bytes of memory that a line takes beside its text
 # After an error the target's rsync sleeps for 0.1 s (cleanup.c), and holds rrsync's lock meanwhile.
@@ -404,7 +406,7 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def end_now(signum: int, _: object) -> NoReturn:
-    """Handle a second signal, or one after the end: end at once. The guard process cleans up."""
+    """Handle a second signal, or one after the end: end at once. The reaper cleans up."""
     os._exit(128 + signum)
 
 
@@ -525,7 +527,8 @@ def cannot_start(program: str | bytes, result: Result) -> bool:
         return False
     if first.startswith(b"OpenSSL version mismatch"):
         return True
-    return named in result.stderr and bool(re.search(loader, first))
+    by_name = rb"^\S*\b%s: |needed by \S*\b%s\)" % (re.escape(named), re.escape(named))
+    return bool(re.search(loader, first) and re.search(by_name, result.stderr, re.MULTILINE))
 
 
 class Output:
@@ -1140,7 +1143,7 @@ class FailureKind:
     RRSYNC_REJECTED_OPTION = Failure(
         "has been disabled on this server|invalid rsync-command syntax|option is not supported|"
         "unknown option|unrecognized option|unrecognized arguments|is not rsync|"
-        "Not invoked via sshd|does not run rsync|offsync: fuzzy is refused|"
+        "Not invoked via sshd|does not run rsync|offsync: fuzzy and backup directories|"
         "offsync: basis directories are refused|offsync: characters that are not ASCII",
         "the target's rrsync refused the command or an option",
         "update rsync on the target, so that rrsync and rsync are of the same release, 3.1.2 or "
@@ -1328,6 +1331,22 @@ def open_directory(root: bytes, directory: bytes) -> int:
     return descriptor
 
 
+def exists_below(root: bytes, path: bytes) -> bool:
+    """Return whether a path exists in a tree, without following a symlink on the way."""
+    directory, name = os.path.split(path)
+    try:
+        parent = open_directory(root, directory)
+    except OSError:
+        return False
+    try:
+        os.stat(name, dir_fd=parent, follow_symlinks=False)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(parent)
+
+
 def new_digest(data: bytes = b"", name: str = "sha256") -> Any:
     # Imported on first use, since it is slow to import.
     import hashlib
@@ -1348,7 +1367,8 @@ def hash_file(path: bytes, with_md5: bool = False, parent: int | None = None) ->
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file any more", path)
-        # Reading stops at the size, not at the end of the file: so most files need one read.
+        # One byte more than the size is asked for: a file that grows is noticed, and most files
+        # need one read, since none is spent on finding the end.
         while size < status.st_size:
             chunk = os.read(descriptor, min(status.st_size + 1, 1 << 18))
             if STOPPING.is_set():
@@ -1374,8 +1394,8 @@ def describe_entry(root: bytes, path: bytes, with_md5: bool = False) -> Entry:
             return Entry("directory", mode, 0)
         if stat.S_ISLNK(status.st_mode):
             link = os.readlink(name, dir_fd=parent)
-            # It was replaced after the scan, which refuses such a symlink.
             if escapes_source(path, link):
+                # The scan refuses such a symlink: this one has appeared since.
                 raise OSError(errno.EINVAL, "it is a symlink that leaves the source", path)
             return Entry("symlink", 0o777, len(link), link=link)
         # Anything else is not even opened.
@@ -1525,7 +1545,7 @@ def entry_problem(entry: os.DirEntry[bytes]) -> str:
 
 
 def scan(source: Source) -> dict[bytes, str]:
-    """Walk the source once, count it, note its symlinks; return {path: why it is no delivery}."""
+    """Walk the source once, count it, note its symlinks; return {path: why it is undeliverable}."""
     offences: dict[bytes, str] = {}
     real_root = os.path.realpath(source.root)
     pending = [b""]
@@ -1891,7 +1911,7 @@ def diagnose_login(connection: Connection, result: Result) -> TargetError:
     """Return what a connection that did not open meant. Raises OffsyncError for a bad key of ours.
 
     A banner of sshd stands before ssh's own words, and may look like anything. So only ssh's last
-    line is used, but where no banner can have come before.
+    line is used, except where no banner can have come before it.
     """
     target = connection.target
     said = [line for line in result.stderr.splitlines() if line.strip()]
@@ -2133,7 +2153,7 @@ def is_leftover(source: Source, change: Change) -> bool:
     if not match or change.directory:
         return False
     names = (match[1], b"." + match[1])
-    return any(os.path.lexists(os.path.join(source.root, directory, name)) for name in names)
+    return any(exists_below(source.root, os.path.join(directory, name)) for name in names)
 
 
 # --- Trust core: the plan -----------------------------------------------------------------------
@@ -2487,8 +2507,9 @@ def approve(
         if change and change.kind in ("leftover", "kept"):
             spared.setdefault(target, set()).add(change.path)
         elif change and target not in unreviewed:
-            state = "now exists only on the target" if change.kind == "missing" else "is now "
-            state += change.kind if change.entry else ""
+            state = "now exists only on the target"
+            if change.entry:
+                state = "was not reviewed as it would be " + change.kind
             differing.append(f"{target.login}: {quote_path(change.path)} {state}")
             differing_logins.add(target.login)
     if len(unreviewed) == len(compared) > 0:
@@ -2559,7 +2580,7 @@ def not_done(source: Source, change: Change) -> str:
     """Return how the source contradicts a reviewed change, "" if it agrees; hashes if it must."""
     path = change.path
     entry = change.entry
-    if change.kind == "missing" and os.path.lexists(os.path.join(source.root, path)):
+    if change.kind == "missing" and exists_below(source.root, path):
         return f"{quote_path(path)} was to be deleted, but is back in the source"
     now = source.entries.get(path)
     agrees = entry is None or (
@@ -2721,8 +2742,8 @@ RSYNC_DELETE = (
     *("--filter=hide,! */", "-r", "--delete", "--existing", "--ignore-existing"),
     *("--from0", "--include-from=-", "--exclude=*"),
 )
-# Seconds without a byte while sending. Nothing is hashed in silence then; and the connection shows
-# no end of file where the target's rsync is killed.
+# Seconds without a byte while sending, shorter than "timeout" may be: no side hashes in silence
+# then, and if the target's rsync is killed, only this limit ends the pass.
 SEND_TIMEOUT = 300
 RESCAN_DEADLINE = 15.0  # seconds to learn what arrived after a failure
 
@@ -2731,7 +2752,7 @@ class Comparison(NamedTuple):
     """How a target compares with the source, as far as one pass looked."""
 
     differs: dict[bytes, Change]  # of what the source has
-    extraneous: set[bytes]  # only on the target, but for leftovers and what is kept
+    extraneous: set[bytes]  # only on the target, except what is to stay there
 
 
 class Delivery:
@@ -2809,7 +2830,8 @@ class Delivery:
         """Do what the plan lists: files and directories, modes, symlinks, then deletions.
 
         Each step is verified before the next one relies on it: no symlink points at what has not
-        arrived, and nothing is deleted before what replaces it is there.
+        arrived, and nothing is deleted before what replaces it is there. What stands in a directory
+        that a file or symlink replaces must go first, to make way.
         """
         links = [change for change in self.to_send if change.is_symlink]
         others = [change for change in self.to_send if not change.is_symlink]
@@ -2874,8 +2896,8 @@ class Delivery:
         total = format_bytes(size_to_send(changes))
         PROGRESS.update(self.login, "sending " + total)
         self.target_touched = True
-        # Unknown where rsync fails.
         before = self.bytes_sent or 0
+        # Unknown where rsync fails.
         self.bytes_sent = None
         with scratch_file(
             self.context.scratch, (files_from_entry(c.path) for c in changes)
@@ -3752,18 +3774,20 @@ OFFSYNC_KEY_LINE = (
     + r" (?P<key>\S+ (?P<blob>\S+))(?: (?P<comment>.*))?"
 )
 # rsync can compare what it receives with other files of the target: with basis directories
-# (--compare-dest and its like), and with files of a similar name (--fuzzy, or a "y" among short
-# options). The thief of a key plants a symlink to a directory outside its path, and reads the files
-# behind it by their checksums, with every rrsync up to 3.5.0. So these options are refused before
-# rrsync starts. rrsync takes no option in quotes; but it splits words at every kind of blank, where
-# the shell knows only three: so characters that are not printable ASCII are refused, too.
+# (--compare-dest and its like), with files of a similar name (--fuzzy, or a "y" among short
+# options), and, in place, with backups (--backup-dir). The thief of a key plants a symlink to a
+# file or directory outside its path, and reads what is behind it by checksums, with every rrsync up
+# to 3.5.0. So these options are refused before rrsync starts; offsync sends none of them. rrsync
+# takes no option in quotes; but it splits words at every kind of blank, where the shell knows only
+# three: so characters that are not printable ASCII are refused, too.
 FORCED_GUARD = (
     "case $SSH_ORIGINAL_COMMAND in *--compare-dest*|*--copy-dest*|*--link-dest*)"
     " echo offsync: basis directories are refused >&2; exit 1;; esac; set -f; "
     "case $(printf %s $SSH_ORIGINAL_COMMAND | LC_ALL=C tr -d [:print:] || echo x) in"
     " ?*) echo offsync: characters that are not ASCII are refused >&2; exit 1;; esac; "
-    "for w in $SSH_ORIGINAL_COMMAND; do case $w in --delay-updates|--size-only) ;;"
-    " -*y*) echo offsync: fuzzy is refused >&2; exit 1;; esac; done; exec "
+    "for w in $SSH_ORIGINAL_COMMAND; do case $w in --fuzzy*|--backup-dir*) ;; --*) continue;;"
+    " -*y*) ;; *) continue;; esac;"
+    " echo offsync: fuzzy and backup directories are refused >&2; exit 1; done; exec "
 )
 
 
@@ -3917,7 +3941,8 @@ def probe_rrsync(rrsync: str, munge: bool) -> None:
         for path in (plant + "/file", through + "/x/f"):
             with open(path, "wb") as stream:
                 stream.write(b"offsync\n")
-        forced = format_forced_command(rrsync, inside_it, munge)
+        # Without the guard: rrsync alone is tried.
+        forced = format_forced_command(rrsync, inside_it, munge).replace(FORCED_GUARD, "exec ")
         words = (sys.executable, "-I", "-S", "-c", FAKE_SSH_SCRIPT, forced)
         shell = " ".join(map(quote_rsh_word, words))
 

@@ -389,7 +389,7 @@ GUARDS = [
     (
         "what was to be deleted is not back",
         "not_done",
-        "change.kind == 'missing' and os.path.lexists(os.path.join(source.root, path))",
+        "change.kind == 'missing' and exists_below(source.root, path)",
         "False",
         "test_plan.PlanIds",
     ),
@@ -917,9 +917,16 @@ GUARDS = [
         "no file is read through fuzzy",
         "format_forced_command",
         "FORCED_GUARD",
-        "FORCED_GUARD.replace('-*y*', '-*nothing*')",
+        "FORCED_GUARD.replace('-*y*)', '-*nothing*)')",
         "test_link.KeyThief.test_it_reads_no_file_as_a_fuzzy_basis",
         FEW,
+    ),
+    (
+        "no file is read as a backup in place",
+        "format_forced_command",
+        "FORCED_GUARD",
+        "FORCED_GUARD.replace('|--backup-dir*', '')",
+        "test_link.KeyThief.test_it_reads_no_file_as_a_fuzzy_basis",
     ),
     (
         "rrsync knows more blanks than the shell",

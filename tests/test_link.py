@@ -584,7 +584,7 @@ class KeyThief(LabTestCase):
         self.link(*risk(), check=0)
         for fuzzy in ("-y", "-yy", "--fuzzy", "-rlpy", "-tyI"):
             said = push(fuzzy, *read_it, "./d/id_secreu")
-            self.assertIn("offsync: fuzzy is refused", said)
+            self.assertIn("offsync: fuzzy and backup directories are refused", said)
             self.assertNotIn("chunk[", said)
         # As a value of another option, a dot ends nothing; and rrsync knows more blanks than sh.
         for words in (
@@ -595,20 +595,22 @@ class KeyThief(LabTestCase):
             "-lte.LsfxC\u2003--fuzzy . .",
             "--existing\x1c-y\x1c.\x1c.",
             "x\r-y . .",
+            # In place, a backup that was swapped for a symlink is a basis, too.
+            "-vlrIe.iLsfxCIvu -B1 --inplace -b --backup-dir=zz . .",
+            "-vlrIe.iLsfxCIvu --inplace -b --backup-dir zz . .",
         ):
             with self.subTest(words=words):
                 argv = [*ssh.split(), target.login, "rsync --server " + words]
                 done = subprocess.run(
                     argv, input=b"", stdout=subprocess.PIPE, stderr=subprocess.PIPE
                 )
-                self.assertIn(
-                    b"are refused" if b"ASCII" in done.stderr else b"is refused", done.stderr
-                )
+                self.assertRegex(done.stderr, b"offsync: .* are refused")
                 self.assertEqual((done.returncode, done.stdout), (1, b""))
         push("-rlt", "--delay-updates", self.lab.base + "/guess/")
-        # The twin: a directory with that letter, and a name like an option of it.
+        # The twins: other options with that letter, and a directory with it.
         subprocess.run(
-            ["rsync", "-rlt", "-e", ssh, self.lab.base + "/guess/d", target.login + ":my-day"],
+            ["rsync", "-rlt", "--modify-window=1", "--delete-delay", "-e", ssh]
+            + [self.lab.base + "/guess/d", target.login + ":my-day"],
             check=True,
         )
         self.assertTrue(os.path.exists(self.lab.base + "/data/my-day/d/id_secreu"))
@@ -634,7 +636,9 @@ class KeyThief(LabTestCase):
             linked = self.link(*risk(), check=0)
             self.assertIn("replaced the plain line", linked.err)
             self.assertNotIn("could write below", linked.err)
-            self.assertEqual((read(self.keys).count("-wo"), read(self.keys).count("fuzzy")), (1, 1))
+            self.assertEqual(
+                (read(self.keys).count("-wo"), read(self.keys).count("backup directories")), (1, 1)
+            )
             foreign = "command=\"/bin/sh -c 'id; true -wo x'\",%s %s\n"
             write(self.keys, foreign % (offsync.KEY_RESTRICTIONS, self.key))
             self.assert_refused(self.link(*risk()), 1, "a line that offsync did not write")

@@ -21,9 +21,9 @@ LINE = (
     "|*--link-dest*) echo offsync: basis directories are refused >&2; exit 1;; esac; set -f; case"
     " $(printf %s $SSH_ORIGINAL_COMMAND | LC_ALL=C tr -d [:print:] || echo x) in ?*) echo offsync:"
     " characters that are not ASCII are refused >&2; exit 1;; esac; for w in $SSH_ORIGINAL_COMMAND;"
-    " do case $w in --delay-updates|--size-only) ;; -*y*) echo offsync: fuzzy is refused >&2; exit"
-    " 1;; esac; done; exec /usr/bin/rrsync -wo /srv/app-data'\",no-port-forwarding,"
-    "no-agent-forwarding,no-X11-forwarding,no-pty,restrict"
+    " do case $w in --fuzzy*|--backup-dir*) ;; --*) continue;; -*y*) ;; *) continue;; esac; echo"
+    " offsync: fuzzy and backup directories are refused >&2; exit 1; done; exec /usr/bin/rrsync"
+    " -wo /srv/app-data'\",no-port-forwarding,no-agent-forwarding,no-X11-forwarding,no-pty,restrict"
     " ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKtest me@here"
 )
 

@@ -360,10 +360,10 @@ class PlanIds(OneTargetCase):
             (hashlib.sha256(printed).hexdigest(), open(kept, "rb").read()), (plan_id, printed)
         )
         write(self.source + "/f", b"bbbb", when=1_600_000_000)
-        self.refused(plan_id, "f is now added")
+        self.refused(plan_id, "f was not reviewed as it would be added")
         write(self.source + "/f", b"aaaa", when=1_600_000_000)
         write(self.source + "/new", b"n")
-        self.refused(plan_id, "new is now added")
+        self.refused(plan_id, "new was not reviewed as it would be added")
         os.unlink(self.source + "/new")
         other = self.lab.configured_target("other")
         done = self.lab.offsync("apply", "--plan", plan_id, check=1)
@@ -437,6 +437,17 @@ class PlanIds(OneTargetCase):
             self.lab.offsync("apply", "--plan", self.lab.base + "/none"), 2, "No such file"
         )
         self.assertEqual(snapshot(self.there), {})
+
+    def test_again_after_a_symlink_took_the_place_of_a_directory(self) -> None:
+        """What was deleted in that directory is not back, though a path through the symlink is."""
+        write(self.source + "/b/x", "x")
+        os.symlink("b", self.source + "/a")
+        write(self.there + "/a/x", "old")
+        reviewed = self.lab.base + "/reviewed"
+        write(reviewed, self.lab.offsync("plan", "--delete", "--json", check=0).stdout)
+        for _ in range(2):
+            self.lab.offsync("apply", "--delete", "--plan", reviewed, check=0)
+            self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_a_kept_plan_that_was_edited_is_none(self) -> None:
         write(self.source + "/f", b"ff")
