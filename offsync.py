@@ -6489,11 +6489,12 @@ def run_command(argv: Sequence[str]) -> int:
             "locale: file names are not UTF-8", ("run it so:", "PYTHONUTF8=1 " + typed_again())
         )
     words = [word for word in argv if not word.startswith("-")]
-    known = {name.split()[0] for name in COMMANDS}
-    if words and words[0] not in known:
+    typed = " ".join(words[: 2 if words[:1] == ["target"] else 1])
+    if typed and typed not in (*COMMANDS, "target"):
+        alike = did_you_mean(typed, COMMANDS, listed=False)
         raise UsageError(
-            f"unknown command {quote_text(words[0])}",
-            *did_you_mean(words[0], known, listed=False),
+            f"unknown command {quote_text(typed)}",
+            *(["known: target add, target list, target remove"] if " " in typed else alike),
             ("all commands:", "offsync --help"),
         )
     args, unknown = build_parser().parse_known_args(argv)

@@ -238,6 +238,7 @@ class OneTarget(Typing):
     def test_wrong_words(self) -> None:
         for typed, meant in (
             ("offsync plna", "did you mean plan?"),
+            ("offsync target lst --json", "known: target add, target list, target remove"),
             ("offsync plan --exit-coed", "did you mean --exit-code?"),
             ("offsync plan %s9" % self.one.login, "did you mean %s?" % self.one.login),
         ):
