@@ -31,7 +31,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 356 to 3235, in the order in
+To audit it, read the trust core first: lines 350 to 3336, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -124,35 +124,29 @@ class UsageError(OffsyncError):
     status = 2
 
 
-class Failure:
-    """A kind of failure of a target: how it is recognised, what it means, and the ways out.
+class Failure(NamedTuple):
+    """A kind of failure of a target: one row of the table of failures.
 
-    words: alternatives are separated by "|"; parts joined by "&" must stand in one line; an empty
-    text is for what only offsync detects. retry: another attempt may help. Every Failure is an
-    attribute of FailureKind, and has the name of that attribute.
+    patterns: it is recognised by a line of stderr that holds all parts of one of these; without
+    any, only offsync detects it. why and hints: what we say. retry: another attempt may help.
     """
 
-    name = ""
-
-    def __init__(self, words: str, why: str, *hints: Hint, retry: bool = False) -> None:
-        self.patterns = [
-            [part.encode() for part in way.split("&")] for way in words.split("|") if way
-        ]
-        self.why = why
-        self.hints = hints
-        self.retry = retry
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name.lower().replace("_", "-")
+    patterns: list[list[bytes]]
+    why: str
+    hints: list[tuple[str, str]]
+    retry: bool
 
 
 class TargetError(OffsyncError):
-    """One target failed. why is the message without the login."""
+    """One target failed. kind: the name of a Failure; why: the message without the login."""
 
-    def __init__(self, login: str, kind: Failure, why: str, *hints: Hint, said: str = "") -> None:
+    def __init__(
+        self, login: str, kind: str, why: str, *hints: Hint, said: str = "", retry: bool = False
+    ) -> None:
         super().__init__(f"{login}: {why}", *hints, said=said)
         self.kind = kind
         self.why = why
+        self.retry = retry
 
 
 def as_offsync_error(problem: BaseException) -> OffsyncError:
@@ -840,425 +834,542 @@ def quote_rsh_word(word: str) -> str:
 # --- Trust core: failures -------------------------------------------------------------------------
 
 
-class FailureKind:
-    """How ssh, rrsync and rsync say that something is wrong, and what we say instead.
+# How ssh, rrsync and rsync say that something is wrong, and what we say instead. The first row that
+# matches what they wrote on stderr counts: exit statuses say little (12 and 255 are
+# interchangeable, and 0 proves nothing). Rows only choose a sentence, and what is worth another
+# attempt: no proof rests on them.
+#
+# A row begins with its name, which is also its word in "plan --json". "if" is a text in one line of
+# stderr, or several that stand in one line, joined by "&". They are plain texts, which take linear
+# time, whatever a target writes. Rows without "if" are what only offsync finds. A command follows
+# its hint after "$".
+FAILURE_TABLE = """
+# Host keys, and what is tried again
 
-    The first row that matches what they wrote on stderr counts: exit statuses say little (12 and
-    255 are interchangeable, and 0 proves nothing). Rows only choose a sentence, and what is worth
-    another attempt: no proof rests on them. Patterns are plain substrings, which
-    take linear time, whatever a target writes.
-    """
+revoked
+  if: REVOKED HOST KEY
+  if: is marked as revoked
+  if: revoked by file
+  why: the target's host key is revoked (@revoked in known_hosts, or RevokedHostKeys of ssh)
+  hint: make a new host key on the target
 
-    # Host keys, and what is tried again
-    REVOKED = Failure(
-        "REVOKED HOST KEY|is marked as revoked|revoked by file",
-        "the target's host key is revoked (@revoked in known_hosts, or RevokedHostKeys of ssh)",
-        "make a new host key on the target",
-    )
-    HOST_KEY_EXPIRED = Failure(
-        "Certificate invalid: expired|ertificate has expired",
-        "the target's host certificate has expired",
-        "have it signed again by its CA",
-    )
-    HOST_KEY_CHANGED = Failure(
-        "REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "the target's host key has CHANGED: the host was installed again, or someone is "
-        "impersonating it",
-        ("on the target's own console, run:", "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub"),
-        (
-            "only if its fingerprint is the one shown now, accept it, after comparing once more:",
-            "offsync target add {add}",
-        ),
-        "if two machines answer to this name in turn, put the keys of both into ~/.ssh/known_hosts",
-    )
-    HOST_KEY_UNKNOWN = Failure(
-        "host key is known for|Host key verification failed",
-        "the target's host key is not trusted yet",
-        ("compare it, and accept it:", "offsync target add {add}"),
-    )
-    LOCKED = Failure(
-        "Another instance of rrsync is already accessing",
-        "another rsync session holds the lock on {path}",
-        "try again when it has ended",
-        (
-            'a lost connection can hold it until "timeout" of the config has passed; on the '
-            "target, see which rsync it is, then end that one with kill:",
-            "pgrep -u {user} -fl rsync",
-        ),
-        retry=True,
-    )
-    SESSION_REFUSED = Failure(
-        "ession open refused|session request failed|open failed: connect failed",
-        "the target's sshd allows no more sessions on one connection",
-        "raise MaxSessions in its sshd_config",
-        retry=True,
-    )
-    CLOSED_AFTER_LOGIN = Failure(
-        "offsync-connection-ended",
-        "the target's sshd accepted the login, then closed the connection",
-        "try again; if it persists, see sshd's log on the target",
-    )
-    BUSY_SSHD = Failure(
-        "kex_exchange_identification|ssh_exchange_identification|Not allowed at this time",
-        "the target closed the connection before login: too many connections (MaxStartups), a "
-        "penalty for failed logins (PerSourcePenalties), or this address is blocked",
-        "wait a minute, then try again",
-        "check the port: something answers there that may not be sshd",
-        retry=True,
-    )
-    # What only offsync finds
-    NOT_RESTRICTED = Failure(
-        "",
-        "the key is NOT restricted on the target, so nothing was sent",
-        "on the target, remove every line of authorized_keys that has the key without command=",
-        "on this controller, look for an IdentityFile in ~/.ssh/config that opens a shell",
-        ("then, on the target, as {user}, link the key:", "offsync link --path {path}"),
-    )
-    NO_KEY_ASKED = Failure(
-        "",
-        "the target's sshd lets anybody log in as {user} without a key, so nothing was sent",
-        "set PermitEmptyPasswords no in its sshd_config, or give the account a password",
-        "check the port: an ssh server of another kind, such as that of a VPN, may answer there",
-    )
-    OTHER_PATH = Failure(
-        "",
-        "the key is restricted to a different path, so nothing was sent",
-        ("if that path is right, update the config:", "offsync target add {add}"),
-        "otherwise run offsync link on the target, with the path that is meant",
-        "to deliver a second tree, use a second OFFSYNC_HOME, with its own key",
-    )
-    NOT_RRSYNC = Failure(
-        "",
-        "the forced command of the key is not rrsync: it accepts any command and does nothing; "
-        "nothing was sent",
-        ("on the target, as {user}, link the key:", "offsync link --path {path}"),
-    )
-    NO_RESPONSE = Failure(
-        "",
-        "the target accepted the login but did not answer in time, or rsync printed nothing for "
-        'longer than "timeout" of the config',
-        "check that the shell start files of {user} (.bashrc and the like) wait for nothing",
-        "check the target's disks; raise the timeout where they are only slow",
-    )
-    STALLED = Failure(
-        "",
-        "the target answered at first, then fell silent: the connection was lost, or a disk hangs",
-        "apply again to finish",
-    )
-    SHELL_OUTPUT = Failure(
-        "is your shell clean|unexpected tag |protocol incompatibility",
-        "the login prints text, which breaks the rsync protocol, so nothing was sent",
-        "on the target, let the shell start files of {user} (.bashrc and the like) print nothing; "
-        "at their top: case $- in *i*) ;; *) return;; esac",
-        "look at /etc/ssh/sshrc, and for a ForceCommand for {user} in its sshd_config",
-        ("if the text is the forced command's own, link the key:", "offsync link --path {path}"),
-    )
-    PATH_UNKNOWN = Failure(
-        "",
-        "cannot determine where the key writes, so nothing was sent",
-        "check that the forced command is rrsync, of the same release as the target's rsync",
-    )
-    SYMLINKS = Failure(
-        "",
-        "the target was added with --no-symlinks, and the source contains symlinks",
-        "exclude them",
-        "or link it again, and add it again, without --no-symlinks",
-    )
-    PROTECTED = Failure(
-        "",
-        "an exclude protects a directory on the target that an entry of the source would replace, "
-        "with all that is in it",
-        "rename the entry, or exclude it, too (without the final slash)",
-    )
-    SOURCE_CHANGED = Failure(
-        "",
-        "the source changed after it was planned, so the target does not match the plan",
-        "deliver from a snapshot, or stop what writes to the source; then plan again",
-    )
-    CHANGED_MEANWHILE = Failure(
-        "",
-        "rsync did not send an entry that changed on the target after the plan",
-        "plan and apply again",
-    )
-    APPEARED = Failure(
-        "",
-        "nothing was deleted, since new entries appeared on the target after the plan",
-        "plan again",
-    )
-    DIFFERS = Failure(
-        "",
-        "verification found differences",
-        "apply again; if they return, something on the target modifies these files",
-    )
-    NAME_COLLISION = Failure(
-        "",
-        "the target's file system may take these names for one file (it ignores case, or Unicode "
-        "form)",
-        "rename one of them in the source, exclude it, or deliver to another file system",
-    )
-    MODES_NOT_KEPT = Failure(
-        "",
-        "verification found differences: content arrived, modes did not",
-        "the file system may keep none (exFAT, FAT, SMB): mount it with the modes of the source "
-        "(fmask, dmask), give the source those modes, or exclude what is named",
-        "or a file has a second hard link on the target: delete one of the two",
-    )
-    UNEXPECTED_REPORT = Failure(
-        "",
-        "the target's rsync reported what was not asked for",
-        "check the configured path, and the rsync installed on the target",
-    )
-    PROXY_FAILED = Failure(
-        "",
-        "the jump host or ProxyCommand failed before the target's sshd answered",
-        ("test the way there by itself:", "ssh -v {login}"),
-    )
-    NOT_REVIEWED = Failure(
-        "",
-        "this target is not covered by the reviewed plan: it is not listed with this address and "
-        "path, or could not be compared then",
-        "plan again, and have that reviewed",
-    )
-    LOCAL_ERROR = Failure("", "a failure on this controller")
-    # The way to it, and the login
-    SSH_CLIENT_ERROR = Failure(
-        "Bad configuration option|bad configuration options|Bad SSH2 |Bad owner or permissions on|"
-        "UNPROTECTED PRIVATE KEY|Load key&Permission denied|Load key&invalid format|"
-        "Load key&error in libcrypto|No user exists for uid|unknown user |daemon() failed|"
-        "[sender] fork|fork failed",
-        "ssh on this controller cannot start; the target was not reached",
-        "fix what it names: a line of ssh_config, the key, or a limit (ulimit -u)",
-        "a user ID without an account needs one (/etc/passwd), or run offsync as an account",
-    )
-    ALGORITHMS = Failure(
-        "no matching host key type|no matching key exchange method|no matching cipher|"
-        "no matching MAC",
-        "the target's sshd and this controller's ssh have no algorithm in common",
-        "update the older of them",
-        "or allow what the target offers: in ~/.ssh/config HostKeyAlgorithms, KexAlgorithms, "
-        "Ciphers or MACs, with a + before it; the first line that matches wins",
-    )
-    UNRESOLVED_HOST = Failure(
-        "Could not resolve host|Name or service not known",
-        "the name {host} does not resolve",
-        "check the name and DNS",
-    )
-    CONNECTION_REFUSED = Failure(
-        "Connection refused",
-        "the connection was refused",
-        "check that sshd runs on the target, on this port",
-    )
-    SECOND_FACTOR = Failure(
-        "Permission denied (keyboard-interactive|Permission denied (password",
-        "the target's sshd wants more than a key (AuthenticationMethods, two factors), or takes "
-        "none",
-        "allow publickey alone for {user} in its sshd_config (Match User {user})",
-    )
-    KEY_REFUSED = Failure(
-        "Permission denied (publickey|Permission denied (gssapi|Permission denied (hostbased|"
-        "Too many authentication failures",
-        "the target refused this controller's key",
-        ("on the target, as {user}, run:", "offsync link --path {path} --key {key}"),
-        (
-            "if the key is linked, sshd's log on the target says why it refuses the account "
-            "(--from, AllowUsers, StrictModes, a locked account); as root:",
-            "journalctl -u ssh -n 20",
-        ),
-    )
-    EXPIRED = Failure(
-        "account has expired|Password change required|password has expired|"
-        "must change your password",
-        "the account {user} on the target, or its password, has expired",
-        ("on the target, as root, see since when, then extend it:", "chage -l {user}"),
-    )
-    BOOTING = Failure(
-        "System is booting up|System is going down|System is shutting down|nologin(8)",
-        "the target is booting, shutting down, or closed for logins (/etc/nologin)",
-        "wait, or see why logins are closed: /etc/nologin on the target",
-    )
-    CLOSED_DURING_LOGIN = Failure(
-        "Connection closed by&port|Connection reset by&port",
-        "the target's sshd closed the connection during login",
-        (
-            "sshd's log on the target says why (an expired account, PAM, /etc/nologin); as root:",
-            "journalctl -u ssh -n 20",
-        ),
-    )
-    NOLOGIN = Failure(
-        "account is currently not available|not allowed to login|This account is not available|"
-        "restricted: cannot specify|: restricted",
-        "the login shell of {user} refuses commands (nologin, or a restricted one such as rbash)",
-        ("on the target, see which it is, then give the account another:", "getent passwd {user}"),
-        "or look for a ForceCommand for {user} in its sshd_config",
-    )
-    OTHER_SERVICE = Failure(
-        "This service allows sftp connections only|fatal: Interactive git shell|"
-        "fatal: unrecognized command|git-shell",
-        "the target forces something other than rrsync for {user} (sftp only, or git-shell)",
-        "take ForceCommand for {user} out of its sshd_config, and restart sshd",
-        "or give {user} an ordinary login shell",
-    )
-    # rrsync and rsync on the target
-    CHROOT = Failure(
-        "Changed root directory to",
-        "the target's sshd puts {user} into a directory of its own (ChrootDirectory), in which the "
-        "shell, rrsync or rsync is missing",
-        "take ChrootDirectory for {user} out of sshd_config: rrsync keeps the key below its path",
-    )
-    BROKEN = Failure(
-        "error while loading shared libraries|Error loading shared library|symbol lookup error|"
-        "ModuleNotFoundError|ImportError|No module named|Can't locate&@INC|SyntaxError: |"
-        "env: &python&No such file|env: &perl&No such file|bad interpreter|libc.so&not found",
-        "rrsync or rsync on the target cannot start: a library, a module or its interpreter is "
-        "missing",
-        "install what it names on the target",
-    )
-    NO_RRSYNC = Failure(
-        "rrsync&not found|rrsync: No such file|rrsync: Permission denied|"
-        "bash: line 1: /&: No such file|sh: 1: /&: not found|sh: 1: exec: /&: not found|"
-        "sh: line 1: /&: No such file|can't open file&rrsync|Can't open perl script|"
-        "rrsync: cannot execute|Unknown command&rrsync|rrsync: inaccessible",
-        "rrsync, or its interpreter, is not at {rrsync} on the target",
-        ("on the target, run:", "offsync install-deps --role target"),
-        ("then, as {user}:", "offsync link --path {path}"),
-    )
-    READ_ONLY_KEY = Failure(
-        "sending to read-only server|read-only server is not allowed",
-        "the key is for reading only (rrsync -ro)",
-        ("on the target, as {user}, link it:", "offsync link --path {path}"),
-    )
-    NO_RSYNC = Failure(
-        "No such file or directory: '&/rsync'|rsync: not found|rsync: command not found|"
-        "/rsync&No such file|/rsync&not found|openrsync|rsync 2.6.9 compatible|: too large",
-        "the real rsync is missing on the target (or openrsync answers instead)",
-        ("on the target, run:", "offsync install-deps --role target"),
-    )
-    NO_DIRECTORY = Failure(
-        "Restricted directory does not exist|FileNotFoundError&No such file or directory: '|"
-        "NotADirectoryError|chdir&failed|Unable to chdir|Not a directory (20)",
-        "{path} on the target, or something in it, is gone or is no directory",
-        ("see whether a disk is to be mounted; on the target:", "findmnt -T {path}"),
-        "if not, create it again, for the account {user}",
-    )
-    RRSYNC_REJECTED_OPTION = Failure(
-        "has been disabled on this server|invalid rsync-command syntax|option is not supported|"
-        "unknown option|unrecognized option|unrecognized arguments|is not rsync|"
-        "Not invoked via sshd|does not run rsync|offsync: fuzzy and backup directories|"
-        "offsync: basis directories are refused|offsync: characters that are not ASCII",
-        "the target's rrsync refused the command or an option",
-        "update rsync on the target, so that rrsync and rsync are of the same release, 3.1.2 or "
-        "newer",
-    )
-    # Disks and files of the target
-    READ_ONLY_DISK = Failure(
-        "Read-only file system",
-        "the target's file system is mounted read-only",
-        ("see why, then remount it; on the target:", "findmnt -T {path}"),
-    )
-    NO_STAGING = Failure(
-        "Unable to create partial-dir|opendir&.~tmp~|mkdir&.~tmp~|mkstemp&.~tmp~",
-        "rsync could not create its staging directory .~tmp~ on the target",
-        ("check for free inodes; on the target:", "df -i {path}"),
-        ("and for a .~tmp~ of another account:", "find {path} -name .~tmp~ -ls"),
-    )
-    SPACE = Failure(
-        "No space left on device|Disk quota exceeded",
-        "the target's disk is full, or a quota is used up",
-        "free some space, then apply again",
-    )
-    SOURCE_UNREADABLE = Failure(
-        "[sender]&Permission denied|[sender]&No such file or directory|"
-        "[sender]&Input/output error|[sender]&Stale file handle|send_files failed to open|"
-        "file has vanished|link_stat&failed|readlink_stat",
-        "the source changed while it was read, or cannot be read",
-        "plan again",
-    )
-    NAME_TOO_LONG = Failure(
-        "File name too long|ENAMETOOLONG",
-        "a name is too long for the target's file system",
-        "rename it, or exclude it, then plan again",
-    )
-    FILE_TOO_LARGE = Failure(
-        "File too large",
-        "a file is larger than the target's file system, or a limit of {user} (ulimit -f), allows",
-        "exclude it, or raise that limit, then plan again",
-    )
-    DISK_ERROR = Failure(
-        "Input/output error|Structure needs cleaning",
-        "the target's disk has errors",
-        ("see the kernel's log; on the target, as root:", "dmesg"),
-    )
-    STALE = Failure(
-        "Stale file handle|Stale NFS file handle|Transport endpoint is not connected|"
-        "Host is down (112)",
-        "what is mounted at or below {path} on the target has gone away",
-        "mount it again, then plan again",
-    )
-    BLOCKED_BY_DIRECTORY = Failure(
-        "could not make way for|cannot delete non-empty directory|Device or resource busy",
-        "a directory that holds excluded or new files, or a mount point, is in the way of a "
-        "planned entry",
-        "move or unmount it, or exclude it, then plan again",
-    )
-    UNSUPPORTED_NAME = Failure(
-        'symlink "&Operation not permitted|symlink "&not implemented|symlink "&not supported|'
-        "Invalid argument (22)|mkstemp&No such file or directory (2)",
-        "the target's file system (exFAT, FAT, SMB?) does not support symlinks or some characters "
-        "in names",
-        "exclude what it names, or deliver to another file system",
-    )
-    UNREADABLE_BELOW = Failure(
-        "opendir&Permission denied|IO error encountered",
-        "{user} may not read everything below {path} on the target",
-        "exclude what it names (a disk's lost+found is such a directory), or fix owner and modes",
-    )
-    PERMISSION = Failure(
-        "Operation not permitted (1)|Permission denied (13)",
-        "{user} may not change everything below {path} on the target",
-        "look at owner, mode and attributes (ls -ld, lsattr) of what it names, then apply again",
-    )
-    FILE_ERROR = Failure(
-        "(code 11)",
-        "rsync on the target cannot read or write a file",
-        "fix what it names, then apply again",
-    )
-    TIMEOUT = Failure(
-        "timed out|Timeout, server|not responding|io timeout after|No route to host|"
-        "Network is unreachable|Host is down",
-        "the target timed out or is unreachable",
-        "check the host, the port and the network",
-    )
-    NO_ANSWER = Failure(
-        "(0 bytes received so far)",
-        "rsync did not start on the target, so nothing was sent",
-        "look for a ForceCommand for {user} in its sshd_config",
-        "check that the forced command of the key is rrsync, and the login shell an ordinary one",
-        "check that the shell start files of {user} (.bashrc and the like) do not exit or exec, "
-        "and that PAM opens a session",
-    )
-    CONNECTION_LOST = Failure(
-        "connection unexpectedly closed|unexpected EOF|unexpectedly close|Broken pipe|"
-        "error in rsync protocol|onnection to&closed|error in socket IO|mux_client|client_loop",
-        "the connection was lost",
-        "apply again to finish",
-    )
-    OTHER = Failure(
-        "",
-        "unrecognised failure",
-        ("test the login by itself:", "ssh -v {login}"),
-        "see sshd's log on the target",
-    )
+host-key-expired
+  if: Certificate invalid: expired
+  if: ertificate has expired
+  why: the target's host certificate has expired
+  hint: have it signed again by its CA
+
+host-key-changed
+  if: REMOTE HOST IDENTIFICATION HAS CHANGED
+  why: the target's host key has CHANGED: the host was installed again, or someone is
+    impersonating it
+  hint: on the target's own console, run:
+    $ ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub
+  hint: only if its fingerprint is the one shown now, accept it, after comparing once more:
+    $ offsync target add {add}
+  hint: if two machines answer to this name in turn, put the keys of both into
+    ~/.ssh/known_hosts
+
+host-key-unknown
+  if: host key is known for
+  if: Host key verification failed
+  why: the target's host key is not trusted yet
+  hint: compare it, and accept it:
+    $ offsync target add {add}
+
+locked (retry)
+  if: Another instance of rrsync is already accessing
+  why: another rsync session holds the lock on {path}
+  hint: try again when it has ended
+  hint: a lost connection can hold it until "timeout" of the config has passed; on the target,
+    see which rsync it is, then end that one with kill:
+    $ pgrep -u {user} -fl rsync
+
+session-refused (retry)
+  if: ession open refused
+  if: session request failed
+  if: open failed: connect failed
+  why: the target's sshd allows no more sessions on one connection
+  hint: raise MaxSessions in its sshd_config
+
+closed-after-login
+  if: offsync-connection-ended
+  why: the target's sshd accepted the login, then closed the connection
+  hint: try again; if it persists, see sshd's log on the target
+
+busy-sshd (retry)
+  if: kex_exchange_identification
+  if: ssh_exchange_identification
+  if: Not allowed at this time
+  why: the target closed the connection before login: too many connections (MaxStartups), a
+    penalty for failed logins (PerSourcePenalties), or this address is blocked
+  hint: wait a minute, then try again
+  hint: check the port: something answers there that may not be sshd
+
+# What only offsync finds
+
+not-restricted
+  why: the key is NOT restricted on the target, so nothing was sent
+  hint: on the target, remove every line of authorized_keys that has the key without command=
+  hint: on this controller, look for an IdentityFile in ~/.ssh/config that opens a shell
+  hint: then, on the target, as {user}, link the key:
+    $ offsync link --path {path}
+
+no-key-asked
+  why: the target's sshd lets anybody log in as {user} without a key, so nothing was sent
+  hint: set PermitEmptyPasswords no in its sshd_config, or give the account a password
+  hint: check the port: an ssh server of another kind, such as that of a VPN, may answer there
+
+other-path
+  why: the key is restricted to a different path, so nothing was sent
+  hint: if that path is right, update the config:
+    $ offsync target add {add}
+  hint: otherwise run offsync link on the target, with the path that is meant
+  hint: to deliver a second tree, use a second OFFSYNC_HOME, with its own key
+
+not-rrsync
+  why: the forced command of the key is not rrsync: it accepts any command and does nothing;
+    nothing was sent
+  hint: on the target, as {user}, link the key:
+    $ offsync link --path {path}
+
+no-response
+  why: the target accepted the login but did not answer in time, or rsync printed nothing for
+    longer than "timeout" of the config
+  hint: check that the shell start files of {user} (.bashrc and the like) wait for nothing
+  hint: check the target's disks; raise the timeout where they are only slow
+
+stalled
+  why: the target answered at first, then fell silent: the connection was lost, or a disk hangs
+  hint: apply again to finish
+
+shell-output
+  if: is your shell clean
+  if: unexpected tag
+  if: protocol incompatibility
+  why: the login prints text, which breaks the rsync protocol, so nothing was sent
+  hint: on the target, let the shell start files of {user} (.bashrc and the like) print nothing;
+    at their top: case $- in *i*) ;; *) return;; esac
+  hint: look at /etc/ssh/sshrc, and for a ForceCommand for {user} in its sshd_config
+  hint: if the text is the forced command's own, link the key:
+    $ offsync link --path {path}
+
+path-unknown
+  why: cannot determine where the key writes, so nothing was sent
+  hint: check that the forced command is rrsync, of the same release as the target's rsync
+
+symlinks
+  why: the target was added with --no-symlinks, and the source contains symlinks
+  hint: exclude them
+  hint: or link it again, and add it again, without --no-symlinks
+
+protected
+  why: an exclude protects a directory on the target that an entry of the source would replace,
+    with all that is in it
+  hint: rename the entry, or exclude it, too (without the final slash)
+
+source-changed
+  why: the source changed after it was planned, so the target does not match the plan
+  hint: deliver from a snapshot, or stop what writes to the source; then plan again
+
+changed-meanwhile
+  why: rsync did not send an entry that changed on the target after the plan
+  hint: plan and apply again
+
+appeared
+  why: nothing was deleted, since new entries appeared on the target after the plan
+  hint: plan again
+
+differs
+  why: verification found differences
+  hint: apply again; if they return, something on the target modifies these files
+
+name-collision
+  why: the target's file system may take these names for one file (it ignores case, or Unicode
+    form)
+  hint: rename one of them in the source, exclude it, or deliver to another file system
+
+modes-not-kept
+  why: verification found differences: content arrived, modes did not
+  hint: the file system may keep none (exFAT, FAT, SMB): mount it with the modes of the source
+    (fmask, dmask), give the source those modes, or exclude what is named
+  hint: or a file has a second hard link on the target: delete one of the two
+
+unexpected-report
+  why: the target's rsync reported what was not asked for
+  hint: check the configured path, and the rsync installed on the target
+
+proxy-failed
+  why: the jump host or ProxyCommand failed before the target's sshd answered
+  hint: test the way there by itself:
+    $ ssh -v {login}
+
+not-reviewed
+  why: this target is not covered by the reviewed plan: it is not listed with this address and
+    path, or could not be compared then
+  hint: plan again, and have that reviewed
+
+local-error
+  why: a failure on this controller
+
+# The way to it, and the login
+
+ssh-client-error
+  if: Bad configuration option
+  if: bad configuration options
+  if: Bad SSH2
+  if: Bad owner or permissions on
+  if: UNPROTECTED PRIVATE KEY
+  if: Load key&Permission denied
+  if: Load key&invalid format
+  if: Load key&error in libcrypto
+  if: No user exists for uid
+  if: unknown user
+  if: daemon() failed
+  if: [sender] fork
+  if: fork failed
+  why: ssh on this controller cannot start; the target was not reached
+  hint: fix what it names: a line of ssh_config, the key, or a limit (ulimit -u)
+  hint: a user ID without an account needs one (/etc/passwd), or run offsync as an account
+
+algorithms
+  if: no matching host key type
+  if: no matching key exchange method
+  if: no matching cipher
+  if: no matching MAC
+  why: the target's sshd and this controller's ssh have no algorithm in common
+  hint: update the older of them
+  hint: or allow what the target offers: in ~/.ssh/config HostKeyAlgorithms, KexAlgorithms,
+    Ciphers or MACs, with a + before it; the first line that matches wins
+
+unresolved-host
+  if: Could not resolve host
+  if: Name or service not known
+  why: the name {host} does not resolve
+  hint: check the name and DNS
+
+connection-refused
+  if: Connection refused
+  why: the connection was refused
+  hint: check that sshd runs on the target, on this port
+
+second-factor
+  if: Permission denied (keyboard-interactive
+  if: Permission denied (password
+  why: the target's sshd wants more than a key (AuthenticationMethods, two factors), or takes
+    none
+  hint: allow publickey alone for {user} in its sshd_config (Match User {user})
+
+key-refused
+  if: Permission denied (publickey
+  if: Permission denied (gssapi
+  if: Permission denied (hostbased
+  if: Too many authentication failures
+  why: the target refused this controller's key
+  hint: on the target, as {user}, run:
+    $ offsync link --path {path} --key {key}
+  hint: if the key is linked, sshd's log on the target says why it refuses the account (--from,
+    AllowUsers, StrictModes, a locked account); as root:
+    $ journalctl -u ssh -n 20
+
+expired
+  if: account has expired
+  if: Password change required
+  if: password has expired
+  if: must change your password
+  why: the account {user} on the target, or its password, has expired
+  hint: on the target, as root, see since when, then extend it:
+    $ chage -l {user}
+
+booting
+  if: System is booting up
+  if: System is going down
+  if: System is shutting down
+  if: nologin(8)
+  why: the target is booting, shutting down, or closed for logins (/etc/nologin)
+  hint: wait, or see why logins are closed: /etc/nologin on the target
+
+closed-during-login
+  if: Connection closed by&port
+  if: Connection reset by&port
+  why: the target's sshd closed the connection during login
+  hint: sshd's log on the target says why (an expired account, PAM, /etc/nologin); as root:
+    $ journalctl -u ssh -n 20
+
+nologin
+  if: account is currently not available
+  if: not allowed to login
+  if: This account is not available
+  if: restricted: cannot specify
+  if: : restricted
+  why: the login shell of {user} refuses commands (nologin, or a restricted one such as rbash)
+  hint: on the target, see which it is, then give the account another:
+    $ getent passwd {user}
+  hint: or look for a ForceCommand for {user} in its sshd_config
+
+other-service
+  if: This service allows sftp connections only
+  if: fatal: Interactive git shell
+  if: fatal: unrecognized command
+  if: git-shell
+  why: the target forces something other than rrsync for {user} (sftp only, or git-shell)
+  hint: take ForceCommand for {user} out of its sshd_config, and restart sshd
+  hint: or give {user} an ordinary login shell
+
+# rrsync and rsync on the target
+
+chroot
+  if: Changed root directory to
+  why: the target's sshd puts {user} into a directory of its own (ChrootDirectory), in which the
+    shell, rrsync or rsync is missing
+  hint: take ChrootDirectory for {user} out of sshd_config: rrsync keeps the key below its path
+
+broken
+  if: error while loading shared libraries
+  if: Error loading shared library
+  if: symbol lookup error
+  if: ModuleNotFoundError
+  if: ImportError
+  if: No module named
+  if: Can't locate&@INC
+  if: SyntaxError:
+  if: env: &python&No such file
+  if: env: &perl&No such file
+  if: bad interpreter
+  if: libc.so&not found
+  why: rrsync or rsync on the target cannot start: a library, a module or its interpreter is
+    missing
+  hint: install what it names on the target
+
+no-rrsync
+  if: rrsync&not found
+  if: rrsync: No such file
+  if: rrsync: Permission denied
+  if: bash: line 1: /&: No such file
+  if: sh: 1: /&: not found
+  if: sh: 1: exec: /&: not found
+  if: sh: line 1: /&: No such file
+  if: can't open file&rrsync
+  if: Can't open perl script
+  if: rrsync: cannot execute
+  if: Unknown command&rrsync
+  if: rrsync: inaccessible
+  why: rrsync, or its interpreter, is not at {rrsync} on the target
+  hint: on the target, run:
+    $ offsync install-deps --role target
+  hint: then, as {user}:
+    $ offsync link --path {path}
+
+read-only-key
+  if: sending to read-only server
+  if: read-only server is not allowed
+  why: the key is for reading only (rrsync -ro)
+  hint: on the target, as {user}, link it:
+    $ offsync link --path {path}
+
+no-rsync
+  if: No such file or directory: '&/rsync'
+  if: rsync: not found
+  if: rsync: command not found
+  if: /rsync&No such file
+  if: /rsync&not found
+  if: openrsync
+  if: rsync 2.6.9 compatible
+  if: : too large
+  why: the real rsync is missing on the target (or openrsync answers instead)
+  hint: on the target, run:
+    $ offsync install-deps --role target
+
+no-directory
+  if: Restricted directory does not exist
+  if: FileNotFoundError&No such file or directory: '
+  if: NotADirectoryError
+  if: chdir&failed
+  if: Unable to chdir
+  if: Not a directory (20)
+  why: {path} on the target, or something in it, is gone or is no directory
+  hint: see whether a disk is to be mounted; on the target:
+    $ findmnt -T {path}
+  hint: if not, create it again, for the account {user}
+
+rrsync-rejected-option
+  if: has been disabled on this server
+  if: invalid rsync-command syntax
+  if: option is not supported
+  if: unknown option
+  if: unrecognized option
+  if: unrecognized arguments
+  if: is not rsync
+  if: Not invoked via sshd
+  if: does not run rsync
+  if: offsync: fuzzy and backup directories
+  if: offsync: basis directories are refused
+  if: offsync: characters that are not ASCII
+  why: the target's rrsync refused the command or an option
+  hint: update rsync on the target, so that rrsync and rsync are of the same release, 3.1.2 or
+    newer
+
+# Disks and files of the target
+
+read-only-disk
+  if: Read-only file system
+  why: the target's file system is mounted read-only
+  hint: see why, then remount it; on the target:
+    $ findmnt -T {path}
+
+no-staging
+  if: Unable to create partial-dir
+  if: opendir&.~tmp~
+  if: mkdir&.~tmp~
+  if: mkstemp&.~tmp~
+  why: rsync could not create its staging directory .~tmp~ on the target
+  hint: check for free inodes; on the target:
+    $ df -i {path}
+  hint: and for a .~tmp~ of another account:
+    $ find {path} -name .~tmp~ -ls
+
+space
+  if: No space left on device
+  if: Disk quota exceeded
+  why: the target's disk is full, or a quota is used up
+  hint: free some space, then apply again
+
+source-unreadable
+  if: [sender]&Permission denied
+  if: [sender]&No such file or directory
+  if: [sender]&Input/output error
+  if: [sender]&Stale file handle
+  if: send_files failed to open
+  if: file has vanished
+  if: link_stat&failed
+  if: readlink_stat
+  why: the source changed while it was read, or cannot be read
+  hint: plan again
+
+name-too-long
+  if: File name too long
+  if: ENAMETOOLONG
+  why: a name is too long for the target's file system
+  hint: rename it, or exclude it, then plan again
+
+file-too-large
+  if: File too large
+  why: a file is larger than the target's file system, or a limit of {user} (ulimit -f), allows
+  hint: exclude it, or raise that limit, then plan again
+
+disk-error
+  if: Input/output error
+  if: Structure needs cleaning
+  why: the target's disk has errors
+  hint: see the kernel's log; on the target, as root:
+    $ dmesg
+
+stale
+  if: Stale file handle
+  if: Stale NFS file handle
+  if: Transport endpoint is not connected
+  if: Host is down (112)
+  why: what is mounted at or below {path} on the target has gone away
+  hint: mount it again, then plan again
+
+blocked-by-directory
+  if: could not make way for
+  if: cannot delete non-empty directory
+  if: Device or resource busy
+  why: a directory that holds excluded or new files, or a mount point, is in the way of a
+    planned entry
+  hint: move or unmount it, or exclude it, then plan again
+
+unsupported-name
+  if: symlink "&Operation not permitted
+  if: symlink "&not implemented
+  if: symlink "&not supported
+  if: Invalid argument (22)
+  if: mkstemp&No such file or directory (2)
+  why: the target's file system (exFAT, FAT, SMB?) does not support symlinks or some characters
+    in names
+  hint: exclude what it names, or deliver to another file system
+
+unreadable-below
+  if: opendir&Permission denied
+  if: IO error encountered
+  why: {user} may not read everything below {path} on the target
+  hint: exclude what it names (a disk's lost+found is such a directory), or fix owner and modes
+
+permission
+  if: Operation not permitted (1)
+  if: Permission denied (13)
+  why: {user} may not change everything below {path} on the target
+  hint: look at owner, mode and attributes (ls -ld, lsattr) of what it names, then apply again
+
+file-error
+  if: (code 11)
+  why: rsync on the target cannot read or write a file
+  hint: fix what it names, then apply again
+
+timeout
+  if: timed out
+  if: Timeout, server
+  if: not responding
+  if: io timeout after
+  if: No route to host
+  if: Network is unreachable
+  if: Host is down
+  why: the target timed out or is unreachable
+  hint: check the host, the port and the network
+
+no-answer
+  if: (0 bytes received so far)
+  why: rsync did not start on the target, so nothing was sent
+  hint: look for a ForceCommand for {user} in its sshd_config
+  hint: check that the forced command of the key is rrsync, and the login shell an ordinary one
+  hint: check that the shell start files of {user} (.bashrc and the like) do not exit or exec,
+    and that PAM opens a session
+
+connection-lost
+  if: connection unexpectedly closed
+  if: unexpected EOF
+  if: unexpectedly close
+  if: Broken pipe
+  if: error in rsync protocol
+  if: onnection to&closed
+  if: error in socket IO
+  if: mux_client
+  if: client_loop
+  why: the connection was lost
+  hint: apply again to finish
+
+other
+  why: unrecognised failure
+  hint: test the login by itself:
+    $ ssh -v {login}
+  hint: see sshd's log on the target
+"""
 
 
-FAILURES = [row for row in vars(FailureKind).values() if isinstance(row, Failure)]
-# Without the rows about host keys, which stand before LOCKED. Once a host key is verified, no text
-# of the server must be reported as a failure of host keys.
-LOGIN_FAILURES = FAILURES[FAILURES.index(FailureKind.LOCKED) :]
+def parse_failures(table: str) -> dict[str, Failure]:
+    """Return the rows of the table by name, in its order."""
+    rows = {}
+    for name, retry, body in re.findall(r"(?m)^([a-z-]+)( \(retry\))?\n((?:  .*\n)+)", table):
+        fields: dict[str, list[str]] = {"if": [], "why": [], "hint": []}
+        for key, text in re.findall(r"(?m)^  (\w+): (.*\n(?:    .*\n)*)", body):
+            fields[key].append(re.sub(r"\n    (?!\$)", " ", text.rstrip()))
+        patterns = [way.encode().split(b"&") for way in fields["if"]]
+        hints = [hint.partition("\n    $ ") for hint in fields["hint"]]
+        ways = [(words, command) for words, _, command in hints]
+        rows[name] = Failure(patterns, " ".join(fields["why"]), ways, bool(retry))
+    return rows
+
+
+FAILURES = parse_failures(FAILURE_TABLE)
+# Without the rows about host keys, which stand first. Once a host key is verified, no text of the
+# server must be reported as a failure of host keys.
+LOGIN_FAILURES = list(FAILURES)[list(FAILURES).index("locked") :]
 
 
 def failure(
     target: Target,
-    kind: Failure,
+    kind: str,
     facts: str = "",
     names: Iterable[bytes] = (),
     said: str = "",
@@ -1276,20 +1387,18 @@ def failure(
     }
     # The path may come from the target (OTHER_PATH).
     words = {name: replace_unprintable(word) for name, word in words.items()}
-    why = ": ".join(filter(None, [kind.why.format(**words), facts, quote_first(names)]))
-    hints = []
-    for hint in kind.hints:
-        text, command = (hint, "") if isinstance(hint, str) else hint
-        hints.append((text.format(**words), command.format(**words)))
-    return TargetError(target.login, kind, why, *hints, said=said)
+    row = FAILURES[kind]
+    why = ": ".join(filter(None, [row.why.format(**words), facts, quote_first(names)]))
+    hints = [(text.format(**words), command.format(**words)) for text, command in row.hints]
+    return TargetError(target.login, kind, why, *hints, said=said, retry=row.retry)
 
 
 def diagnose(
-    target: Target, result: Result, kinds: Sequence[Failure] = FAILURES, program: str = "rsync"
+    target: Target, result: Result, kinds: Iterable[str] = FAILURES, program: str = "rsync"
 ) -> TargetError:
     """Return the error for a failed program, with what it said."""
     if result.status is None:
-        return failure(target, FailureKind.NO_RESPONSE)
+        return failure(target, "no-response")
     lines = result.stderr.splitlines()
     said = quote_output(result.stderr) or "nothing, status %d" % result.status
     said = said if said.startswith(program) else f"{program}: {said}"
@@ -1298,13 +1407,11 @@ def diagnose(
         if any(
             all(part in result.stderr for part in parts)
             and any(all(part in line for part in parts) for line in lines)
-            for parts in kind.patterns
+            for parts in FAILURES[kind].patterns
         ):
             # The text is our own ProxyCommand's name.
-            return failure(
-                target, kind, said="" if kind is FailureKind.CLOSED_AFTER_LOGIN else said
-            )
-    return failure(target, FailureKind.OTHER, said)
+            return failure(target, kind, said="" if kind == "closed-after-login" else said)
+    return failure(target, "other", said)
 
 
 # --- Trust core: the source ---------------------------------------------------------------------
@@ -1782,7 +1889,7 @@ class Connection:
         try:
             return run_program(argv, **more)
         except EndlessOutput as error:
-            raise failure(self.target, FailureKind.UNEXPECTED_REPORT, str(error)) from None
+            raise failure(self.target, "unexpected-report", str(error)) from None
 
     def open(self) -> None:
         """Log in, without a session, and leave the master of the connection behind.
@@ -1802,11 +1909,11 @@ class Connection:
             if result.status == 0:
                 break
             error = diagnose_login(self, result)
-            if last or not error.kind.retry:
+            if last or not error.retry:
                 raise error
         # A banner could imitate this line: then that host alone is refused.
         if re.search(rb'(?m)^Authenticated to .* using "none"\.\r?$', result.stderr):
-            raise failure(self.target, FailureKind.NO_KEY_ASKED)
+            raise failure(self.target, "no-key-asked")
 
     def session(self, options: Sequence[str], command: str) -> Result:
         argv = [self.context.ssh, *self.session_options(), *options, *self.destination(), command]
@@ -1823,7 +1930,7 @@ class Connection:
             self.restriction_proved = error is None
             if error is None or not patient:
                 return
-            if last or not error.kind.retry:
+            if last or not error.retry:
                 raise error
 
     def rsync_remote_args(self, path: str) -> list[str]:
@@ -1880,8 +1987,8 @@ class Connection:
         are as they must be: it is the connection that was lost.
         """
         error = diagnose(self.target, result)
-        if self.answered and error.kind in (FailureKind.NO_RESPONSE, FailureKind.NO_ANSWER):
-            error = failure(self.target, FailureKind.STALLED)
+        if self.answered and error.kind in ("no-response", "no-answer"):
+            error = failure(self.target, "stalled")
         return error
 
     def rsync_with_retry(self, options: Sequence[str], **more: Any) -> Result:
@@ -1895,14 +2002,14 @@ class Connection:
             result = self.rsync_once(options, **more)
             if result.status == 0 or last:
                 break
-            kind = diagnose(self.target, result).kind
-            if kind is FailureKind.CLOSED_AFTER_LOGIN:
+            error = diagnose(self.target, result)
+            if error.kind == "closed-after-login":
                 path_proved = self.path_proved
                 self.open()
                 self.prove_restricted()
                 if path_proved:
                     prove_path(self)
-            elif not kind.retry:
+            elif not error.retry:
                 break
         return result
 
@@ -1916,7 +2023,7 @@ def diagnose_login(connection: Connection, result: Result) -> TargetError:
     target = connection.target
     said = [line for line in result.stderr.splitlines() if line.strip()]
     if result.status is None:
-        return failure(target, FailureKind.TIMEOUT)
+        return failure(target, "timeout")
 
     # Port 65535 means that the program which leads to sshd (a jump host) has ended. sshd has not
     # answered then, so the lines before are that program's.
@@ -1927,9 +2034,9 @@ def diagnose_login(connection: Connection, result: Result) -> TargetError:
         aside = (*exchange, b"dlopen none failed")
         route = [line for line in said[:-1] if not line.startswith(aside)]
         if route:
-            return failure(target, FailureKind.PROXY_FAILED, quote_output(b"\n".join(route)))
+            return failure(target, "proxy-failed", quote_output(b"\n".join(route)))
 
-    def judge(lines: Sequence[bytes], kinds: Sequence[Failure]) -> TargetError:
+    def judge(lines: Sequence[bytes], kinds: Iterable[str]) -> TargetError:
         return diagnose(target, result._replace(stderr=b"\n".join(lines)), kinds, "ssh")
 
     if said[-1:] == [b"Host key verification failed."]:
@@ -1938,16 +2045,16 @@ def diagnose_login(connection: Connection, result: Result) -> TargetError:
     else:
         # The reason of sshd or PAM may stand in the line before.
         error = judge(said[-1:], LOGIN_FAILURES)
-        if error.kind in (FailureKind.CLOSED_DURING_LOGIN, FailureKind.OTHER):
+        if error.kind in ("closed-during-login", "other"):
             error = judge(said[-2:], LOGIN_FAILURES)
-    if error.kind is FailureKind.KEY_REFUSED or b"Load key" in result.stderr:
+    if error.kind == "key-refused" or b"Load key" in result.stderr:
         check_own_key(connection.context.state.key)
-    if error.kind is FailureKind.KEY_REFUSED:
+    if error.kind == "key-refused":
         public = read_file(connection.context.state.key + ".pub", "key").decode("utf-8", "replace")
         return failure(target, error.kind, said=error.said, key=public.strip())
-    if error.kind is FailureKind.HOST_KEY_CHANGED:
+    if error.kind == "host-key-changed":
         facts = describe_changed_key(connection.context.state, result.stderr)
-        return failure(target, FailureKind.HOST_KEY_CHANGED, facts)
+        return failure(target, "host-key-changed", facts)
     return error
 
 
@@ -1966,19 +2073,19 @@ def check_refusal(target: Target, result: Result) -> TargetError | None:
     Raises TargetError where it is known that it was not refused.
     """
     if PROOF_OUTPUT in result.stdout:
-        raise failure(target, FailureKind.NOT_RESTRICTED, "a shell command ran")
+        raise failure(target, "not-restricted", "a shell command ran")
     # For example a shell start file that reads its stdin.
     if result.status is None:
-        raise failure(target, FailureKind.NO_RESPONSE)
+        raise failure(target, "no-response")
     if result.stdout.strip():
         # nologin(8) and others say on stdout what they are.
         said = result._replace(stderr=result.stdout + b"\n" + result.stderr)
         error = diagnose(target, said, program="ssh")
-        if error.kind in (FailureKind.NOLOGIN, FailureKind.EXPIRED, FailureKind.OTHER_SERVICE):
+        if error.kind in ("nologin", "expired", "other-service"):
             raise error
-        raise failure(target, FailureKind.SHELL_OUTPUT, quote_output(result.stdout))
+        raise failure(target, "shell-output", quote_output(result.stdout))
     if result.status == 0:
-        raise failure(target, FailureKind.NOT_RRSYNC)
+        raise failure(target, "not-rrsync")
     # rrsync's own status, also when it only says that it is locked.
     if 0 < result.status < 255:
         return None
@@ -2008,7 +2115,7 @@ def prove_path(connection: Connection) -> str:
         # Without the time in which the target's rsync sleeps after an error (see SESSION_END).
         connection.session_overhead = time.monotonic() - started - 0.1
         if result.status == 0:
-            raise failure(target, FailureKind.NOT_RESTRICTED, "it writes anywhere")
+            raise failure(target, "not-restricted", "it writes anywhere")
         before, found, _ = unescape_rsync_name(result.stderr).partition(marker)
         quote = before.rfind(b'"')
         if found and quote >= 0:
@@ -2017,20 +2124,20 @@ def prove_path(connection: Connection) -> str:
             written = quote_name(directory or b"/")
             facts = f"its key writes below {written}, not below {quote_name(expected)}"
             if not directory:
-                raise failure(target, FailureKind.NOT_RESTRICTED, facts)
+                raise failure(target, "not-restricted", facts)
             if directory != expected.rstrip(b"/"):
                 other = target._replace(remote_path=os.fsdecode(directory))
-                raise failure(other, FailureKind.OTHER_PATH, facts)
+                raise failure(other, "other-path", facts)
             connection.path_proved = True
             return "it stays below " + quote_name(expected)
         error = diagnose(target, result)
         # A dying rsync now and then loses its last words: where it printed nothing, four more
         # tries.
         silent = not result.stderr and number < 4
-        if last or not (error.kind.retry or silent):
+        if last or not (error.retry or silent):
             break
-    if error.kind in (FailureKind.OTHER, FailureKind.NO_ANSWER):
-        error = failure(target, FailureKind.PATH_UNKNOWN, quote_output(result.stderr))
+    if error.kind in ("other", "no-answer"):
+        error = failure(target, "path-unknown", quote_output(result.stderr))
     raise error
 
 
@@ -2117,7 +2224,7 @@ class TransferReport:
         # No path holds "//"; a directory's name ends with "/" of its own.
         name, _, rest = unescape_rsync_name(itemized[12:]).partition(b"//")
         if code.startswith(b"*deleting"):
-            raise failure(self.target, FailureKind.UNEXPECTED_REPORT, "a deletion", [name])
+            raise failure(self.target, "unexpected-report", "a deletion", [name])
         self.bytes += int(count)
         change = self.planned.get(name)
         if change is None:
@@ -2202,16 +2309,16 @@ def itemize(
         try:
             change = parse_itemized(line)
         except ValueError as error:
-            raise failure(target, FailureKind.UNEXPECTED_REPORT, str(error)) from None
+            raise failure(target, "unexpected-report", str(error)) from None
         if not change:
             return
         if change.path in found:
-            raise failure(target, FailureKind.UNEXPECTED_REPORT, f"{quote_name(change.path)} twice")
+            raise failure(target, "unexpected-report", f"{quote_name(change.path)} twice")
         found[change.path] = change
         if change.kind != "missing":
             want(change.path)
         elif paths is not None:
-            raise failure(target, FailureKind.UNEXPECTED_REPORT, "a deletion", [change.path])
+            raise failure(target, "unexpected-report", "a deletion", [change.path])
 
     if paths is None:
         excludes = ["--exclude=" + pattern for pattern in context.config.exclude]
@@ -2254,9 +2361,7 @@ def compare_with_proof(connection: Connection) -> dict[bytes, Change]:
     for future in proof:
         future.result()
     # A target that did not answer the pass is not waited for a second time.
-    if not connection.restriction_proved and (
-        not failed or failed.kind is not FailureKind.NO_RESPONSE
-    ):
+    if not connection.restriction_proved and (not failed or failed.kind != "no-response"):
         connection.prove_restricted()
     if failed:
         raise failed
@@ -2307,7 +2412,7 @@ def plan_target(context: RunContext, target: Target) -> TargetPlan:
             if STOPPING.is_set():
                 raise Cancelled("interrupted")
         if not target.symlinks and source.symlinks:
-            raise failure(target, FailureKind.SYMLINKS, names=source.symlinks)
+            raise failure(target, "symlinks", names=source.symlinks)
         PROGRESS.update(target.login, "comparing")
         changes = classify(connection, compare_with_proof(connection))
         if changes:
@@ -2328,7 +2433,7 @@ def plan_target(context: RunContext, target: Target) -> TargetPlan:
     except (OffsyncError, OSError) as problem:
         hints = getattr(problem, "hints", ())
         said = getattr(problem, "said", "")
-        local = TargetError(target.login, FailureKind.LOCAL_ERROR, str(problem), *hints, said=said)
+        local = TargetError(target.login, "local-error", str(problem), *hints, said=said)
         plan = TargetPlan(target, connection, error=local)
     PROGRESS.update(target.login, None)
     return plan
@@ -2383,7 +2488,7 @@ def policy_line(config: Config) -> bytes:
 
 def target_line(plan: TargetPlan) -> bytes:
     target = plan.target
-    error = plan.error.kind.name if plan.error else None
+    error = plan.error.kind if plan.error else None
     fields = {"login": target.login, "host": target.host, "port": target.port}
     return json_line({**fields, "remote_path": target.remote_path, "error": error})
 
@@ -2528,7 +2633,7 @@ def approve(
     approved = []
     for plan in plans:
         if plan.target in unreviewed:
-            error = failure(plan.target, FailureKind.NOT_REVIEWED)
+            error = failure(plan.target, "not-reviewed")
             plan = TargetPlan(plan.target, plan.connection, error=error)
         elif plan.target in spared:
             remaining = (c for c in plan.changes if c.path not in spared[plan.target])
@@ -2794,7 +2899,7 @@ class Delivery:
             failed = as_offsync_error(problem)
             # If the source changed, a comparison would mean nothing. A connection whose proofs
             # failed is asked nothing more.
-            known = getattr(problem, "kind", None) is not FailureKind.SOURCE_CHANGED
+            known = getattr(problem, "kind", None) != "source-changed"
             known = known and self.connection.restriction_proved and self.connection.path_proved
             if self.target_touched and not self.outcome and known:
                 with contextlib.suppress(OffsyncError, OSError):
@@ -2873,7 +2978,7 @@ class Delivery:
         directories = Source(place, self.context.config.exclude)
         protected = self.replacing - directories.list_included(self.context.rsync_path)
         if protected:
-            raise self.target_error(FailureKind.PROTECTED, protected)
+            raise self.target_error("protected", protected)
 
     def delete_blocking(self, changes: Sequence[Change]) -> None:
         """Carry out the planned deletions below the directories that these entries replace."""
@@ -2912,11 +3017,11 @@ class Delivery:
                     sends=True,
                 )
             except ValueError as error:
-                raise failure(self.plan.target, FailureKind.UNEXPECTED_REPORT, str(error)) from None
+                raise failure(self.plan.target, "unexpected-report", str(error)) from None
         if result.status == 0:
             self.bytes_sent = before + report.bytes
         if report.mismatched:
-            raise self.target_error(FailureKind.SOURCE_CHANGED, report.mismatched)
+            raise self.target_error("source-changed", report.mismatched)
         # rsync ends with 0 even where it could not create its staging directory.
         if result.status != 0 or b"Unable to create partial-dir" in result.stderr:
             raise self.explain(result)
@@ -2925,19 +3030,19 @@ class Delivery:
             changed = {
                 path for path, entry in lost.items() if not self.source.still_matches(path, entry)
             }
-            kind = FailureKind.SOURCE_CHANGED if changed else FailureKind.CHANGED_MEANWHILE
+            kind = "source-changed" if changed else "changed-meanwhile"
             raise self.target_error(kind, changed or set(lost))
 
-    def target_error(self, kind: Failure, paths: Iterable[bytes]) -> TargetError:
+    def target_error(self, kind: str, paths: Iterable[bytes]) -> TargetError:
         return failure(self.plan.target, kind, names=paths)
 
     def explain(self, result: Result) -> TargetError:
         """Return the error for a failed pass that sends, with colliding names if there are any."""
         error = self.connection.explain(result)
-        if error.kind is FailureKind.OTHER:
+        if error.kind == "other":
             sent = (change.path for change in self.to_send)
             names = colliding_names(sent, self.context.included)
-            error = self.target_error(FailureKind.NAME_COLLISION, names) if names else error
+            error = self.target_error("name-collision", names) if names else error
         return error
 
     def verify_sent(self, sent: Sequence[Change]) -> Comparison | None:
@@ -3004,14 +3109,12 @@ class Delivery:
             if c.entry and not self.source.still_matches(c.path, c.entry)
         ]
         if changed:
-            return self.target_error(FailureKind.SOURCE_CHANGED, changed)
+            return self.target_error("source-changed", changed)
         only_modes = all(change.reasons == ("mode",) for change in found.differs.values())
         if only_modes and not found.extraneous:
-            return self.target_error(FailureKind.MODES_NOT_KEPT, different)
+            return self.target_error("modes-not-kept", different)
         names = colliding_names(different, self.context.included | self.to_delete)
-        return self.target_error(
-            FailureKind.NAME_COLLISION if names else FailureKind.DIFFERS, names or different
-        )
+        return self.target_error("name-collision" if names else "differs", names or different)
 
     def delete(self, paths: set[bytes], extraneous: set[bytes]) -> None:
         """Delete these planned entries. If others have appeared since, nothing is deleted.
@@ -3020,7 +3123,7 @@ class Delivery:
         """
         surprises = extraneous - self.to_delete
         if surprises:
-            raise self.target_error(FailureKind.APPEARED, surprises)
+            raise self.target_error("appeared", surprises)
         PROGRESS.update(self.login, "deleting " + plural(len(paths), "entry", "entries"))
         may_go = paths | self.replacing
 
@@ -3031,9 +3134,7 @@ class Delivery:
             # Once: a target can report it without end.
             may_go.discard(name)
             if not gone and not code.startswith(b".d"):
-                raise failure(
-                    self.plan.target, FailureKind.UNEXPECTED_REPORT, "in a deletion", [name]
-                )
+                raise failure(self.plan.target, "unexpected-report", "in a deletion", [name])
 
         # rsync must be let into the directories above. Their rules end with a slash, so that they
         # match directories only: else a file that has just been delivered in place of such a
@@ -4390,7 +4491,7 @@ def fetch_host_key(connection: Connection) -> tuple[str, str, str]:
         if os.path.exists(path):
             break
         error = diagnose_login(connection, result)
-        if last or not error.kind.retry:
+        if last or not error.retry:
             raise error
     words = read_file(path, "host key").decode("utf-8", "replace").split()
     if len(words) < 3:
@@ -4458,9 +4559,9 @@ def connect_trusted(
             connection.open()
             return connection, ""
         except TargetError as error:
-            if error.kind not in (FailureKind.HOST_KEY_UNKNOWN, FailureKind.HOST_KEY_CHANGED):
+            if error.kind not in ("host-key-unknown", "host-key-changed"):
                 raise
-            if error.kind is FailureKind.HOST_KEY_CHANGED:
+            if error.kind == "host-key-changed":
                 warn(error.message)
     host, key_type, blob = fetch_host_key(connection)
     shown = fingerprint(blob)
@@ -4540,10 +4641,7 @@ def prove_all(connection: Connection) -> list[Proof]:
         Raises TargetError if it was not even asked: a dead connection refuses everything.
         """
         error = diagnose(connection.target, result)
-        if not answer and (
-            error.kind.retry
-            or error.kind in (FailureKind.NO_RESPONSE, FailureKind.CLOSED_AFTER_LOGIN)
-        ):
+        if not answer and (error.retry or error.kind in ("no-response", "closed-after-login")):
             raise error
         return Proof(what, not answer, answer or "refused")
 
@@ -4601,7 +4699,7 @@ def cmd_target_add(args: argparse.Namespace) -> int:
         proofs = prove_all(connection)
         found = [f"{p.attempt}: {p.detail}" for p in proofs if p.denied is False]
         if found:
-            raise failure(target, FailureKind.NOT_RESTRICTED, "; ".join(found))
+            raise failure(target, "not-restricted", "; ".join(found))
         if known_hosts:
             trusted = read_file(known_hosts, "known_hosts")
             write_atomically(state.known_hosts, [trusted], 0o600)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import unittest
 from unittest import mock
 
-from lab import offsync
+from lab import OFFSYNC, offsync, read
 
 KEY = offsync.PublicKey("ssh-ed25519", "AAAAC3NzaC1lZDI1NTE5AAAAIKtest", "me@here")
 
@@ -351,14 +352,52 @@ class Diagnosis(unittest.TestCase):
         for kind, answer in self.ANSWERS:
             with self.subTest(answer=answer):
                 error = offsync.diagnose(target, offsync.Result(12, b"", answer.encode()))
-                self.assertEqual(error.kind.name, kind)
+                self.assertEqual(error.kind, kind)
                 self.assertTrue(str(error).startswith("u@h: "))
                 self.assertNotIn("{", str(error))
                 self.assertNotIn("\n", str(error))
         self.assertEqual(
             {kind for kind, _ in self.ANSWERS} - {"other"},
-            {row.name for row in offsync.FAILURES if row.patterns},
+            {kind for kind, row in offsync.FAILURES.items() if row.patterns},
         )
+
+
+class Names(unittest.TestCase):
+    """A row is named by a text: a misspelt one must not wait for the failure."""
+
+    def test_each_name_is_that_of_a_row_and_each_row_is_used(self) -> None:
+        used = set()
+        for node in ast.walk(ast.parse(read(OFFSYNC))):
+            if isinstance(node, ast.Call):
+                called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+                place = {"failure": 1, "target_error": 0}.get(called)
+                if place is not None:
+                    used |= texts(node.args[place])
+            if isinstance(node, ast.Compare) and ast.unparse(node.left).endswith(
+                ("error.kind", "failed.kind")
+            ):
+                used |= texts(*node.comparators)
+        self.assertGreater(len(used), 25)
+        self.assertEqual(used - set(offsync.FAILURES), set())
+        for kind, row in offsync.FAILURES.items():
+            if not row.patterns:
+                self.assertIn('"%s"' % kind, read(OFFSYNC))
+
+    def test_each_row_says_why_and_a_way_out(self) -> None:
+        for kind, row in offsync.FAILURES.items():
+            with self.subTest(kind=kind):
+                self.assertTrue(row.why)
+                self.assertEqual(bool(row.hints), kind != "local-error")
+
+
+def texts(*nodes: ast.AST) -> set:
+    """Return the texts in these expressions."""
+    return {
+        constant.value
+        for node in nodes
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant)
+    }
 
 
 class FailedLogins(unittest.TestCase):
@@ -394,7 +433,7 @@ host-key-unknown | No ED25519 host key is known for h / Host key verification fa
                 mock.patch.object(offsync, "check_own_key"),
                 mock.patch.object(offsync, "read_file", return_value=b""),
             ):
-                self.assertEqual(offsync.diagnose_login(connection, result).kind.name, kind)
+                self.assertEqual(offsync.diagnose_login(connection, result).kind, kind)
 
 
 if __name__ == "__main__":

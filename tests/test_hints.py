@@ -353,7 +353,7 @@ class EveryFailure(unittest.TestCase):
         typed = {"offsync link"}
         for kind in offsync.FAILURES:
             for _, command in offsync.failure(target, kind).hints:
-                with self.subTest(kind=kind.name, command=command):
+                with self.subTest(kind=kind, command=command):
                     known = [words for words in ELSEWHERE if command.startswith(words)]
                     name = command.split(" ")[0]
                     if not command or known or command.startswith(tuple(typed)):
@@ -369,10 +369,11 @@ class EveryFailure(unittest.TestCase):
 
     def test_nothing_that_does_harm(self) -> None:
         """On a healthy account, or where a disk is not mounted."""
-        for kind in offsync.FAILURES:
-            for hint in kind.hints:
-                text = hint if isinstance(hint, str) else " ".join(hint)
-                self.assertNotRegex(text, "usermod|chown|install -d|mkdir|rm |chsh|chage -[EdM]")
+        for row in offsync.FAILURES.values():
+            for hint in row.hints:
+                self.assertNotRegex(
+                    " ".join(hint), "usermod|chown|install -d|mkdir|rm |chsh|chage -[EdM]"
+                )
 
 
 if __name__ == "__main__":
