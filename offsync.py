@@ -31,7 +31,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 350 to 3336, in the order in
+To audit it, read the trust core first: lines 356 to 3337, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -153,7 +153,13 @@ def as_offsync_error(problem: BaseException) -> OffsyncError:
     """Return an error that has a message and hints, whatever was raised."""
     if isinstance(problem, OffsyncError):
         return problem
-    return OffsyncError(str(problem) or "not enough memory", "fix this, then try again")
+    why = getattr(problem, "strerror", None) or str(problem) or "not enough memory"
+    name = getattr(problem, "filename", None)
+    if name:
+        why = f"{quote_name(os.fsencode(name))}: {why}"
+    elif isinstance(problem, FileNotFoundError):
+        why = "the current directory is gone"
+    return OffsyncError(why, "fix this, then try again")
 
 
 class Cancelled(OffsyncError):
@@ -332,8 +338,8 @@ class Typed(NamedTuple):
             words += ["--except", pattern]
         if typed.source is not None:
             words += ["--source", typed.source]
-        options = {Deletion.KEEP: ["--keep"], Deletion.ALLOW: ["--delete"]}
-        words += options.get(typed.deletion, []) if typed.deletion else []
+        if typed.deletion:
+            words.append("--keep" if typed.deletion is Deletion.KEEP else "--delete")
         if typed.plan is not None:
             words += ["--plan", typed.plan]
         return offsync_command(*words)
@@ -2431,9 +2437,8 @@ def plan_target(context: RunContext, target: Target) -> TargetPlan:
     except TargetError as error:
         plan = TargetPlan(target, connection, error=error)
     except (OffsyncError, OSError) as problem:
-        hints = getattr(problem, "hints", ())
-        said = getattr(problem, "said", "")
-        local = TargetError(target.login, "local-error", str(problem), *hints, said=said)
+        why = as_offsync_error(problem)
+        local = TargetError(target.login, "local-error", why.message, *why.hints, said=why.said)
         plan = TargetPlan(target, connection, error=local)
     PROGRESS.update(target.login, None)
     return plan
@@ -2662,18 +2667,14 @@ def check_policy(context: RunContext, reviewed: bytes) -> None:
     if not differing:
         return
     typed = context.typed
-    options = {"source": then["source"], "deletion": deletion}
-    for option, configured in (
-        ("source", typed.configured.source),
-        ("deletion", typed.configured.delete),
-    ):
-        if options[option] == configured:
-            options[option] = None
+    source = None if then["source"] == typed.configured.source else then["source"]
+    wanted = None if deletion is typed.configured.delete else deletion
     replan = ("have a new plan reviewed:", typed.again(command="plan", plan=None))
     hints: list[Hint] = ["restore the policy of the plan in the config", replan]
     by_option = all(pair[0] in ("source", "delete") for pair in differing)
-    if by_option and options["deletion"] is not Deletion.REFUSE:
-        hints = [("apply it with its own policy:", typed.again(**options)), replan]
+    if by_option and wanted is not Deletion.REFUSE:
+        again = typed.again(source=source, deletion=wanted)
+        hints = [("apply it with its own policy:", again), replan]
     raise OffsyncError(
         "refused, nothing was sent: the policy is not that of the reviewed plan: "
         + ", ".join(f"{key} was {old}, is {new}" for key, old, new in differing),
@@ -6659,17 +6660,10 @@ def report_errors(argv: Sequence[str]) -> int:
         status = run_command(argv)
     except SystemExit:  # --help
         status = 0
-    except OffsyncError as error:
+    except (OffsyncError, OSError, MemoryError) as problem:
+        error = as_offsync_error(problem)
         emit_error("offsync: error: " + error.message, error.hints, error.said)
         status = error.status
-    except (OSError, MemoryError) as error:
-        named = getattr(error, "filename", None)
-        why = getattr(error, "strerror", None) or str(error) or "not enough memory"
-        if named:
-            why = f"{quote_name(os.fsencode(named))}: {why}"
-        elif isinstance(error, FileNotFoundError):
-            why = "the current directory is gone"
-        emit_error("offsync: error: " + why, ["fix this, then try again"])
     if STDOUT_ERRORS:
         why = f"writing to standard output failed: {STDOUT_ERRORS[0]}; the remaining output is lost"
         emit_error("offsync: error: " + why, [])
