@@ -78,16 +78,7 @@ import subprocess
 import threading
 import time
 import unicodedata
-from typing import (
-    IO,
-    Any,
-    BinaryIO,
-    Callable,
-    NamedTuple,
-    NoReturn,
-    TypeVar,
-    Union,
-)
+from typing import IO, Any, BinaryIO, Callable, NamedTuple, NoReturn, TypeVar, Union
 from collections.abc import Iterable, Iterator, Sequence
 
 VERSION = "3.0.0"
@@ -6565,10 +6556,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (function, text, typed, arguments) in COMMANDS.items():
         place = words if " " in name else commands
         command = place.add_parser(
-            name.split(" ")[-1],
-            help=text,
-            description=text,
-            epilog=example + typed,
+            name.split(" ")[-1], help=text, description=text, epilog=example + typed
         )
         command.add_argument("-v", "--verbose", **verbose, default=argparse.SUPPRESS)
         command.set_defaults(function=function, prog=command.prog, command=name)

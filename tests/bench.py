@@ -219,7 +219,7 @@ class Bench:
         )
         write(self.lab.ssh_config, "")
         for target in targets[1:]:  # the next row has one target again
-            self.lab.offsync("target", "remove", target.login, check=0)
+            self.lab.offsync("target remove", target.login, check=0)
             target.stop()
 
     def row_million(self) -> None:
@@ -336,7 +336,7 @@ class Bench:
         self.lab.add(self.target)
         print("target add: %.2f s (bound 2)" % (time.monotonic() - started), flush=True)
         for target in more:
-            self.lab.offsync("target", "remove", target.login, check=0)
+            self.lab.offsync("target remove", target.login, check=0)
             target.stop()
 
     def row_phases(self) -> None:

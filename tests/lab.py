@@ -352,22 +352,16 @@ class Lab:
         write(path, text, 0o755)
         return path
 
-    def offsync(
-        self,
-        *args,
-        home=None,
-        input=None,
-        check=None,
-        env=None,
-        program="",
-        timeout=300,
-    ):
-        """Run offsync, or this program, without a terminal; check is the expected exit status."""
+    def offsync(self, *args, home=None, input=None, check=None, env=None, program="", timeout=300):
+        """Run offsync, or this program, without a terminal; check is the expected exit status.
+
+        The first argument is several words, separated by blanks.
+        """
         environment = dict(self.env, **(env or {}))
         if home:
             environment["HOME"] = home
         done = subprocess.run(
-            [sys.executable, *([program] if program else ["-m", "compiled"]), *args],
+            [sys.executable, *([program] if program else ["-m", "compiled"]), *words(args)],
             env=environment,
             input=input,
             stdin=subprocess.DEVNULL if input is None else None,
@@ -393,7 +387,7 @@ class Lab:
         ignore (nohup) are not passed on.
         """
         return subprocess.Popen(
-            [sys.executable, OFFSYNC, *args],
+            [sys.executable, OFFSYNC, *words(args)],
             env=dict(self.env, **more.pop("env", {})),
             preexec_fn=lambda: [
                 signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)
@@ -547,6 +541,11 @@ def mentions(text: str) -> list:
     return [args for _, _, _, args in processes() if text in args]
 
 
+def words(args: tuple) -> list:
+    """Return the words of a command whose first argument is several, separated by blanks."""
+    return [*args[0].split(" "), *args[1:]] if args else []
+
+
 def type_on_terminal(
     argv: list, env: dict, *dialogue: tuple, stdin: str = "", columns: int = 80
 ) -> tuple:
@@ -653,7 +652,7 @@ class OneTargetCase(LabTestCase):
         self.source, self.there = self.lab.source, self.target.path
 
     def plan(self, *args, check=0) -> dict:
-        return read_plan(self.lab.offsync("plan", "--json", *args, check=check).stdout)
+        return read_plan(self.lab.offsync("plan --json", *args, check=check).stdout)
 
     def unchanged(self) -> tuple:
         """Return all that a refusal must leave as it was."""
@@ -680,7 +679,7 @@ class ThreeTargetsCase(LabTestCase):
     def review(self, *args) -> str:
         """Return a file with the plan of now."""
         path = self.lab.base + "/plan.jsonl"
-        write(path, self.lab.offsync("plan", "--json", *args, check=0).stdout)
+        write(path, self.lab.offsync("plan --json", *args, check=0).stdout)
         return path
 
     def refused(self, reviewed: str, *words: str, args=()) -> None:

@@ -24,7 +24,7 @@ class Deleting(OneTargetCase):
         self.fill(0, 30)
         before = snapshot(self.there)
         self.assert_refused(
-            self.lab.offsync("apply", "--delete"),
+            self.lab.offsync("apply --delete"),
             1,
             "nothing was sent",
             "31 now, 1 afterwards",
@@ -33,8 +33,8 @@ class Deleting(OneTargetCase):
             "mounted",
         )
         self.assertEqual(snapshot(self.there), before)
-        plan = self.lab.offsync("plan", "--delete", check=0).out.split()[-1]
-        self.lab.offsync("apply", "--delete", "--plan", plan, check=0)
+        plan = self.lab.offsync("plan --delete", check=0).out.split()[-1]
+        self.lab.offsync("apply --delete --plan", plan, check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_an_exclude_that_begins_with_the_source_of_this_run(self) -> None:
@@ -43,7 +43,7 @@ class Deleting(OneTargetCase):
         write(other + "/f", "x")
         write(self.there + "/uploads/mine", "x")
         self.lab.configure(exclude=[other + "/uploads/"])
-        done = self.lab.offsync("apply", "--delete", "--source", other)
+        done = self.lab.offsync("apply --delete --source", other)
         self.assert_refused(done, 2, "protects nothing", "without " + other)
         self.assertTrue(os.path.exists(self.there + "/uploads/mine"))
 
@@ -71,23 +71,19 @@ class Deleting(OneTargetCase):
     def test_turnover_is_no_shrinking(self) -> None:
         """A web build whose files all have new names."""
         self.fill(30, 30)
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_an_empty_source_never_deletes_even_when_reviewed(self) -> None:
         self.fill(0, 12)
-        plan = self.lab.offsync("plan", "--delete", check=0).out.split()[-1]
+        plan = self.lab.offsync("plan --delete", check=0).out.split()[-1]
         self.assert_refused(
-            self.lab.offsync("apply", "--delete", "--plan", plan),
-            1,
-            "an empty source never deletes",
+            self.lab.offsync("apply --delete --plan", plan), 1, "an empty source never deletes"
         )
         shutil.rmtree(self.there)
         write(self.there + "/.~tmp~/x", "only leftovers")
-        self.assert_refused(
-            self.lab.offsync("apply", "--delete"), 1, "an empty source never deletes"
-        )
-        self.lab.offsync("plan", "--exit-code", check=0)  # they are no difference
+        self.assert_refused(self.lab.offsync("apply --delete"), 1, "an empty source never deletes")
+        self.lab.offsync("plan --exit-code", check=0)  # they are no difference
 
     def test_an_empty_name_of_a_source_is_not_this_directory(self) -> None:
         self.fill(1, 0)
@@ -96,17 +92,17 @@ class Deleting(OneTargetCase):
 
     def test_delete_holds_for_one_run_and_rollback_is_a_run(self) -> None:
         self.fill(2, 1)
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         write(self.there + "/again", "x")
         self.assert_refused(self.lab.offsync("apply"), 1, "deleting is not allowed")
         old = self.lab.base + "/yesterday"
         shutil.rmtree(old, ignore_errors=True)
         write(old + "/here0", "as it was")
-        out = self.lab.offsync("plan", "--source", old, "--delete", check=0).out
+        out = self.lab.offsync("plan --source", old, "--delete", check=0).out
         self.assertTrue(out.startswith("source %s\n" % old), out)
-        self.lab.offsync("apply", "--source", old, "--delete", check=0)
+        self.lab.offsync("apply --source", old, "--delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(old))
-        self.lab.offsync("verify", "--source", old, check=0)
+        self.lab.offsync("verify --source", old, check=0)
         self.lab.offsync("verify", check=3)
         record = self.lab.records()[-1]
         self.assertEqual(
@@ -114,7 +110,7 @@ class Deleting(OneTargetCase):
             (old, ["here0"], ["again", "here1"]),
         )
         self.assert_refused(
-            self.lab.offsync("plan", "--source", old + "/none"), 1, "No such file or directory"
+            self.lab.offsync("plan --source", old + "/none"), 1, "No such file or directory"
         )
 
 
@@ -133,11 +129,11 @@ class Keeping(ThreeTargetsCase):
 
     def test_a_fleet_with_a_pid_file_a_directory_in_the_way_and_nothing(self) -> None:
         self.put_in_place()
-        planned = self.lab.offsync("plan", "--keep", check=0).out
+        planned = self.lab.offsync("plan --keep", check=0).out
         self.assertRegex(planned, r"(?m)^  missing   only on target, kept +app\.pid$")
         self.assertIn("apply will refuse", planned)
         before = [snapshot(target.path) for target in self.targets]
-        done = self.lab.offsync("apply", "--keep")
+        done = self.lab.offsync("apply --keep")
         # Both are named: what would have to go, and what comes in its place.
         self.assert_refused(done, 1, "cannot be kept", "conf, conf/local", self.directory.login)
         self.assertNotIn("app.pid", done.err)
@@ -159,17 +155,17 @@ class Keeping(ThreeTargetsCase):
         write(self.pid.path + "/logs/%s" % ("x" * 20), "a log")
         self.assertEqual(self.lab.offsync("verify", check=0).out, "")
         write(self.pid.path + "/.app.aB3xY9", "what rsync left, or a user's")
-        self.lab.offsync("plan", "--exit-code", check=0)
+        self.lab.offsync("plan --exit-code", check=0)
         self.lab.offsync("apply", check=0)
         write(self.source + "/app", "v2")
-        self.lab.offsync("plan", "--exit-code", check=3)
+        self.lab.offsync("plan --exit-code", check=3)
         self.lab.offsync("apply", check=0)
         self.assertEqual(read(self.pid.path + "/app"), "v2")
         self.assertEqual(read(self.pid.path + "/app.pid"), "4711")
         self.assertTrue(os.path.exists(self.pid.path + "/.app.aB3xY9"))
         self.lab.configure(delete="false")
         self.assertIn("only on target ", self.lab.offsync("verify", check=3).out)
-        self.lab.offsync("verify", "--keep", check=0)
+        self.lab.offsync("verify --keep", check=0)
 
     def test_nothing_counts_towards_a_guard_and_a_source_that_lost_all_is_refused(self) -> None:
         self.lab.configure(delete='"keep"', max_delete="0")
@@ -193,11 +189,11 @@ class Keeping(ThreeTargetsCase):
         write(self.pid.path + "/README", "the user's own")
         write(self.pid.path + "/Readme", "old")
         write(self.source + "/Readme", "new")
-        done = self.lab.offsync("apply", "--keep", self.pid.login)
+        done = self.lab.offsync("apply --keep", self.pid.login)
         self.assert_refused(done, 1, "may be one file", "README, Readme")
         self.assertEqual(read(self.pid.path + "/Readme"), "old")
-        plan = self.lab.offsync("plan", "--keep", self.pid.login, check=0).out.split()[-1]
-        self.lab.offsync("apply", "--keep", self.pid.login, "--plan", plan, check=0)
+        plan = self.lab.offsync("plan --keep", self.pid.login, check=0).out.split()[-1]
+        self.lab.offsync("apply --keep", self.pid.login, "--plan", plan, check=0)
         self.assertEqual(read(self.pid.path + "/README"), "the user's own")
         self.assertEqual(read(self.pid.path + "/Readme"), "new")
 
@@ -207,7 +203,7 @@ class Keeping(ThreeTargetsCase):
         shutil.rmtree(self.source)
         os.mkdir(self.source)
         self.lab.offsync("verify", check=3)
-        self.assertIn("empty source", self.lab.offsync("plan", "--exit-code", check=3).out)
+        self.assertIn("empty source", self.lab.offsync("plan --exit-code", check=3).out)
 
     def test_what_rsync_left_in_a_directory_that_has_to_go(self) -> None:
         write(self.pid.path + "/conf/.~tmp~/part", "collected")
@@ -219,12 +215,12 @@ class Keeping(ThreeTargetsCase):
 
     def test_it_does_not_go_with_delete_and_an_option_wins_over_the_config(self) -> None:
         self.put_in_place()
-        self.assert_refused(self.lab.offsync("apply", "--keep", "--delete"), 2, "not allowed with")
+        self.assert_refused(self.lab.offsync("apply --keep --delete"), 2, "not allowed with")
         self.lab.configure(delete="true")
-        self.lab.offsync("apply", "--keep", self.pid.login, check=0)
+        self.lab.offsync("apply --keep", self.pid.login, check=0)
         self.assertTrue(os.path.exists(self.pid.path + "/app.pid"))
         self.lab.configure(delete='"keep"')
-        self.lab.offsync("apply", "--delete", self.pid.login, check=0)
+        self.lab.offsync("apply --delete", self.pid.login, check=0)
         self.assertFalse(os.path.exists(self.pid.path + "/app.pid"))
 
     def test_a_reviewed_plan_with_what_is_kept(self) -> None:
@@ -234,7 +230,7 @@ class Keeping(ThreeTargetsCase):
         reviewed = self.review()
         write(self.plain.path + "/app.pid", "4712")
         os.unlink(self.pid.path + "/app.pid")
-        self.lab.offsync("apply", "--plan", reviewed, check=0)
+        self.lab.offsync("apply --plan", reviewed, check=0)
         self.assertEqual(read(self.plain.path + "/app.pid"), "4712")
         # A plan brings no option with it; the hint does.
         self.lab.configure(delete="false")

@@ -98,10 +98,7 @@ class ForcedCommandAnswers(DiagnosisCase):
                 "echo 'option --delete has been disabled on this server.' >&2; exit 1",
                 "of the same release",
             ),
-            (
-                "echo 'Password change required but no TTY available.' >&2; exit 1",
-                "chage -l",
-            ),
+            ("echo 'Password change required but no TTY available.' >&2; exit 1", "chage -l"),
             ("kill -9 $PPID", "accepted the login, then closed the connection"),
             ("/usr/bin/rrsync -ro " + self.there, "for reading only"),
             ("/usr/bin/rrsync -wo /nowhere", "is gone or is no directory"),
@@ -138,11 +135,7 @@ class TargetHost(DiagnosisCase):
             (login_shell("/bin/false"), "", "the login shell an ordinary one"),
             (login_shell("/nowhere/sh"), "", "journalctl -u ssh"),
             (login_shell("/bin/rbash"), "", "a restricted one such as rbash"),
-            (
-                change("/etc/shadow", "s,^root:[^:]*:,root:!:,"),
-                "",
-                "a locked account",
-            ),
+            (change("/etc/shadow", "s,^root:[^:]*:,root:!:,"), "", "a locked account"),
             (
                 change("/etc/shadow", "s,^root:.*,root:*:19000:0:99999:7::1:,"),
                 "",

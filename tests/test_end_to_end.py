@@ -11,18 +11,7 @@ import stat
 import subprocess
 import unittest
 
-from lab import (
-    OFFSYNC,
-    USER,
-    LabTestCase,
-    mentions,
-    offsync,
-    read,
-    require,
-    risk,
-    snapshot,
-    write,
-)
+from lab import OFFSYNC, USER, LabTestCase, mentions, offsync, read, require, risk, snapshot, write
 
 
 class Job(LabTestCase):
@@ -34,7 +23,7 @@ class Job(LabTestCase):
             self.assertEqual(stat.S_IMODE(os.stat(os.path.join(lab.state, name)).st_mode), mode)
         target = lab.target("one")
         linked = lab.offsync(
-            "link", "--path", target.path, *risk(), home=target.home, input=key.encode(), check=0
+            "link --path", target.path, *risk(), home=target.home, input=key.encode(), check=0
         )
         self.assertEqual(linked.out.count("\n"), 1)
         self.assertTrue(linked.out.startswith("offsync target add %s@" % USER), linked.out)
@@ -96,12 +85,12 @@ class Job(LabTestCase):
         self.assertEqual(read(self.lab.state + "/config.yaml"), config)
         other = self.lab.base + "/other"
         os.mkdir(other)
-        self.lab.offsync("init", "--source", "other", check=0)
+        self.lab.offsync("init --source other", check=0)
         self.assertEqual(
             read(self.lab.state + "/config.yaml"), config.replace(self.lab.source, other)
         )
         self.assert_refused(
-            self.lab.offsync("init", "--source", other + "/none"), 1, "No such file or directory"
+            self.lab.offsync("init --source", other + "/none"), 1, "No such file or directory"
         )
 
     def test_init_under_any_umask_and_without_the_public_half(self) -> None:
@@ -126,21 +115,21 @@ class Job(LabTestCase):
         write(self.lab.source + "/f", "content")
         done = self.lab.offsync("apply", targets[1].login, check=0)
         self.assertEqual([os.path.exists(t.path + "/f") for t in targets], [False, True, False])
-        done = self.lab.offsync("apply", "--jobs", "2", check=0)
+        done = self.lab.offsync("apply --jobs 2", check=0)
         self.assertEqual(
             sorted(line.split(": ")[0] for line in done.out.splitlines()),
             ["3 targets", *sorted(t.login for t in targets)],
         )
         self.assertTrue(done.out.endswith("3 targets: 3 ok\n"))
         self.assertEqual([snapshot(t.path) for t in targets], [snapshot(self.lab.source)] * 3)
-        document = json.loads(self.lab.offsync("target", "list", "--json", check=0).out)
+        document = json.loads(self.lab.offsync("target list --json", check=0).out)
         self.assertEqual(
             [t["login"] for t in document["targets"]], sorted(t.login for t in targets)
         )
-        self.lab.offsync("target", "remove", targets[0].login, check=0)
-        self.assertNotIn(targets[0].login, self.lab.offsync("target", "list", check=0).out)
+        self.lab.offsync("target remove", targets[0].login, check=0)
+        self.assertNotIn(targets[0].login, self.lab.offsync("target list", check=0).out)
         self.assert_refused(
-            self.lab.offsync("target", "remove", targets[0].login), 2, targets[1].login
+            self.lab.offsync("target remove", targets[0].login), 2, targets[1].login
         )
 
     def test_thousands_of_files_arrive_identical(self) -> None:
@@ -190,7 +179,7 @@ class Connections(LabTestCase):
             write(self.lab.source + "/d/f", content)
             started = re.findall(
                 r"(?m)^\+ \S+/rsync -8 --info=flist1 ((?:-n|-ii) -\w+) ",
-                self.lab.offsync("-v", "apply", check=0).err,
+                self.lab.offsync("-v apply", check=0).err,
             )
             once = [
                 kind
@@ -236,14 +225,11 @@ class Missing(LabTestCase):
     def test_no_such_host_and_nobody_listening(self) -> None:
         target = self.lab.linked_target("one")
         self.assert_refused(
-            self.lab.offsync("target", "add", "u@no-such-host.invalid", "--path", "/x"),
-            1,
-            "does not resolve",
+            self.lab.offsync("target add u@no-such-host.invalid --path /x"), 1, "does not resolve"
         )
         target.stop()
         self.assertRegex(
-            self.lab.offsync("plan", check=1).out,
-            "not compared: .*connection was refused",
+            self.lab.offsync("plan", check=1).out, "not compared: .*connection was refused"
         )
         self.assert_refused(self.lab.offsync("plan"), 1, "1 of 1 target could not be compared")
 

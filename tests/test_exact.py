@@ -90,7 +90,7 @@ class SymlinksLast(WrappedRsyncCase):
             'case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) ls current/old > %s/then;; esac; real'
             % self.lab.base
         )
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(read(self.lab.base + "/then"), "file\n")
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
@@ -101,7 +101,7 @@ class OutsideInfluence(WrappedRsyncCase):
         write(self.source + "/f", "f", 0o640)
         evil = self.lab.base + "/evil"
         write(evil, "#!/bin/sh\ntouch %s/executed\n" % self.lab.base, 0o755)
-        baseline = self.lab.offsync("plan", "--json", check=0).stdout
+        baseline = self.lab.offsync("plan --json", check=0).stdout
         popt = self.lab.home + "/.popt"
         self.addCleanup(lambda: os.path.exists(popt) and os.unlink(popt))
         for line in (
@@ -117,9 +117,7 @@ class OutsideInfluence(WrappedRsyncCase):
                     "RSYNC_PARTIAL_DIR": "x",
                     "RSYNC_RSH": "false",
                 }
-                self.assertEqual(
-                    self.lab.offsync("plan", "--json", env=env, check=0).stdout, baseline
-                )
+                self.assertEqual(self.lab.offsync("plan --json", env=env, check=0).stdout, baseline)
                 self.assertEqual(snapshot(self.there), {})
                 self.lab.offsync("apply", env=env, check=0)
                 self.assertEqual(snapshot(self.there), snapshot(self.source))
@@ -300,7 +298,7 @@ class UnknownIsNull(WrappedRsyncCase):
         env = self.wrap_local_rsync(
             'case "$*" in *--delay-updates*) rm -f %s/gone; exit 23;; esac; real' % self.there
         )
-        self.lab.offsync("apply", "--delete", env=env, check=1)
+        self.lab.offsync("apply --delete", env=env, check=1)
         record = self.lab.records()[-1]
         self.assertEqual((record["files_changed"], record["files_deleted"]), ([], []))
 
@@ -380,11 +378,11 @@ class SecondRunIsEmpty(WrappedRsyncCase):
         os.mkdir(self.there + "/mnt")
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", self.there + "/mnt"], check=True)
         try:
-            done = self.lab.offsync("apply", "--delete", check=1)
+            done = self.lab.offsync("apply --delete", check=1)
             self.assertRegex(done.err, "mount point|verification found differences")
         finally:
             subprocess.run(["umount", self.there + "/mnt"], check=True)
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
 
     def test_a_complaint_with_two_slashes(self) -> None:
         """As rsync up to 3.1.3 names the directory that it could not enter."""
@@ -529,7 +527,7 @@ class Replaced(WrappedRsyncCase):
         write(self.source + "/d", "now a file")
         write(self.there + "/d/x", "x")
         write(self.there + "/gone", "x")
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
 
@@ -552,21 +550,21 @@ class Excluded(WrappedRsyncCase):
                     if content:
                         write(self.there + "/" + place + "/" + content, "precious")
                     before = snapshot(self.there)
-                    done = self.lab.offsync("apply", "--delete", check=1)
+                    done = self.lab.offsync("apply --delete", check=1)
                     self.assertIn("an exclude protects a directory", done.err)
                     self.assertIn(place, done.err)
                     self.assertEqual(snapshot(self.there), before)
                     self.assertEqual(self.lab.records()[-1]["files_changed"], [])
                     os.unlink(self.source + "/" + place)
                     write(self.source + "/" + place, "a file")
-                    self.lab.offsync("apply", "--delete", check=1)
+                    self.lab.offsync("apply --delete", check=1)
                     self.assertEqual(snapshot(self.there), before)
 
     def test_what_no_exclude_protects_is_replaced(self) -> None:
         os.symlink("f", self.source + "/here")
         write(self.there + "/here/old", "x")
         write(self.there + "/uploads/photo", "precious")
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(os.readlink(self.there + "/here"), "f")
         self.assertEqual(read(self.there + "/uploads/photo"), "precious")
 

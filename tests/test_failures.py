@@ -88,7 +88,7 @@ class Kills(OneTargetCase):
         self.lab.offsync("apply", check=0)
         self.assertEqual(snapshot(self.source).items() - snapshot(self.there).items(), set())
         self.lab.offsync("verify", check=0)
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
         self.assertIn("equal, nothing to do", self.lab.offsync("plan", check=0).out)
 
@@ -193,7 +193,7 @@ class Kills(OneTargetCase):
         for name in ("d/.big.aB3xY9", "x/.~tmp~/precious"):
             self.assertEqual(read(self.there + "/" + name), "somebody's")
         self.lab.offsync("verify", check=0)
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_killed_while_deleting_is_logged_by_the_next_run(self) -> None:
@@ -348,12 +348,12 @@ class Trouble(OneTargetCase):
             0o755,
         )
         write(self.target.keys, keys.replace("/usr/bin/rrsync", script))
-        done = self.lab.offsync("apply", "--delete", check=1)
+        done = self.lab.offsync("apply --delete", check=1)
         self.assertEqual(read(self.there + "/f"), "new", done.err)
         self.assertEqual(read(self.there + "/g"), "spoiled\n", done.err)
         self.assertEqual(read(self.there + "/old"), "old", done.err)
         write(self.target.keys, keys)
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_source_changes_under_the_run(self) -> None:
@@ -448,11 +448,11 @@ class Trouble(OneTargetCase):
         self.failing("disk is full", "free some space")
         self.assertEqual(read(self.there + "/old"), "old")
         os.unlink(self.source + "/big")
-        done = self.lab.offsync("apply", "--delete", check=1)
+        done = self.lab.offsync("apply --delete", check=1)
         self.assertIn("disk is full", done.err)
         self.assertNotIn("--delete", done.err)
         shutil.rmtree(self.there + "/.~tmp~")
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_path_replaced_and_read_only(self) -> None:
@@ -549,7 +549,7 @@ class Trouble(OneTargetCase):
 
     def test_one_failing_target_does_not_stop_the_others(self) -> None:
         other = self.lab.configured_target("other")
-        self.addCleanup(lambda: self.lab.offsync("target", "remove", other.login, check=0))
+        self.addCleanup(lambda: self.lab.offsync("target remove", other.login, check=0))
         write(self.source + "/f")
         keys = read(other.keys)
         os.unlink(other.keys)
@@ -636,11 +636,10 @@ class BadSurroundings(LabTestCase):
             "/none, which OFFSYNC_RSYNC names",
         )
         spaced = self.lab.base + "/state with space"
-        self.lab.offsync("init", "--source", self.lab.source, env={"OFFSYNC_HOME": spaced}, check=0)
+        self.lab.offsync("init --source", self.lab.source, env={"OFFSYNC_HOME": spaced}, check=0)
         target = self.lab.target("one")
         self.lab.offsync(
-            "link",
-            "--path",
+            "link --path",
             target.path,
             "--key-file",
             spaced + "/id_ed25519.pub",
@@ -649,8 +648,7 @@ class BadSurroundings(LabTestCase):
             check=0,
         )
         self.lab.offsync(
-            "target",
-            "add",
+            "target add",
             target.login,
             "--path",
             target.path,
@@ -742,10 +740,7 @@ class ManyTargets(LabTestCase):
             listener.listen(5)
             # One hangs at once, as long as its connection lasts; one refuses the proof (which says
             # nothing), then hangs.
-            for target, how in (
-                (hanging, "cat > /dev/null"),
-                (mute, "cat > /dev/null"),
-            ):
+            for target, how in ((hanging, "cat > /dev/null"), (mute, "cat > /dev/null")):
                 write(
                     target.keys,
                     read(target.keys).replace("/usr/bin/rrsync", how + "; /usr/bin/rrsync"),
@@ -846,7 +841,7 @@ class Soak(OneTargetCase):
         self.assertNotIn("missing", planned)
         self.lab.offsync("apply", check=0)
         self.assertEqual(new.items() - snapshot(self.there).items(), set())
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(snapshot(self.there), new)
         self.assertEqual(stat.S_IMODE(os.stat(self.lab.state + "/operations.log").st_mode), 0o600)
 

@@ -26,7 +26,7 @@ class Case(WrappedRsyncCase):
         write(self.there + "/docs/a", "a")
         write(self.source + "/alone/x", "one letter")
         write(self.there + "/alone/X", "one letter")
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_both_there_and_one_here(self) -> None:
@@ -45,19 +45,15 @@ class Case(WrappedRsyncCase):
         for theirs, ours in names:
             with self.subTest(theirs=theirs):
                 self.setUp()
-                for root, name in (
-                    (self.there, theirs),
-                    (self.there, ours),
-                    (self.source, ours),
-                ):
+                for root, name in ((self.there, theirs), (self.there, ours), (self.source, ours)):
                     write(os.path.join(os.fsencode(root), os.fsencode(name)), name)
                 before = snapshot(self.there)
-                done = self.lab.offsync("apply", "--delete", check=1)
+                done = self.lab.offsync("apply --delete", check=1)
                 self.assertIn("these names may be one file", done.err)
                 self.assertIn("rename them in the source, apply, rename them back", done.err)
                 self.assertEqual(snapshot(self.there), before)
-                plan = self.lab.offsync("plan", "--delete", check=0).out.split()[-1]
-                self.lab.offsync("apply", "--delete", "--plan", plan, check=0)
+                plan = self.lab.offsync("plan --delete", check=0).out.split()[-1]
+                self.lab.offsync("apply --delete --plan", plan, check=0)
                 self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_a_leftover_may_be_the_only_copy_too(self) -> None:
@@ -69,7 +65,7 @@ class Case(WrappedRsyncCase):
             (self.there, ".env.bACKup"),
         ):
             write(root + "/" + name, "the only copy")
-        done = self.lab.offsync("apply", "--delete", check=1)
+        done = self.lab.offsync("apply --delete", check=1)
         self.assertIn(".env.Backup, .env.bACKup", done.err)
         self.assertEqual(sorted(os.listdir(self.there)), [".env.Backup", ".env.bACKup"])
 
@@ -77,12 +73,12 @@ class Case(WrappedRsyncCase):
         """A reviewed deletion takes the only copy, and the target's list still shows it."""
         for root, name in ((self.source, "README"), (self.there, "README"), (self.there, "Readme")):
             write(root + "/" + name, "text", when=1_600_000_000)
-        plan = self.lab.offsync("plan", "--delete", check=0).out.split()[-1]
+        plan = self.lab.offsync("plan --delete", check=0).out.split()[-1]
         self.wrap_target_rrsync(
             'case "$SSH_ORIGINAL_COMMAND" in *--existing*) real; s=$?; echo xext > README;'
             " truncate -s 4 README; touch -d @1600000000 README; exit $s;; esac; real"
         )
-        done = self.lab.offsync("apply", "--delete", "--plan", plan, check=1)
+        done = self.lab.offsync("apply --delete --plan", plan, check=1)
         self.assertNotIn(" ok: ", done.out)
         self.lab.configure(verify='"strong"')
         self.lab.offsync("apply", check=0)
@@ -91,11 +87,11 @@ class Case(WrappedRsyncCase):
     def test_the_way_out_from_the_controller_alone(self) -> None:
         for root, name in ((self.there, "README"), (self.there, "Readme"), (self.source, "Readme")):
             write(root + "/" + name, "text")
-        self.lab.offsync("apply", "--delete", check=1)
+        self.lab.offsync("apply --delete", check=1)
         os.rename(self.source + "/Readme", self.source + "/other")
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         os.rename(self.source + "/other", self.source + "/Readme")
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_what_is_excluded_or_not_the_same_is_no_collision(self) -> None:
@@ -105,7 +101,7 @@ class Case(WrappedRsyncCase):
         write(self.there + "/docs/a", "x")
         for name in ("SKIPPED", "docs/b", "doc", "docs.old"):
             write(self.there + "/" + name, "x")
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(sorted(os.listdir(self.there)), ["docs"])
 
     def test_both_here_and_both_there(self) -> None:
@@ -124,10 +120,10 @@ class Case(WrappedRsyncCase):
             for name in ("docs/a", "Docs/b", "Docs/deep/er/c"):
                 write(root + "/" + name, name)
         write(self.there + "/Docs/deep/er/gone", "x")
-        done = self.lab.offsync("apply", "--delete", check=1)
+        done = self.lab.offsync("apply --delete", check=1)
         self.assertIn("Docs, docs", done.err)
-        plan = self.lab.offsync("plan", "--delete", check=0).out.split()[-1]
-        self.lab.offsync("apply", "--delete", "--plan", plan, check=0)
+        plan = self.lab.offsync("plan --delete", check=0).out.split()[-1]
+        self.lab.offsync("apply --delete --plan", plan, check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_what_a_deletion_took_along_is_a_difference_and_is_sent_again(self) -> None:
@@ -140,11 +136,11 @@ class Case(WrappedRsyncCase):
             'case "$SSH_ORIGINAL_COMMAND" in *--existing*) real; s=$?; rm -r kept; exit $s;; esac;'
             " real"
         )
-        done = self.lab.offsync("apply", "--delete", check=1)
+        done = self.lab.offsync("apply --delete", check=1)
         self.assertIn("verification found differences", done.err)
         self.assertIn("kept, kept/f, kept/l", done.err)
         self.assertEqual(self.lab.records()[-1]["files_deleted"], ["gone"])
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_and_where_it_cannot_be_the_target_fails(self) -> None:
@@ -155,7 +151,7 @@ class Case(WrappedRsyncCase):
             'case "$SSH_ORIGINAL_COMMAND" in *--existing*|*delay-updates*)'
             " real; s=$?; rm -f kept; exit $s;; esac; real"
         )
-        done = self.lab.offsync("apply", "--delete", check=1)
+        done = self.lab.offsync("apply --delete", check=1)
         self.assertIn("verification found differences", done.err)
         self.assertNotIn("ok:", done.out)
 
@@ -223,7 +219,7 @@ class ExFat(WrappedRsyncCase):
         self.lab.offsync("apply", check=0)
         os.rename(self.source + "/README", self.source + "/Readme")
         os.rename(self.source + "/d", self.source + "/D")
-        done = self.lab.offsync("apply", "--delete", check=1)
+        done = self.lab.offsync("apply --delete", check=1)
         self.assertIn("these names may be one file", done.err)
         for name in ("README", "Readme", "D"):
             self.assertRegex(done.err, r"[ :]%s[, ]" % name)
@@ -234,7 +230,7 @@ class ExFat(WrappedRsyncCase):
         write(self.there + "/CAF\u00c9", "the only copy", 0o755)
         os.utime(self.source + "/caf\u00e9", (1_600_000_000, 1_600_000_000))
         os.utime(self.there + "/CAF\u00c9", (1_600_000_000, 1_600_000_000))
-        done = self.lab.offsync("apply", "--delete", check=1)
+        done = self.lab.offsync("apply --delete", check=1)
         self.assertIn("these names may be one file", done.err)
         self.assertEqual(read(self.there + "/CAF\u00c9"), "the only copy")
 
@@ -258,7 +254,7 @@ class ExFat(WrappedRsyncCase):
         self.assertIn("may take these names for one", done.err)
         for name in ("Docs", "docs"):
             self.assertRegex(done.err, r"[ :]%s[, ]" % name)
-        done = self.lab.offsync("apply", "--delete", check=1)
+        done = self.lab.offsync("apply --delete", check=1)
         self.assertIn("these names may be one file", done.err)
         for name in ("Docs", "docs"):
             self.assertRegex(done.err, r"[ :]%s[, ]" % name)
@@ -286,7 +282,7 @@ class ExFat(WrappedRsyncCase):
             for name in os.listdir(self.source):
                 if name.startswith("odd") or name == "more":
                     os.unlink(self.source + "/" + name)
-            self.lab.offsync("apply", "--delete", check=0)
+            self.lab.offsync("apply --delete", check=0)
 
 
 if __name__ == "__main__":

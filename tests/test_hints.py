@@ -30,14 +30,7 @@ from lab import (
 )
 
 # Commands that only look, on the target's side, with how they end where there is nothing to see.
-LOOKS = {
-    "pgrep": 1,
-    "getent": 0,
-    "chage": 0,
-    "findmnt": 0,
-    "df": 0,
-    "find": 0,
-}
+LOOKS = {"pgrep": 1, "getent": 0, "chage": 0, "findmnt": 0, "df": 0, "find": 0}
 # Commands in hints of failures that are typed in no test here, and why.
 ELSEWHERE = {
     "ssh-keygen -lf": "on the target's own console: it reads the host key of the system's sshd",
@@ -158,11 +151,11 @@ class OneTarget(Typing):
             write(self.one.path + "/extra", "x")
 
     def test_the_beginning_of_an_id(self) -> None:
-        plan = self.lab.offsync("plan", "--delete", check=0).out.split()[-1]
-        done = self.lab.offsync("apply", "--delete", "--plan", plan[:12], check=2)
+        plan = self.lab.offsync("plan --delete", check=0).out.split()[-1]
+        done = self.lab.offsync("apply --delete --plan", plan[:12], check=2)
         self.assertIn("12 of 64 digits", done.err)
         self.assertIn("one that begins so is %s\n" % plan, done.err)
-        self.lab.offsync("apply", "--delete", "--plan", plan, check=0)
+        self.lab.offsync("apply --delete --plan", plan, check=0)
 
     def test_a_file_where_a_target_has_a_directory(self) -> None:
         """Neither keeping nor adding is possible: no hint offers it."""

@@ -27,7 +27,7 @@ class HostileTarget(WrappedRsyncCase):
         cost nothing.
         """
         other = self.lab.configured_target("other")
-        self.addCleanup(lambda: self.lab.offsync("target", "remove", other.login, check=0))
+        self.addCleanup(lambda: self.lab.offsync("target remove", other.login, check=0))
         write(self.source + "/f", "x")
         evil = self.lab.base + "/stderr"
         write(evil, " ' \"/' " * 3000 + "/" * 32700 + "\n" + "rsync: connection " * 3000)
@@ -206,7 +206,7 @@ class Deletions(WrappedRsyncCase):
             ' echo "$m:*deleting   .git/config"; exit;; *--existing*) said=$(%s "$@"); s=$?;'
             ' echo "$said"; exit $s;; esac\nexec %s "$@"\n' % ((require("rsync"),) * 3),
         )
-        done = self.lab.offsync("apply", "--delete", env={"OFFSYNC_RSYNC": fake}, check=1)
+        done = self.lab.offsync("apply --delete", env={"OFFSYNC_RSYNC": fake}, check=1)
         self.assertEqual([p for p in snapshot(self.there) if b"config" in p], [])
         self.assertNotIn("ok:", done.out)
         self.assertFalse(self.lab.records()[-1]["files_deleted"])
@@ -219,7 +219,7 @@ class Deletions(WrappedRsyncCase):
         self.wrap_target_rrsync(  # what appears in the last moment is not in any plan
             'case "$SSH_ORIGINAL_COMMAND" in *--existing*) echo mine > late.conf;; esac; real'
         )
-        self.lab.offsync("apply", "--delete")
+        self.lab.offsync("apply --delete")
         self.assertEqual(read(self.there + "/late.conf"), "mine\n")
         self.assertFalse(os.path.exists(self.there + "/planned"))
 
@@ -267,7 +267,7 @@ class Deletions(WrappedRsyncCase):
                     % (passes, report, require("rsync")),
                 )
                 env = {"OFFSYNC_RSYNC": fake}
-                done = self.lab.offsync("apply", "--delete", env=env, check=1, timeout=60)
+                done = self.lab.offsync("apply --delete", env=env, check=1, timeout=60)
                 self.assertIn("the target's rsync reported what was not asked for", done.err)
 
     def test_an_unplanned_deletion_in_the_pass_that_deletes(self) -> None:
@@ -279,7 +279,7 @@ class Deletions(WrappedRsyncCase):
             + 'case "$*" in *--include-from*) echo "$m:*deleting   other";; esac\nexec %s "$@"\n'
             % require("rsync"),
         )
-        done = self.lab.offsync("apply", "--delete", env={"OFFSYNC_RSYNC": fake}, check=1)
+        done = self.lab.offsync("apply --delete", env={"OFFSYNC_RSYNC": fake}, check=1)
         self.assertIn("the target's rsync reported what was not asked for", done.err)
         self.assertIn("other", done.err)
 

@@ -304,7 +304,7 @@ class FirstSteps(LabTestCase):
                     "utf-8", "surrogateescape"
                 ),
             )
-            self.assertIn("never delivered", self.lab.offsync("target", "list", check=0).out)
+            self.assertIn("never delivered", self.lab.offsync("target list", check=0).out)
 
     def test_every_help_has_an_example(self) -> None:
         commands = [
@@ -343,7 +343,7 @@ class FirstSteps(LabTestCase):
 
     def test_verbose_shows_every_program(self) -> None:
         self.lab.configured_target("one")
-        err = self.lab.offsync("-v", "plan", check=0).err
+        err = self.lab.offsync("-v plan", check=0).err
         self.assertRegex(err, r"(?m)^\+ \S+ssh .*ControlMaster=yes")
         self.assertRegex(
             err, r"(?m)^\+ \S+rsync -8 --info=flist1 -n -rlptc --delete .*--timeout=10800"

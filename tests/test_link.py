@@ -44,7 +44,7 @@ class LinkCase(LabTestCase):
     def link(self, *args, path=None, **more):
         more.setdefault("home", self.target_home)
         return self.lab.offsync(
-            "link", "--path", path or self.path, "--key", self.key, *risk(), *args, **more
+            "link --path", path or self.path, "--key", self.key, *risk(), *args, **more
         )
 
 
@@ -101,7 +101,7 @@ class Linking(LinkCase):
         self.assertTrue(os.path.isdir(self.path + "/a/b"))
 
     def test_the_default_path_is_below_home(self) -> None:
-        self.lab.offsync("link", "--key", self.key, *risk(), home=self.target_home, check=0)
+        self.lab.offsync("link --key", self.key, *risk(), home=self.target_home, check=0)
         self.assertIn("-wo %s/.offsync/sync'\"" % self.target_home, read(self.keys))
         self.assertTrue(os.path.isdir(self.target_home + "/.offsync/sync"))
 
@@ -153,8 +153,7 @@ class Linking(LinkCase):
             with self.subTest(path=path):
                 self.assert_refused(
                     self.lab.offsync(
-                        "link",
-                        "--path",
+                        "link --path",
                         path,
                         "--key",
                         self.key,
@@ -175,7 +174,7 @@ class Linking(LinkCase):
         write(self.keys, text, 0o600)
         self.assert_refused(self.link(), 1, self.keys + ":3", "remove that line")
         self.assert_refused(
-            self.lab.offsync("unlink", "--key", self.key, home=self.target_home), 1, ":3"
+            self.lab.offsync("unlink --key", self.key, home=self.target_home), 1, ":3"
         )
         self.assertEqual(read(self.keys), text)
         self.assertFalse(os.path.exists(self.path))
@@ -191,9 +190,9 @@ class Linking(LinkCase):
         write(self.keys, others, 0o600)
         self.link(check=0)
         self.assertNotEqual(read(self.keys), others)
-        self.lab.offsync("unlink", "--key", self.key, home=self.target_home, check=0)
+        self.lab.offsync("unlink --key", self.key, home=self.target_home, check=0)
         self.assertEqual(read(self.keys), others)
-        done = self.lab.offsync("unlink", "--key", self.key, home=self.target_home, check=0)
+        done = self.lab.offsync("unlink --key", self.key, home=self.target_home, check=0)
         self.assertIn("no entry", done.err)
 
     def test_keys_that_are_refused(self) -> None:
@@ -217,21 +216,18 @@ class Linking(LinkCase):
         ):
             with self.subTest(key=key[:40]):
                 self.assert_refused(
-                    self.lab.offsync(
-                        "link", "--path", self.path, "--key", key, home=self.target_home
-                    ),
+                    self.lab.offsync("link --path", self.path, "--key", key, home=self.target_home),
                     2,
                     "key",
                 )
                 self.assertFalse(os.path.exists(self.keys))
         self.assert_refused(
-            self.lab.offsync("link", "--key-file", self.lab.base + "/none", home=self.target_home),
+            self.lab.offsync("link --key-file", self.lab.base + "/none", home=self.target_home),
             2,
             "does not exist",
         )
         self.lab.offsync(
-            "link",
-            "--path",
+            "link --path",
             self.path,
             "--key-file",
             strong + ".pub",
@@ -248,7 +244,7 @@ class Linking(LinkCase):
 
     def test_without_key_and_terminal_there_is_no_hang(self) -> None:
         self.assert_refused(
-            self.lab.offsync("link", "--path", self.path, home=self.target_home), 1, "--key-file"
+            self.lab.offsync("link --path", self.path, home=self.target_home), 1, "--key-file"
         )
 
     def test_the_key_is_asked_for_on_the_terminal(self) -> None:
@@ -405,8 +401,7 @@ class Provisioning(LabTestCase):
         home = self.lab.base + "/image"
         os.mkdir(home)
         done = self.lab.offsync(
-            "link",
-            "--path",
+            "link --path",
             self.lab.base + "/data",
             "--key-file",
             self.lab.state + "/id_ed25519.pub",
@@ -439,14 +434,7 @@ class KeyThief(LabTestCase):
 
     def link(self, *args, **more):
         return self.lab.offsync(
-            "link",
-            "--path",
-            self.lab.base + "/data",
-            "--key",
-            self.key,
-            *args,
-            home=self.home,
-            **more,
+            "link --path", self.lab.base + "/data", "--key", self.key, *args, home=self.home, **more
         )
 
     def assert_nothing_left(self) -> None:
@@ -629,7 +617,7 @@ class KeyThief(LabTestCase):
             write(self.lab.source + "/f", "x" + final)
             self.lab.offsync("apply", check=0)
             self.assertEqual(snapshot(target.path), snapshot(self.lab.source))
-            unlinked = self.lab.offsync("unlink", "--key", self.key, home=self.home, check=0)
+            unlinked = self.lab.offsync("unlink --key", self.key, home=self.home, check=0)
             self.assertIn("goes on until it ends", unlinked.err)
             self.assertEqual(read(self.keys), "")
             write(self.keys, plain % (self.lab.base, final, self.key))
@@ -655,8 +643,7 @@ class KeyThief(LabTestCase):
     def test_no_symlinks(self) -> None:
         target = self.lab.target("one")
         linked = self.lab.offsync(
-            "link",
-            "--path",
+            "link --path",
             target.path,
             "--key",
             self.key,
@@ -677,8 +664,7 @@ class KeyThief(LabTestCase):
         self.lab.configure(exclude=["l"])
         self.lab.offsync("plan", check=0)
         again = self.lab.offsync(
-            "link",
-            "--path",
+            "link --path",
             target.path,
             "--key",
             self.key,
@@ -687,7 +673,7 @@ class KeyThief(LabTestCase):
             check=0,
         )
         self.assertIn("already linked", again.err)
-        self.lab.offsync("unlink", "--key", self.key, home=target.home, check=0)
+        self.lab.offsync("unlink --key", self.key, home=target.home, check=0)
         self.assertEqual(read(target.keys), "")
 
 
@@ -702,7 +688,7 @@ class Paths(LabTestCase):
 
     def link(self, path: str, *args, **more):
         return self.lab.offsync(
-            "link", "--path", path, "--key", self.key, *risk(), *args, home=self.home, **more
+            "link --path", path, "--key", self.key, *risk(), *args, home=self.home, **more
         )
 
     def test_rules_that_a_user_may_waive(self) -> None:
@@ -737,12 +723,7 @@ class Paths(LabTestCase):
         self.assert_refused(self.link(self.lab.bin), 2, "directory of $PATH", "--accept-risk path")
 
     def test_parents_that_others_may_write_to(self) -> None:
-        for mode, refused in (
-            (0o777, True),
-            (0o1777, False),
-            (0o755, False),
-            (0o775, True),
-        ):
+        for mode, refused in ((0o777, True), (0o1777, False), (0o755, False), (0o775, True)):
             with self.subTest(mode=oct(mode)):
                 shutil.rmtree(self.lab.base + "/parent", ignore_errors=True)
                 os.makedirs(self.lab.base + "/parent/data")
@@ -842,7 +823,7 @@ class SshdSays(LabTestCase):
             "sshd", "#!/bin/sh\n[ -n '%s' ] || exit 1\ncat <<'E'\n%s\nE\n" % (text, text)
         )
         return self.lab.offsync(
-            "link", "--path", path, "--key", self.key, *risk(), *args, home=self.home
+            "link --path", path, "--key", self.key, *risk(), *args, home=self.home
         )
 
     def test_ordinary_places_are_accepted_and_others_are_not(self) -> None:
@@ -929,9 +910,7 @@ class SshdSays(LabTestCase):
         os.chown(theirs, 65534, 65534)
         os.chmod(theirs, 0o777)
         done = self.lab.offsync(
-            "-v",
-            "link",
-            "--path",
+            "-v link --path",
             self.lab.base + "/data",
             "--key",
             self.key,

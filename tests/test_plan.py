@@ -258,14 +258,14 @@ class Reasons(OneTargetCase):
         self.lab.configure(delete="true")
         # "P" is kept: so the deletion of "p" needs a review.
         plan = self.lab.offsync("plan", check=0).out.split()[-1]
-        self.lab.offsync("apply", "--plan", plan, check=0)
+        self.lab.offsync("apply --plan", plan, check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
 
 class Policies(OneTargetCase):
     def test_delete_false_and_overwrite_false_refuse_the_whole_run(self) -> None:
         other = self.lab.configured_target("other")
-        self.addCleanup(lambda: self.lab.offsync("target", "remove", other.login, check=0))
+        self.addCleanup(lambda: self.lab.offsync("target remove", other.login, check=0))
         write(self.source + "/f", b"new")
         write(self.there + "/f", b"old")
         write(self.there + "/mine", b"x")
@@ -341,10 +341,7 @@ class PlanIds(OneTargetCase):
     def refused(self, reviewed: str, *words: str, args=()) -> None:
         before = self.unchanged()
         self.assert_refused(
-            self.lab.offsync("apply", "--plan", reviewed, *args),
-            1,
-            "nothing was sent",
-            *words,
+            self.lab.offsync("apply --plan", reviewed, *args), 1, "nothing was sent", *words
         )
         self.assertEqual(self.unchanged(), before)
         self.assertEqual(self.lab.records()[-1]["result"], "refused")
@@ -355,7 +352,7 @@ class PlanIds(OneTargetCase):
         write(self.there + "/g", b"hhhh")
         plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
         kept = os.path.join(self.lab.state, "plans", plan_id)
-        printed = self.lab.offsync("plan", "--json", check=0).stdout
+        printed = self.lab.offsync("plan --json", check=0).stdout
         self.assertEqual(
             (hashlib.sha256(printed).hexdigest(), open(kept, "rb").read()), (plan_id, printed)
         )
@@ -366,30 +363,30 @@ class PlanIds(OneTargetCase):
         self.refused(plan_id, "new was not reviewed as it would be added")
         os.unlink(self.source + "/new")
         other = self.lab.configured_target("other")
-        done = self.lab.offsync("apply", "--plan", plan_id, check=1)
+        done = self.lab.offsync("apply --plan", plan_id, check=1)
         self.assertIn("%s: this target is not covered by the reviewed plan" % other.login, done.err)
         self.assertEqual(snapshot(other.path), {})
         self.refused(plan_id, "covers none of these targets", args=[other.login])
         write(self.there + "/g", b"hhhh")
         os.unlink(self.there + "/f")
-        self.lab.offsync("target", "remove", other.login, check=0)
+        self.lab.offsync("target remove", other.login, check=0)
         self.refused(
             plan_id, "the policy is not that", "delete was false, is true", args=["--delete"]
         )
         self.assert_refused(
-            self.lab.offsync("apply", "--plan", "f" * 64), 2, "no plan with this ID", "the whole ID"
+            self.lab.offsync("apply --plan", "f" * 64), 2, "no plan with this ID", "the whole ID"
         )
         self.assert_refused(
-            self.lab.offsync("apply", "--plan", plan_id[:32]),
+            self.lab.offsync("apply --plan", plan_id[:32]),
             2,
             "32 of 64 digits",
             "one that begins so is " + plan_id,
         )
-        self.lab.offsync("apply", "--plan", plan_id, check=0)
+        self.lab.offsync("apply --plan", plan_id, check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
         self.assertEqual(self.lab.records()[-1]["plan"], plan_id)
         self.lab.offsync(
-            "apply", "--plan", plan_id, check=0
+            "apply --plan", plan_id, check=0
         )  # again: all that it approves is there already
         os.unlink(self.source + "/f")
         self.refused(plan_id, "f in the source is no longer what was reviewed")
@@ -399,7 +396,7 @@ class PlanIds(OneTargetCase):
         write(self.source + "/g", b"gg")
         plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
         write(self.there + "/g", b"gg")
-        self.lab.offsync("apply", "--plan", plan_id, check=0)
+        self.lab.offsync("apply --plan", plan_id, check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_a_reviewed_deletion_never_runs_without_the_additions_that_replace_it(self) -> None:
@@ -407,14 +404,14 @@ class PlanIds(OneTargetCase):
         write(self.there + "/old", b"o")
         self.lab.configure(delete="true")
         reviewed = self.lab.base + "/plan.jsonl"
-        write(reviewed, self.lab.offsync("plan", "--json", check=0).stdout)
+        write(reviewed, self.lab.offsync("plan --json", check=0).stdout)
         os.rename(self.source + "/new", self.lab.base + "/new")
         self.refused(reviewed, "new in the source is no longer what was reviewed")
         os.rename(self.lab.base + "/new", self.source + "/new")
         write(self.source + "/old", b"o")
         self.refused(reviewed, "old was to be deleted, but is back in the source")
         os.unlink(self.source + "/old")
-        self.lab.offsync("apply", "--plan", reviewed, check=0)
+        self.lab.offsync("apply --plan", reviewed, check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_files_that_are_no_plan(self) -> None:
@@ -428,13 +425,13 @@ class PlanIds(OneTargetCase):
         ):
             write(self.lab.base + "/p", text)
             self.assert_refused(
-                self.lab.offsync("apply", "--plan", self.lab.base + "/p"),
+                self.lab.offsync("apply --plan", self.lab.base + "/p"),
                 2,
                 "/p:1",
                 "not a line of a plan",
             )
         self.assert_refused(
-            self.lab.offsync("apply", "--plan", self.lab.base + "/none"), 2, "No such file"
+            self.lab.offsync("apply --plan", self.lab.base + "/none"), 2, "No such file"
         )
         self.assertEqual(snapshot(self.there), {})
 
@@ -444,9 +441,9 @@ class PlanIds(OneTargetCase):
         os.symlink("b", self.source + "/a")
         write(self.there + "/a/x", "old")
         reviewed = self.lab.base + "/reviewed"
-        write(reviewed, self.lab.offsync("plan", "--delete", "--json", check=0).stdout)
+        write(reviewed, self.lab.offsync("plan --delete --json", check=0).stdout)
         for _ in range(2):
-            self.lab.offsync("apply", "--delete", "--plan", reviewed, check=0)
+            self.lab.offsync("apply --delete --plan", reviewed, check=0)
             self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_a_kept_plan_that_was_edited_is_none(self) -> None:
@@ -454,13 +451,13 @@ class PlanIds(OneTargetCase):
         plan_id = self.lab.offsync("plan", check=0).out.split()[-1]
         with open(os.path.join(self.lab.state, "plans", plan_id), "a") as stream:
             stream.write("{}\n")
-        self.assert_refused(self.lab.offsync("apply", "--plan", plan_id), 1, "was modified")
+        self.assert_refused(self.lab.offsync("apply --plan", plan_id), 1, "was modified")
 
     def test_exit_code_and_identical_json(self) -> None:
         write(self.source + "/f")
         self.lab.offsync("plan", check=0)
-        self.lab.offsync("plan", "--exit-code", check=3)
-        one, two = (self.lab.offsync("plan", "--json", check=0).stdout for _ in range(2))
+        self.lab.offsync("plan --exit-code", check=3)
+        one, two = (self.lab.offsync("plan --json", check=0).stdout for _ in range(2))
         self.assertEqual(one, two)
         policy, target, entry = map(json.loads, one.splitlines())
         self.assertEqual(
@@ -470,11 +467,11 @@ class PlanIds(OneTargetCase):
         self.assertEqual(
             sorted(entry), ["changes", "kind", "login", "mode", "path", "sha256", "size", "type"]
         )
-        applied = self.lab.offsync("apply", "--json", check=0).out
+        applied = self.lab.offsync("apply --json", check=0).out
         self.assertEqual(
             [json.loads(line) for line in applied.splitlines()], self.lab.records()[-1:]
         )
-        self.lab.offsync("plan", "--exit-code", check=0)
+        self.lab.offsync("plan --exit-code", check=0)
 
     def test_plans_are_kept_for_a_month(self) -> None:
         write(self.source + "/f")

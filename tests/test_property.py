@@ -66,11 +66,11 @@ class RandomTrees(unittest.TestCase):
             with self.subTest(seed=seed):
                 source, target = self.make_pair(random.Random(seed))
                 expected = trees.oracle(source, target)
-                first = self.lab.offsync("plan", "--json", check=0).stdout
+                first = self.lab.offsync("plan --json", check=0).stdout
                 self.assertEqual(plan_as_oracle(read_plan(first)), expected)
-                self.assertEqual(self.lab.offsync("plan", "--json", check=0).stdout, first)
+                self.assertEqual(self.lab.offsync("plan --json", check=0).stdout, first)
                 before = snapshot(source)
-                self.lab.offsync("apply", "--plan", read_plan(first)["plan"], check=0)
+                self.lab.offsync("apply --plan", read_plan(first)["plan"], check=0)
                 self.assertEqual(snapshot(source), before)
                 self.assertEqual(snapshot(target), before)
                 record = self.lab.records()[-1]
@@ -81,7 +81,7 @@ class RandomTrees(unittest.TestCase):
                         sum(kind == "missing" for kind, _ in expected.values()),
                     ],
                 )
-                again = read_plan(self.lab.offsync("plan", "--json", "--exit-code", check=0).stdout)
+                again = read_plan(self.lab.offsync("plan --json --exit-code", check=0).stdout)
                 self.assertEqual(plan_as_oracle(again), {})
 
 

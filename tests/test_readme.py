@@ -170,8 +170,7 @@ class Claims(LabTestCase):
         write(self.lab.source + "/file", "x")
         os.symlink("file", self.lab.source + "/link")
         lines = [
-            json.loads(line)
-            for line in self.lab.offsync("plan", "--json", check=0).out.splitlines()
+            json.loads(line) for line in self.lab.offsync("plan --json", check=0).out.splitlines()
         ]
         for key in {key for line in lines for key in line}:
             self.assertIn("`%s`" % key, section("The plan"))
@@ -283,7 +282,7 @@ class Claims(LabTestCase):
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr + read(lab.base + "/add.sh"))
         self.assertEqual(done.stdout.count("the key is restricted to writing below"), 2)
         write(lab.ssh_config, re.sub("(?m)^  (StrictHost|UserKnown|IdentityFile).*$", "", config))
-        self.assertIn("%s@node-two" % USER, lab.offsync("target", "list", check=0).out)
+        self.assertIn("%s@node-two" % USER, lab.offsync("target list", check=0).out)
 
     def test_the_line_for_a_target_without_python(self) -> None:
         """The guarded line, and the plain one, which works, too."""
@@ -331,7 +330,7 @@ class Claims(LabTestCase):
         one, two = self.lab.configured_target("one"), self.lab.configured_target("two")
         write(self.lab.source + "/f", "x")
         plan = self.lab.base + "/plan.jsonl"
-        write(plan, self.lab.offsync("plan", "--json", check=0).stdout)
+        write(plan, self.lab.offsync("plan --json", check=0).stdout)
         write(self.lab.base + "/east", one.login + "\n")
         write(self.lab.base + "/west", two.login + "\n")
         other = self.lab.base + "/other"
@@ -342,8 +341,8 @@ class Claims(LabTestCase):
             config[: config.index("  - login")]
             + config[config.index("  - login: '%s'" % two.login) :],
         )
-        self.lab.offsync("apply", "@east", "--plan", plan, check=0)
-        self.lab.offsync("apply", "@west", "--plan", plan, env={"OFFSYNC_HOME": other}, check=0)
+        self.lab.offsync("apply @east --plan", plan, check=0)
+        self.lab.offsync("apply @west --plan", plan, env={"OFFSYNC_HOME": other}, check=0)
         self.assertEqual([snapshot(t.path) for t in (one, two)], [snapshot(self.lab.source)] * 2)
 
     def test_it_is_short_and_its_first_screen_has_the_two_commands(self) -> None:

@@ -24,11 +24,11 @@ class Approval(ThreeTargetsCase):
         )
         self.targets[2].stop()
         done = self.lab.offsync(
-            "apply", "--plan", reviewed, check=1
+            "apply --plan", reviewed, check=1
         )  # one cannot be reached: it fails alone
         self.assertIn("3 targets: 2 ok, 1 failed", done.out)
         self.targets[2].start()
-        self.lab.offsync("apply", "--plan", reviewed, check=0)
+        self.lab.offsync("apply --plan", reviewed, check=0)
         self.assertEqual([snapshot(t.path) for t in self.targets], [snapshot(self.source)] * 3)
         plan = read_plan(open(reviewed, "rb").read())["plan"]
         self.assertEqual({record["plan"] for record in self.lab.records()[-7:]}, {plan})
@@ -70,7 +70,7 @@ class Approval(ThreeTargetsCase):
         for name, kept in (("no policy", lines[1:]), ("two policies", [*lines[:1], *lines])):
             with self.subTest(name=name):
                 write(self.lab.base + "/edited", "".join(kept))
-                done = self.lab.offsync("apply", "--plan", self.lab.base + "/edited")
+                done = self.lab.offsync("apply --plan", self.lab.base + "/edited")
                 self.assert_refused(done, 2, "not a line of a plan")
                 self.assertEqual([snapshot(target.path) for target in self.targets], [{}] * 3)
         for old, new in (
@@ -84,11 +84,11 @@ class Approval(ThreeTargetsCase):
             with self.subTest(new=new):
                 self.assertIn(old, lines[0])
                 write(self.lab.base + "/edited", lines[0].replace(old, new) + "".join(lines[1:]))
-                done = self.lab.offsync("apply", "--plan", self.lab.base + "/edited")
+                done = self.lab.offsync("apply --plan", self.lab.base + "/edited")
                 self.assertIn(done.returncode, (1, 2))
                 self.assertEqual([snapshot(target.path) for target in self.targets], [{}] * 3)
         write(self.lab.base + "/edited", "".join(li for li in lines if "127.0.0.3" not in li))
-        done = self.lab.offsync("apply", "--plan", self.lab.base + "/edited", check=1)
+        done = self.lab.offsync("apply --plan", self.lab.base + "/edited", check=1)
         self.assertIn(
             "%s: this target is not covered by the reviewed plan" % self.targets[2].login, done.err
         )
@@ -110,7 +110,7 @@ class Approval(ThreeTargetsCase):
                     self.lab.base + "/edited",
                     "".join(lines) + json.dumps(fields, sort_keys=True) + "\n",
                 )
-                done = self.lab.offsync("apply", "--plan", self.lab.base + "/edited")
+                done = self.lab.offsync("apply --plan", self.lab.base + "/edited")
                 expected = 2 if "path" in change or len(change) == 1 and "type" in change else 1
                 self.assertEqual(done.returncode, 0 if "login" in change else expected, done.err)
 
@@ -120,7 +120,7 @@ class Approval(ThreeTargetsCase):
         """
         write(self.source + "/f", "x")
         write(self.targets[0].path + "/gone", "x")
-        text = self.lab.offsync("plan", "--json", "--delete", check=0).out
+        text = self.lab.offsync("plan --json --delete", check=0).out
         self.assertIn('"path": "gone"', text)
         for forged in (
             text.replace('"path": "gone"', '"path": "harmless", "path_b64": "Z29uZQ=="'),
@@ -130,20 +130,20 @@ class Approval(ThreeTargetsCase):
             plan = self.lab.base + "/forged.jsonl"
             write(plan, forged)
             self.assert_refused(
-                self.lab.offsync("apply", "--delete", "--plan", plan), 2, "not a line of a plan"
+                self.lab.offsync("apply --delete --plan", plan), 2, "not a line of a plan"
             )
             self.assertTrue(os.path.exists(self.targets[0].path + "/gone"))
         write(plan, text)
-        self.lab.offsync("apply", "--delete", "--plan", plan, check=0)
+        self.lab.offsync("apply --delete --plan", plan, check=0)
         self.assertFalse(os.path.exists(self.targets[0].path + "/gone"))
 
     def test_leftovers_are_not_compared(self) -> None:
         write(self.source + "/f", "x")
         reviewed = self.review()
         write(self.targets[0].path + "/.~tmp~/f", "")
-        self.lab.offsync("apply", "--plan", reviewed, check=0)
+        self.lab.offsync("apply --plan", reviewed, check=0)
         write(self.targets[1].path + "/.f.aB3xY9", "")
-        self.lab.offsync("apply", "--plan", reviewed, check=0)
+        self.lab.offsync("apply --plan", reviewed, check=0)
 
     def test_a_plan_file_writes_nothing_to_the_terminal(self) -> None:
         write(self.source + "/f", "x")
@@ -152,7 +152,7 @@ class Approval(ThreeTargetsCase):
         for source in ("/x\\u001b]0;evil\\u0007", "/a\\nb", "relative"):
             before, _, after = text.partition('"source": "')
             write(reviewed, before + '"source": "' + source + after[after.index('"') :])
-            done = self.lab.offsync("apply", "--plan", reviewed)
+            done = self.lab.offsync("apply --plan", reviewed)
             self.assertEqual(done.returncode, 2, done.err)
             self.assertNotIn("\x1b", done.err)
             self.assertNotIn("--source", done.err)
@@ -162,7 +162,7 @@ class Approval(ThreeTargetsCase):
         write(self.targets[0].path + "/.~tmp~/f", "listed")
         reviewed = self.review("--delete")
         write(self.targets[1].path + "/.f.aB3xY9", "somebody's")
-        self.lab.offsync("apply", "--delete", "--plan", reviewed, check=0)
+        self.lab.offsync("apply --delete --plan", reviewed, check=0)
         self.assertEqual(read(self.targets[1].path + "/.f.aB3xY9"), "somebody's")
         self.assertFalse(os.path.exists(self.targets[0].path + "/.~tmp~"))
 
@@ -180,10 +180,10 @@ class Approval(ThreeTargetsCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         write(self.lab.base + "/deep", "[" * 100_000 + "\n")
         self.assert_refused(
-            self.lab.offsync("apply", "--plan", self.lab.base + "/deep"), 2, "not a line of a plan"
+            self.lab.offsync("apply --plan", self.lab.base + "/deep"), 2, "not a line of a plan"
         )
         write(self.lab.state + "/last/" + self.targets[0].login, "[" * 100_000)
-        self.lab.offsync("target", "list", check=0)
+        self.lab.offsync("target list", check=0)
 
     def test_random_sequences_apply_nothing_that_was_not_approved(self) -> None:
         """Plans, partial applies, edits, kills, repeats under one approval, against an oracle."""

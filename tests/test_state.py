@@ -80,7 +80,7 @@ class UserBeside(LabTestCase):
                 done = self.lab.offsync("plan")
                 self.assert_refused(done, 1, "could modify it", "chmod go-w " + path)
             os.chmod(path, mode)
-        self.lab.offsync("apply", "--plan", plan_id, check=0)
+        self.lab.offsync("apply --plan", plan_id, check=0)
 
     def test_a_log_elsewhere_is_written_where_only_we_can_change_it(self) -> None:
         self.lab.configured_target("one")
@@ -149,7 +149,7 @@ class UserBeside(LabTestCase):
         os.mkdir(self.lab.base + "/theirs")
         os.chown(self.lab.base + "/theirs", 65534, 65534)
         os.chmod(self.lab.base + "/theirs", 0o777)
-        err = self.lab.offsync("-v", "plan", env={"TMPDIR": self.lab.base + "/theirs"}, check=0).err
+        err = self.lab.offsync("-v plan", env={"TMPDIR": self.lab.base + "/theirs"}, check=0).err
         self.assertNotIn("ControlPath=%s/theirs" % self.lab.base, err)
         self.assertEqual(os.listdir(self.lab.base + "/theirs"), [])
 
@@ -223,7 +223,7 @@ class Records(WrappedRsyncCase):
         ):
             with self.subTest(text=text):
                 write(plan, text)
-                done = self.lab.offsync("apply", "--json", "--plan", plan)
+                done = self.lab.offsync("apply --json --plan", plan)
                 self.assert_refused(done, 2, said)
                 self.assertEqual(json.loads(done.out), self.last())
                 self.assertEqual(
@@ -234,7 +234,7 @@ class Records(WrappedRsyncCase):
     def test_refused_by_the_policy(self) -> None:
         write(self.there + "/mine", "x")
         write(self.source + "/f", "x")
-        done = self.lab.offsync("apply", "--json")
+        done = self.lab.offsync("apply --json")
         self.assert_refused(done, 1, "deleting is not allowed")
         self.assertEqual(json.loads(done.out), self.last())
 
@@ -245,7 +245,7 @@ class Records(WrappedRsyncCase):
         before = read(status)
         with open(self.lab.state + "/lock", "r+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            done = self.lab.offsync("apply", "--json")
+            done = self.lab.offsync("apply --json")
         self.assert_refused(done, 1, "is running and holds the lock")
         self.assertEqual(self.last()["result"], "refused")
         self.assertIn("holds the lock", self.last()["error"])
@@ -256,7 +256,7 @@ class Records(WrappedRsyncCase):
         write(self.source + "/f", "x")
         begun = self.lab.base + "/begun"
         self.wrap_target_rrsync("touch %s; cat > /dev/null" % begun)
-        process = self.lab.start("apply", "--json")
+        process = self.lab.start("apply --json")
         wait_for(lambda: os.path.exists(begun), "the pass")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
@@ -367,7 +367,7 @@ class OwnKey(WrappedRsyncCase):
         line = read(self.target.keys)
         self.addCleanup(write, self.target.keys, line)
         self.lab.offsync(
-            "unlink", "--key", line.split("restrict ")[1].strip(), home=self.target.home, check=0
+            "unlink --key", line.split("restrict ")[1].strip(), home=self.target.home, check=0
         )
         self.lab.link(self.target)
         write(self.source + "/f", "x")
@@ -615,9 +615,9 @@ class Surroundings(WrappedRsyncCase):
             for number in (1, 2, os.getpid(), os.getpid() + 1):
                 directory, base = os.path.split(self.lab.state + "/" + name)
                 write("%s/.offsync-%d-%s" % (directory, number, base), "left")
-        self.lab.offsync("init", "--source", self.source, check=0)
+        self.lab.offsync("init --source", self.source, check=0)
         self.lab.offsync("apply", check=0)
-        self.lab.offsync("target", "list", check=0)
+        self.lab.offsync("target list", check=0)
 
     def test_two_plans_at_once(self) -> None:
         write(self.source + "/f", "x")

@@ -18,15 +18,13 @@ class Status(ThreeTargetsCase):
         shutil.rmtree(self.lab.state + "/last", ignore_errors=True)
         if os.path.exists(self.lab.state + "/operations.log"):
             os.unlink(self.lab.state + "/operations.log")
-        self.assertEqual(
-            self.lab.offsync("target", "list", check=0).out.count("never delivered"), 3
-        )
+        self.assertEqual(self.lab.offsync("target list", check=0).out.count("never delivered"), 3)
         self.targets[1].stop()
         self.lab.offsync("apply", check=1)
         self.targets[1].start()
         if os.path.exists(self.lab.state + "/operations.log"):
             os.unlink(self.lab.state + "/operations.log")  # rotated
-        heading, *rows = self.lab.offsync("target", "list", check=0).out.splitlines()
+        heading, *rows = self.lab.offsync("target list", check=0).out.splitlines()
         self.assertEqual(len(rows), 3)
         self.assertIn("the connection was refused", rows[1])
         column = heading.index("RESULT")
@@ -36,9 +34,7 @@ class Status(ThreeTargetsCase):
         self.assertIn("\n    offsync plan\n", done.err)
         last = {
             t["login"]: t["last"]
-            for t in json.loads(self.lab.offsync("target", "list", "--json", check=0).out)[
-                "targets"
-            ]
+            for t in json.loads(self.lab.offsync("target list --json", check=0).out)["targets"]
         }
         self.assertEqual(
             {login: record["result"] for login, record in last.items()},
@@ -46,20 +42,20 @@ class Status(ThreeTargetsCase):
         )
         self.assertEqual({record["source"] for record in last.values()}, {self.source})
         write(self.targets[0].path + "/mine", "x")
-        before = self.lab.offsync("target", "list", check=0).out
+        before = self.lab.offsync("target list", check=0).out
         self.lab.offsync("apply", check=1)
-        self.lab.offsync("apply", "--plan", "0" * 64, check=2)
+        self.lab.offsync("apply --plan", "0" * 64, check=2)
         self.assertEqual([record["result"] for record in self.lab.records()[-6:]], ["refused"] * 6)
-        self.assertEqual(self.lab.offsync("target", "list", check=0).out, before)
+        self.assertEqual(self.lab.offsync("target list", check=0).out, before)
         self.lab.offsync(
-            "target", "remove", self.targets[2].address, check=0
+            "target remove", self.targets[2].address, check=0
         )  # a host that only one has
         self.assertFalse(os.path.exists(self.lab.state + "/last/" + self.targets[2].login))
 
     def test_an_inventory_file(self) -> None:
         names = self.lab.base + "/names"
         write(names, "# two of them\r\n\r\n%s\r\n127.0.0.2\n" % self.targets[0].login)
-        out = self.lab.offsync("plan", "--summary", "@" + names, check=0).out
+        out = self.lab.offsync("plan --summary", "@" + names, check=0).out
         self.assertEqual([t.login in out for t in self.targets], [True, True, False])
         for text, said in (
             ("", "names no target"),
@@ -98,7 +94,7 @@ class Status(ThreeTargetsCase):
         out = self.lab.offsync("verify", check=3).out
         self.assertEqual((out.count("  added"), "3 targets, each: 1200 added" in out), (1200, True))
         self.assertEqual(
-            len(self.lab.offsync("verify", "--json", check=3).out.splitlines()), 1 + 3 + 3600
+            len(self.lab.offsync("verify --json", check=3).out.splitlines()), 1 + 3 + 3600
         )
 
     def test_interrupted_and_killed_runs(self) -> None:
@@ -111,7 +107,7 @@ class Status(ThreeTargetsCase):
         )
         process.kill()
         process.communicate()
-        self.assertIn("started", self.lab.offsync("target", "list", check=0).out)
+        self.assertIn("started", self.lab.offsync("target list", check=0).out)
         self.lab.configure(bwlimit="0")
         done = self.lab.offsync("init", check=0)  # the next command with the lock logs it
         self.assertEqual(done.err.count("was killed"), 3)
@@ -125,8 +121,7 @@ class Status(ThreeTargetsCase):
     def test_replacing_a_login_is_said_before(self) -> None:
         target = self.targets[0]
         done = self.lab.offsync(
-            "target",
-            "add",
+            "target add",
             target.login,
             "--path",
             "/other",
@@ -195,7 +190,7 @@ class OperationsLog(ThreeTargetsCase):
         )
         done = self.lab.offsync("log", check=0)
         self.assertIn("the log begins at %s" % records[0]["timestamp"][:10], done.err)
-        self.assert_refused(self.lab.offsync("log", "nobody"), 2, "no such target")
+        self.assert_refused(self.lab.offsync("log nobody"), 2, "no such target")
 
     def test_a_rotated_and_a_half_written_log(self) -> None:
         log = self.lab.state + "/operations.log"
@@ -217,7 +212,7 @@ class OperationsLog(ThreeTargetsCase):
         self.assertEqual(len(self.log()), 3)
         self.assertEqual([row.split()[1] for row in self.log("--name", "f")[1:]], ["u@old.example"])
         self.assertIn(
-            "what 1 run changed is unknown", self.lab.offsync("log", "--name", "f", check=0).err
+            "what 1 run changed is unknown", self.lab.offsync("log --name f", check=0).err
         )
 
 
@@ -237,7 +232,7 @@ class ResumedRuns(ThreeTargetsCase):
         self.assertEqual([os.path.exists(t.path + "/f") for t in self.targets], [True, False, True])
         names = self.lab.base + "/names"
         write(names, "127.0.0.1\t# the first\n%s\n" % logins[1])
-        out = self.lab.offsync("plan", "--summary", "--except", "@" + names, check=0).out
+        out = self.lab.offsync("plan --summary --except", "@" + names, check=0).out
         self.assertEqual([login in out for login in logins], [False, False, True])
         for args, said in (
             (["--except", "nobody"], "no such target"),
@@ -250,9 +245,9 @@ class ResumedRuns(ThreeTargetsCase):
         write(self.source + "/f", "x")
         self.targets[2].stop()
         reviewed = self.lab.base + "/plan.jsonl"
-        write(reviewed, self.lab.offsync("plan", "--json", check=1).stdout)
+        write(reviewed, self.lab.offsync("plan --json", check=1).stdout)
         self.targets[2].start()
-        done = self.lab.offsync("apply", "--plan", reviewed, check=1)
+        done = self.lab.offsync("apply --plan", reviewed, check=1)
         self.assertIn(
             "%s: this target is not covered by the reviewed plan" % self.targets[2].login, done.err
         )
@@ -281,7 +276,7 @@ class ResumedRuns(ThreeTargetsCase):
             self.assertIn("leftover", done.out)
             self.assertIn(".~tmp~/shell.php", done.out)
             self.assertIn(self.targets[1].login, done.out)
-        self.lab.offsync("apply", "--delete", check=0)
+        self.lab.offsync("apply --delete", check=0)
         self.assertEqual(self.lab.offsync("verify", check=0).out, "")
 
 

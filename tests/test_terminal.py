@@ -86,8 +86,8 @@ class Completion(LabTestCase):
         self.assertEqual(complete("offsync plan %s@" % USER, "@"), ["@" + one.address])
         self.assertEqual(complete("offsync plan excep", "excep"), [])
         env = {"COMP_LINE": "offsync ver", "COMP_POINT": "x"}
-        self.assertEqual(self.lab.offsync("completion", "bash", env=env, check=0).out, "verify\n")
-        self.assert_refused(self.lab.offsync("completion", "fish"), 2, "fish")
+        self.assertEqual(self.lab.offsync("completion bash", env=env, check=0).out, "verify\n")
+        self.assert_refused(self.lab.offsync("completion fish"), 2, "fish")
 
 
 class WrongWords(LabTestCase):
@@ -209,7 +209,7 @@ class ProgressLines(LabTestCase):
         self.assertEqual(sum(line.startswith("  added") for line in out), 1200)
         self.assertIn("  2 targets, each: 600 added; 29.3 KiB to send", out)
         self.assertIn("  600 added, 1 missing; 29.3 KiB to send", out)
-        short = self.lab.offsync("plan", "--summary", check=0).out.splitlines()
+        short = self.lab.offsync("plan --summary", check=0).out.splitlines()
         end = next(n for n, line in enumerate(short) if line.startswith("apply will refuse"))
         self.assertEqual(short[:1] + short[end:], out[:1] + out[end - len(short) :])
         self.assertEqual(

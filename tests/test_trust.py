@@ -36,8 +36,7 @@ class HostKeys(LabTestCase):
 
     def add(self, *args, check=None):
         return self.lab.offsync(
-            "target",
-            "add",
+            "target add",
             self.target.login,
             "--path",
             self.target.path,
@@ -210,8 +209,7 @@ class HostKeys(LabTestCase):
             ),
         )
         self.lab.offsync(
-            "target",
-            "add",
+            "target add",
             USER + "@node",
             "--path",
             self.target.path,
@@ -422,7 +420,7 @@ class Restriction(LabTestCase):
 
     def test_a_session_has_nowhere_else_to_go(self) -> None:
         """Were its connection gone, ssh would connect afresh, by itself and unproved."""
-        err = self.lab.offsync("-v", "apply", check=0).err
+        err = self.lab.offsync("-v apply", check=0).err
         sessions = [
             line
             for line in err.splitlines()
@@ -592,8 +590,7 @@ class ManInTheMiddle(LabTestCase):
         write(self.lab.ssh_config, "SendEnv *\nSetEnv SECRET=abc\n")
         for args in ((), ("--host-key", "SHA256:" + "A" * 43)):
             self.lab.offsync(
-                "target",
-                "add",
+                "target add",
                 target.login,
                 "--path",
                 target.path,
@@ -756,7 +753,7 @@ class OneKey(LabTestCase):
     def test_gssapi_takes_no_part(self) -> None:
         self.lab.add(self.target)
         write(self.lab.ssh_config, "GSSAPIKeyExchange yes\nGSSAPIAuthentication yes\n")
-        self.assertIn("GSSAPIKeyExchange=no", self.lab.offsync("-v", "plan", check=0).err)
+        self.assertIn("GSSAPIKeyExchange=no", self.lab.offsync("-v plan", check=0).err)
 
     def test_an_ssh_before_8_7(self) -> None:
         """Without -f it asks for a shell; its master keeps stderr open."""
