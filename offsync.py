@@ -31,7 +31,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 356 to 3337, in the order in
+To audit it, read the trust core first: lines 347 to 3328, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -4875,7 +4875,8 @@ def parse_yaml_value(text: str, line: int) -> Any:
         return int(text)
     if text[0].isdigit() or text.lower() in YAML_WORDS:
         raise ValueError(
-            f"{text} is not supported; write true, false, a decimal number, or text in quotes"
+            f"{text} is not supported; write a whole number without a unit, true or false, or "
+            "text in quotes"
         )
     return text
 
@@ -5068,9 +5069,9 @@ TOP_KEYS = {
         "hash",
         lambda word: word if word in RSYNC_PLAN else None,
     ),
-    "exclude": KeySpec("a list of rsync patterns", list, [Node(".git/", 0)]),
+    "exclude": KeySpec('a list of rsync patterns, such as [".git/"]', list, [Node(".git/", 0)]),
     "jobs": KeySpec("a number from 1 to 1000", int, 8, in_range(1, 1000)),
-    "bwlimit": KeySpec("a number of KiB/s", int, 0),
+    "bwlimit": KeySpec("a number of KiB/s, such as 10240 for 10 MiB/s", int, 0),
     "compress": KeySpec(BOOLEAN, bool, False),
     # A large file is hashed in silence: hours.
     "timeout": KeySpec("a number of seconds, 60 or more", int, 10800, in_range(60, 10**9)),
