@@ -31,7 +31,7 @@ never   deletes without "delete: true" or --delete, overwrites without
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 347 to 3328, in the order in
+To audit it, read the trust core first: lines 349 to 3356, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -118,8 +118,9 @@ class UsageError(OffsyncError):
 class Failure(NamedTuple):
     """A kind of failure of a target: one row of the table of failures.
 
-    patterns: it is recognised by a line of stderr that holds all parts of one of these; without
-    any, only offsync detects it. why and hints: what we say. retry: another attempt may help.
+    patterns: each is a list of texts; a line of stderr that holds all texts of one pattern shows
+    this kind. Without patterns, only offsync itself detects it. why and hints: what we say.
+    retry: another attempt may help.
     """
 
     patterns: list[list[bytes]]
@@ -144,6 +145,7 @@ def as_offsync_error(problem: BaseException) -> OffsyncError:
     """Return an error that has a message and hints, whatever was raised."""
     if isinstance(problem, OffsyncError):
         return problem
+    # A MemoryError has no text; of FileNotFoundError, only os.getcwd()'s has no file name.
     why = getattr(problem, "strerror", None) or str(problem) or "not enough memory"
     name = getattr(problem, "filename", None)
     if name:
@@ -252,9 +254,9 @@ class Change(NamedTuple):
 
     path: bytes
     kind: str  # one of CHANGE_KINDS, or "kept": only on the target, and left alone
-    directory: bool  # of what exists only on the target, rsync reports no more than this
+    directory: bool  # the only type that rsync reports of what exists only on the target
     reasons: tuple[str, ...] = ()  # of modified: "content", "mode", "type", "link"
-    entry: Entry | None = None  # of added and modified, once the source is described
+    entry: Entry | None = None  # of added and modified; None until the source entry is hashed
 
     @property
     def is_symlink(self) -> bool:
@@ -268,7 +270,7 @@ class Change(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What became of one target in one run: the log's line, the status, --json, and the words.
+    """What became of one target in one run: for the log, the status, --json and the messages.
 
     None means unknown, never "nothing".
     """
@@ -297,7 +299,7 @@ def offsync_command(*words: str) -> str:
 def typed_again(*more: str, user: str = "", state: str = "") -> str:
     """Return the command line as it was typed, with more options, or as another account.
 
-    sudo -i starts a new environment, so the state that is meant is named unless it is the default.
+    sudo -i drops our environment, so OFFSYNC_HOME is named unless it is that account's default.
     """
     typed = shlex.join(["offsync", *sys.argv[1:], *more])
     if not user:
@@ -318,7 +320,7 @@ class Typed(NamedTuple):
     targets: Sequence[str] = ()
     excepted: Sequence[str] = ()
     source: str | None = None
-    deletion: Deletion | None = None
+    deletion: Deletion | None = None  # ALLOW or KEEP, where an option said so
     plan: str | None = None
 
     def again(self, **changed: Any) -> str:
@@ -329,7 +331,7 @@ class Typed(NamedTuple):
             words += ["--except", pattern]
         if typed.source is not None:
             words += ["--source", typed.source]
-        if typed.deletion:
+        if typed.deletion is not None:
             words.append("--keep" if typed.deletion is Deletion.KEEP else "--delete")
         if typed.plan is not None:
             words += ["--plan", typed.plan]
@@ -378,16 +380,16 @@ CONNECT_DEADLINE = 60.0  # seconds for a connection
 SESSION_DEADLINE = 45.0  # seconds for a session that hashes nothing
 STDERR_KEPT = 1 << 14  # bytes
 OUTPUT_LIMIT = 1 << 22  # bytes that a program may print, except rsync
-MAX_LINE = 1 << 16  # bytes; a name has 4096, times 5 when escaped
+MAX_LINE = 1 << 16  # bytes; a path has at most 4096, and rsync writes up to 5 for each
 LINE_COST = 150  # bytes of memory that a line takes beside its text
-# After an error the target's rsync sleeps for 0.1 s (cleanup.c), and holds rrsync's lock meanwhile.
-# When that session is over, ssh closes the stderr of our rsync. We wait for that at most this long.
+# After an error the target's rsync sleeps for 0.1 s (cleanup.c) before it releases rrsync's lock.
+# Then our ssh ends, and closes our rsync's stderr, which it shares. We wait for that, up to:
 SESSION_END = 0.5  # seconds
 Argv = Sequence[Union[str, bytes]]
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL a program and what it started (each has a session of its own).
+    """SIGKILL a program and what it started, if it has a session of its own (run_program()).
 
     A gentler signal would gain nothing: no program of ours keeps a state on this controller, and
     the target's rsync sees its connection end, and keeps what has arrived for the next run.
@@ -397,7 +399,9 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def end_now(signum: int, _: object) -> NoReturn:
-    """Handle a second signal, or one after the end: end at once. The reaper cleans up."""
+    """Handle a second signal, or one after the end: exit at once. The reaper, a process that
+    outlives us (start_reaper), cleans up.
+    """
     os._exit(128 + signum)
 
 
@@ -423,7 +427,7 @@ def child_environment(for_rsync: bool = False, force_md5: bool = False) -> dict[
     nobody can construct a second file with a given MD5; for xxh128 it is easy.
     """
     ours = {key: value for key, value in os.environ.items() if not key.startswith("RSYNC_")}
-    # The ssh of a jump host would open a graphical password dialog.
+    # BatchMode does not reach the ssh that ProxyJump starts: it would open a password dialog.
     ours.update(LC_ALL="C", SSH_ASKPASS_REQUIRE="never")
     if for_rsync:
         ours.pop("HOME", None)
@@ -505,8 +509,8 @@ def run_program(
 def cannot_start(program: str | bytes, result: Result) -> bool:
     """Return whether a local program failed before it began, by the dynamic loader's message.
 
-    The loader names the program. Where a target's program fails so, the message names that one, or
-    the error of our rsync follows it.
+    Our ssh and rsync also pass on what a target's program prints. So the message must name the
+    local program, and if our rsync adds an error of its own, then our rsync did start.
     """
     loader = (
         b"error while loading shared libraries|Error loading shared library|Error relocating"
@@ -550,7 +554,7 @@ class Output:
         for line in lines:
             self.on_line(line)
         if len(self.partial_line) > MAX_LINE:
-            self.use_room(self.room + 1)
+            self.overflow()
 
     def feed_stderr(self, chunk: bytes) -> None:
         self.use_room(len(chunk))
@@ -559,17 +563,21 @@ class Output:
     def use_room(self, size: int) -> None:
         self.room -= size
         if self.room < 0:
-            raise EndlessOutput("a program printed more than offsync reads, and was stopped")
+            self.overflow()
+
+    def overflow(self) -> NoReturn:
+        raise EndlessOutput("a program printed more than offsync reads, and was stopped")
 
     def read(self, process: subprocess.Popen[bytes], limit: float, silence: float = 0) -> bool:
         """Read what a program prints until it ends; return whether it was ended for being late.
 
         limit and silence are those of run_program(). The end is that of the program, not of its
-        pipes, which an ssh in the background may hold open. For rsync, its session is waited for.
+        pipes, which an ssh in the background may hold open. rsync's pipes get SESSION_END more.
         """
         heard = time.monotonic()
         over = 0.0
         late = False
+        # Only rsync runs with on_line.
         patience = SESSION_END if self.on_line else 0
         with selectors.DefaultSelector() as selector:
             for stream in filter(None, (process.stdout, process.stderr)):
@@ -589,11 +597,12 @@ class Output:
                         self.feed_stderr(chunk)
                     else:
                         self.feed(chunk)
+                        # From the first output on, only silence counts.
                         if silence:
                             heard = time.monotonic()
                             limit = silence
                 if self.stderr_file and os.fstat(self.stderr_file.fileno()).st_size > self.room:
-                    self.use_room(self.room + 1)
+                    self.overflow()
                 PROGRESS.tick()
                 now = time.monotonic()
                 if ended and not ready and now - over >= patience:
@@ -632,7 +641,7 @@ def retry_attempts() -> Iterator[bool]:
 class ThreadPool:
     """Threads that carry out functions; the only helper for that.
 
-    What a function shares with other threads is said where that is defined.
+    Data that a function shares with other threads has a comment at its definition.
     """
 
     def __init__(self, threads: int) -> None:
@@ -692,8 +701,8 @@ def quote_name(name: bytes, quoted: bool = False) -> str:
         text = name.decode("utf-8")
     except UnicodeDecodeError:
         text = ""
-    seen = text.isprintable() and not MISLEADING.search(text) and not INVISIBLE.search(text)
-    if text and seen and not quoted and not unicodedata.combining(text[0]):
+    clear = text.isprintable() and not MISLEADING.search(text) and not INVISIBLE.search(text)
+    if text and clear and not quoted and not unicodedata.combining(text[0]):
         return text
     letters = (
         "\\" + C_ESCAPES[byte]
@@ -736,9 +745,11 @@ def above(path: bytes) -> Iterator[bytes]:
 
 def nfc_lookalikes(paths: Iterable[bytes]) -> set[bytes]:
     """Return the paths that differ from another of them in Unicode normalisation only."""
-    seen: dict[str, set[bytes]] = {}
     names = list(paths)
-    for path in () if all(map(bytes.isascii, names)) else names:
+    if all(map(bytes.isascii, names)):
+        return set()
+    seen: dict[str, set[bytes]] = {}
+    for path in names:
         text = unicodedata.normalize("NFC", path.decode("utf-8", "surrogateescape"))
         seen.setdefault(text, set()).add(path)
     return set().union(*(group for group in seen.values() if len(group) > 1))
@@ -754,14 +765,14 @@ def name_to_json(name: bytes, key: str = "path") -> dict[str, str]:
 
 
 def name_from_json(fields: dict[str, Any], key: str = "path") -> bytes:
-    """Return the name that name_to_json() wrote. Raises KeyError, ValueError or AttributeError."""
+    """Return the name that name_to_json() wrote; raise as parse_plan_line() does if it is none."""
     if key + "_b64" in fields:
         return base64.b64decode(fields[key + "_b64"], validate=True)
     return bytes(fields[key].encode("utf-8"))
 
 
 def check_relative(path: bytes) -> bytes:
-    """Return a path that does not leave the directory that it is relative to. Raises ValueError."""
+    """Return the path if it stays below the directory that it is relative to; else ValueError."""
     if b"\0" in path or not {b"..", b".", b""}.isdisjoint(path.split(b"/")):
         raise ValueError("a name that leaves the directory: " + quote_name(path[:100]))
     return path
@@ -776,8 +787,7 @@ def escapes_source(path: bytes, link: bytes) -> bool:
 def files_from_entry(path: bytes) -> bytes:
     """Return a path as --files-from takes it: "/" keeps a leading # or ; from being a comment.
 
-    rsync treats "/path" as relative to the source. Unlike for "./path", it does not send the root
-    of the source with it.
+    rsync takes "/path" as relative to the source. ("./path" would also send the source's root.)
     """
     return b"/" + path
 
@@ -794,6 +804,7 @@ def exact_filter_pattern(path: bytes) -> bytes:
 
 def unescape_rsync_name(name: bytes) -> bytes:
     r"""Return the exact bytes of a name that rsync printed: it writes control bytes as \#ooo."""
+    # & 255: a target may print \#777, which is no byte.
     return re.sub(rb"\\#([0-7]{3})", lambda match: bytes([int(match[1], 8) & 255]), name)
 
 
@@ -803,11 +814,11 @@ def replace_unprintable(text: str) -> str:
 
 
 def quote_output(output: bytes) -> str:
-    """Return the last four lines of what a program said: joined, printable, 300 characters."""
+    """Return the last four lines that a program printed, joined, in at most 300 characters."""
     lines = [line.strip() for line in output[-4096:].decode("utf-8", "replace").splitlines()]
-    text = replace_unprintable(
-        " | ".join([line for line in lines if line.strip("^~ \t")][-4:])
-    )  # no "^^^"
+    # Python underlines errors with lines such as "^^^~~".
+    kept = [line for line in lines if line.strip("^~ \t")]
+    text = replace_unprintable(" | ".join(kept[-4:]))
     return text if len(text) <= 300 else "..." + text[-297:]
 
 
@@ -823,7 +834,7 @@ def quote_first(paths: Iterable[bytes]) -> str:
 
 
 def quote_rsh_word(word: str) -> str:
-    """Return a word of rsync's -e option: rsync splits it at blanks; "''" is a quote."""
+    """Return a word for rsync's -e: rsync splits it at blanks; in '...', a doubled ' is one '."""
     plain = re.fullmatch(r"[A-Za-z0-9_./=@:,~-]+", word)
     return word if plain else "'" + word.replace("'", "''") + "'"
 
@@ -838,8 +849,8 @@ def quote_rsh_word(word: str) -> str:
 #
 # A row begins with its name, which is also its word in "plan --json". "if" is a text in one line of
 # stderr, or several that stand in one line, joined by "&". They are plain texts, which take linear
-# time, whatever a target writes. Rows without "if" are what only offsync finds. A command follows
-# its hint after "$".
+# time, whatever a target writes; a first letter that may be a capital is left out. Rows without
+# "if" are what only offsync finds. A command follows its hint after "$".
 FAILURE_TABLE = """
 # Host keys, and what is tried again
 
@@ -888,6 +899,8 @@ session-refused (retry)
   if: open failed: connect failed
   why: the target's sshd allows no more sessions on one connection
   hint: raise MaxSessions in its sshd_config
+
+# The text is the name of the ProxyCommand in SSH_SESSION.
 
 closed-after-login
   if: offsync-connection-ended
@@ -958,11 +971,11 @@ path-unknown
 symlinks
   why: the target was added with --no-symlinks, and the source contains symlinks
   hint: exclude them
-  hint: or link it again, and add it again, without --no-symlinks
+  hint: or link the key again, and add the target again, without --no-symlinks
 
 protected
-  why: an exclude protects a directory on the target that an entry of the source would replace,
-    with all that is in it
+  why: an exclude protects a directory of this name on the target, so an entry of another type
+    cannot replace it
   hint: rename the entry, or exclude it, too (without the final slash)
 
 source-changed
@@ -1009,7 +1022,7 @@ not-reviewed
 local-error
   why: a failure on this controller
 
-# The way to it, and the login
+# The way to the target, and the login
 
 ssh-client-error
   if: Bad configuration option
@@ -1097,7 +1110,6 @@ nologin
   if: account is currently not available
   if: not allowed to login
   if: This account is not available
-  if: restricted: cannot specify
   if: : restricted
   why: the login shell of {user} refuses commands (nologin, or a restricted one such as rbash)
   hint: on the target, see which it is, then give the account another:
@@ -1324,7 +1336,6 @@ no-answer
     and that PAM opens a session
 
 connection-lost
-  if: connection unexpectedly closed
   if: unexpected EOF
   if: unexpectedly close
   if: Broken pipe
@@ -1351,10 +1362,10 @@ def parse_failures(table: str) -> dict[str, Failure]:
         fields: dict[str, list[str]] = {"if": [], "why": [], "hint": []}
         for key, text in re.findall(r"(?m)^  (\w+): (.*\n(?:    .*\n)*)", body):
             fields[key].append(re.sub(r"\n    (?!\$)", " ", text.rstrip()))
-        patterns = [way.encode().split(b"&") for way in fields["if"]]
-        hints = [hint.partition("\n    $ ") for hint in fields["hint"]]
-        ways = [(words, command) for words, _, command in hints]
-        rows[name] = Failure(patterns, " ".join(fields["why"]), ways, bool(retry))
+        patterns = [text.encode().split(b"&") for text in fields["if"]]
+        parted = [hint.partition("\n    $ ") for hint in fields["hint"]]
+        hints = [(words, command) for words, _, command in parted]
+        rows[name] = Failure(patterns, " ".join(fields["why"]), hints, bool(retry))
     return rows
 
 
@@ -1382,7 +1393,7 @@ def failure(
         "login": (f"-p {target.port} " if target.port else "") + shlex.quote(target.login),
         "key": shlex.quote(key),
     }
-    # The path may come from the target (OTHER_PATH).
+    # For "other-path", the path is one that the target sent.
     words = {name: replace_unprintable(word) for name, word in words.items()}
     row = FAILURES[kind]
     why = ": ".join(filter(None, [row.why.format(**words), facts, quote_first(names)]))
@@ -1406,7 +1417,7 @@ def diagnose(
             and any(all(part in line for part in parts) for line in lines)
             for parts in FAILURES[kind].patterns
         ):
-            # The text is our own ProxyCommand's name.
+            # There, stderr holds only the name of our own ProxyCommand: nothing to quote.
             return failure(target, kind, said="" if kind == "closed-after-login" else said)
     return failure(target, "other", said)
 
@@ -1471,8 +1482,8 @@ def hash_file(path: bytes, with_md5: bool = False, parent: int | None = None) ->
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file any more", path)
-        # One byte more than the size is asked for: a file that grows is noticed, and most files
-        # need one read, since none is spent on finding the end.
+        # One byte more than the size is asked for: most files then need one read, and most that
+        # grow are noticed here. (The transfer report notices all of them.)
         while size < status.st_size:
             chunk = os.read(descriptor, min(status.st_size + 1, 1 << 18))
             if STOPPING.is_set():
@@ -1514,7 +1525,7 @@ def describe_entry(root: bytes, path: bytes, with_md5: bool = False) -> Entry:
 class Source:
     """The source directory of a run: scanned once; what differs is hashed once, for all targets.
 
-    The hashing threads write entries and errors; both are read after wait() only.
+    The hashing threads write entries and errors; their values are read only after wait().
     """
 
     def __init__(self, path: str, exclude: Sequence[str] = (), with_md5: bool = False) -> None:
@@ -1526,7 +1537,7 @@ class Source:
         self.accepted = threading.Event()  # it is scanned, and all of it can be delivered
         self.entries: dict[bytes, Entry | None] = {}  # None until it is described
         self.errors: dict[bytes, str] = {}
-        self.lock = threading.Lock()  # for entries, and the next three
+        self.lock = threading.Lock()  # held to add to entries, and for the next three
         self.wanted: collections.deque[bytes] = collections.deque()
         self.working = 0  # threads
         self.pending: list[Any] = []  # their futures
@@ -1602,6 +1613,7 @@ class Source:
         out_format, on_line = tag_items(
             b"%n", lambda name: names.add(unescape_rsync_name(name).rstrip(b"/"))
         )
+        # To a target that does not exist, so that every entry is listed. -D: devices, too.
         argv: list[str | bytes] = [rsync, "-8", "-n", "-rlD", out_format]
         argv += ["--exclude=" + rule for rule in self.exclude]
         argv += ["--", self.root.rstrip(b"/") + b"/", f"/nonexistent/{os.urandom(8).hex()}/"]
@@ -1619,7 +1631,7 @@ class Source:
 
 
 def symlink_problem(root: bytes, real_root: bytes, path: bytes) -> str:
-    """Return why a symlink cannot be delivered, "" if it stays inside, written and resolved."""
+    """Return why a symlink cannot be delivered; "" if it stays inside, as written and resolved."""
     place = os.path.join(root, path)
     try:
         link = os.readlink(place)
@@ -1735,8 +1747,8 @@ def check_source(source: Source, rsync: str, targets: Sequence[Target]) -> None:
 SSH_OPTIONS = tuple(
     word
     for option in (
-        # KnownHostsCommand, StdinNull and ForkAfterAuthentication came with OpenSSH 8.5 and 8.7; an
-        # older one would end at them. This has it pass over unknown words, also in ~/.ssh/config.
+        # Makes ssh ignore options that it does not know, here and in ~/.ssh/config: the next three
+        # came with OpenSSH 8.5 and 8.7.
         "IgnoreUnknown=*",
         "KnownHostsCommand=none",
         "StdinNull=no",
@@ -1757,13 +1769,13 @@ SSH_OPTIONS = tuple(
         # known_hosts changes only in "target add".
         "UpdateHostKeys=no",
         "HashKnownHosts=no",
-        # The name is what the operator confirmed.
+        # The operator confirmed the key of a name, not of an address.
         "CheckHostIP=no",
         "ForwardAgent=no",
         "ForwardX11=no",
         "ClearAllForwardings=yes",
         "Tunnel=no",
-        # In place of any SetEnv of ~/.ssh/config, which the master would send.
+        # Replaces every SetEnv of ~/.ssh/config: the master would add those to each session.
         "SetEnv=LC_ALL=C",
         "PermitLocalCommand=no",
         "RemoteCommand=none",
@@ -1787,15 +1799,16 @@ SSH_NO_MUX = "-o ControlMaster=no -o ControlPath=none".split()
 SSH_MASTER = "-f -N -o ControlMaster=yes -o ControlPersist=no -o LogLevel=VERBOSE".split()
 # A session goes over the open connection or nowhere. If the master has gone, ssh would open a new
 # connection, which nobody has proved: a ProxyCommand that does not exist prevents that, and its
-# name in the error tells the cause. Nothing of ~/.ssh/config is for a session (RemoteCommand,
-# SendEnv).
+# name in the error tells the cause. -F /dev/null: a session takes nothing from ~/.ssh/config (such
+# as RemoteCommand or SendEnv).
 SSH_SESSION = (
     "-F /dev/null -o ControlMaster=no -o BatchMode=yes -o LogLevel=ERROR"
     " -o ProxyCommand=/nonexistent/offsync-connection-ended"
 ).split()
-# Bytes that rsync may print: in the passes with --delete, for all targets together; in any other
-# pass; and more for each source entry.
-LISTING_ROOM, PASS_ROOM, ENTRY_ROOM = 1 << 31, 1 << 26, 1000
+# Bytes that rsync may print:
+LISTING_ROOM = 1 << 31  # in passes with --delete, shared by all targets
+PASS_ROOM = 1 << 26  # in any other pass
+ENTRY_ROOM = 1000  # and more for each source entry
 
 
 class RunContext:
@@ -1824,7 +1837,8 @@ class RunContext:
         os.mkdir(self.empty)
         self.reaper = start_reaper(self.scratch, self.ssh)
         self.source = Source(config.source, config.exclude, with_md5)
-        self.pool, self.provers = (ThreadPool(jobs or config.jobs) for _ in range(2))
+        self.pool = ThreadPool(jobs or config.jobs)  # for the targets
+        self.provers = ThreadPool(jobs or config.jobs)  # for the proofs of compare_with_proof()
 
     @functools.cached_property
     def rsync_path(self) -> str:
@@ -1865,8 +1879,8 @@ class Connection:
         self.restriction_proved = False  # it is proved that the key runs no command
         self.path_proved = False  # it is proved where the key writes
         self.answered = False  # an rsync pass has succeeded
-        # Seconds of the plan's pass, and of a session that does nothing (the proof of the path).
-        self.plan_pass_seconds = self.session_overhead = 0.0
+        self.plan_pass_seconds = 0.0  # what the plan's pass took
+        self.session_overhead = 0.0  # seconds of a session that does nothing (prove_path)
 
     def options(self) -> list[str]:
         files = f'UserKnownHostsFile="{self.known_hosts}" ~/.ssh/known_hosts ~/.ssh/known_hosts2'
@@ -1919,8 +1933,8 @@ class Connection:
     def prove_restricted(self, patient: bool = True) -> None:
         """Ask for a command on this connection; raise TargetError unless it was refused.
 
-        Where the answer tells nothing: with patient, it is asked again, and TargetError is raised
-        in the end; else restriction_proved stays False.
+        If the answer tells nothing: patient asks again, and raises TargetError in the end;
+        otherwise restriction_proved stays False.
         """
         for last in retry_attempts():
             error = check_refusal(self.target, self.session((), PROOF_COMMAND))
@@ -1958,6 +1972,7 @@ class Connection:
         context = self.context
         config = self.context.config
         out_format, on_line = tag_items(item_format, on_item, on_other)
+        # -e SHELL --
         *shell, destination = self.rsync_remote_args(path)
         timeout = min(SEND_TIMEOUT, config.timeout) if sends else config.timeout
         # -8: raw bytes in every locale. flist1 prints a line once the server has answered.
@@ -2027,9 +2042,9 @@ def diagnose_login(connection: Connection, result: Result) -> TargetError:
     exchange = (b"kex_exchange_identification: ", b"ssh_exchange_identification: ")
     nowhere = said and re.search(rb"UNKNOWN port 65535(?! timed out)", said[-1])
     if nowhere or said and said[-1].startswith(exchange):
-        # OpenSSH 7.9 takes PKCS11Provider=none for a library.
-        aside = (*exchange, b"dlopen none failed")
-        route = [line for line in said[:-1] if not line.startswith(aside)]
+        # Without the lines of our own ssh. (OpenSSH 7.9 takes PKCS11Provider=none for a library.)
+        ours = (*exchange, b"dlopen none failed")
+        route = [line for line in said[:-1] if not line.startswith(ours)]
         if route:
             return failure(target, "proxy-failed", quote_output(b"\n".join(route)))
 
@@ -2057,17 +2072,18 @@ def diagnose_login(connection: Connection, result: Result) -> TargetError:
 
 # --- Trust core: proofs -------------------------------------------------------------------------
 
-# A shell prints this without the quotes within it; what only repeats the command keeps them. The
-# forced command's own guard lets every word of it pass: rrsync itself must refuse it.
+# A shell prints this without its quotes; what only repeats the command keeps them. The guard that
+# link puts before rrsync lets all of these words pass, so that rrsync itself must refuse them.
 PROOF_COMMAND, PROOF_OUTPUT = 'echo a-""shell-""answers', b"a-shell-answers"
 # How the Perl rrsync (up to 3.2.3) refuses it, and then exits with 255, as ssh does when it fails.
 PERL_REFUSAL = b"SSH_ORIGINAL_COMMAND='%s' is not rsync" % PROOF_COMMAND.encode()
 
 
 def check_refusal(target: Target, result: Result) -> TargetError | None:
-    """Return None if a command was refused as rrsync does, else the error: why that is not known.
+    """Judge the answer to PROOF_COMMAND.
 
-    Raises TargetError where it is known that it was not refused.
+    Returns None if it was refused as rrsync refuses; an error if the answer proves nothing. Raises
+    TargetError if it proves that rrsync did not refuse the command.
     """
     if PROOF_OUTPUT in result.stdout:
         raise failure(target, "not-restricted", "a shell command ran")
@@ -2093,10 +2109,10 @@ def check_refusal(target: Target, result: Result) -> TargetError | None:
 
 
 def prove_path(connection: Connection) -> str:
-    """Prove where the key writes: a dry run writes to /RANDOM/x, whose parent does not exist.
+    """Prove where the key writes: ask for a dry run to /RANDOM/x, where /RANDOM does not exist.
 
-    rsync's error names the directory in which it looked for it. Returns a sentence for people;
-    raises TargetError unless that directory is named, and is the configured path.
+    rsync's error then names RANDOM after the directory that it lies in. Returns a sentence for
+    people; raises TargetError unless that directory is named, and is the configured path.
     """
     target = connection.target
     marker = os.urandom(8).hex().encode()
@@ -2231,9 +2247,9 @@ class TransferReport:
             return
         entry = change.entry
         assert entry is not None
-        ends = {"file": (b"f", b""), "directory": (b"d", b"/")}
-        planned = ends.get(entry.type, (b"L", b" -> " + entry.link))
-        as_planned = (code[1:2], rest) == planned
+        endings = {"file": (b"f", b""), "directory": (b"d", b"/")}
+        expected = endings.get(entry.type, (b"L", b" -> " + entry.link))
+        as_planned = (code[1:2], rest) == expected
         # No symlink has a mode.
         if rest[:1] != b" " and mode != stat.filemode(stat.S_IFREG | entry.mode)[1:].encode():
             as_planned = False
@@ -2256,8 +2272,8 @@ def is_leftover(source: Source, change: Change) -> bool:
     match = TEMPORARY_NAME.fullmatch(name)
     if not match or change.directory:
         return False
-    names = (match[1], b"." + match[1])
-    return any(exists_below(source.root, os.path.join(directory, name)) for name in names)
+    originals = (match[1], b"." + match[1])
+    return any(exists_below(source.root, os.path.join(directory, name)) for name in originals)
 
 
 # --- Trust core: the plan -----------------------------------------------------------------------
@@ -2343,7 +2359,7 @@ def compare_with_proof(connection: Connection) -> dict[bytes, Change]:
 
     def begin_proof(_: bytes) -> None:
         if not proof:
-            proof.append(context.provers.submit(connection.prove_restricted, False))
+            proof.append(context.provers.submit(lambda: connection.prove_restricted(patient=False)))
 
     try:
         changes = itemize(
@@ -2373,13 +2389,13 @@ def classify(connection: Connection, found: dict[bytes, Change]) -> list[Change]
     on the target become "modified", with "type" as the reason.
     """
     new = {path for path, change in found.items() if change.kind == "added"}
-    replaced = {path for path in new if os.path.dirname(path) not in new}
-    if replaced:
-        replaced -= set(itemize(connection, RSYNC_ABSENT, sorted(replaced)))
+    tops = sorted(path for path in new if os.path.dirname(path) not in new)
+    absent = itemize(connection, RSYNC_ABSENT, tops) if tops else {}
+    replaced = set(tops).difference(absent)
     for path in replaced:
         found[path] = found[path]._replace(kind="modified", reasons=("type",))
     delete = connection.context.config.delete
-    # What stands in the place of an entry of another type cannot be left alone.
+    # Where a file or symlink replaces a directory, the contents of the directory cannot stay.
     in_place = {path for path in replaced if not found[path].directory}
     for path, change in found.items():
         if change.kind != "missing":
@@ -2395,7 +2411,7 @@ def classify(connection: Connection, found: dict[bytes, Change]) -> list[Change]
 def plan_target(context: RunContext, target: Target) -> TargetPlan:
     """Return the plan of one target, errors included.
 
-    It connects while the source is scanned, and compares nothing before that is accepted. Where
+    It connects while the source is scanned, and compares only once the source is accepted. Where
     there is something to do, the key must really write below the configured path: that is proved
     while the source entries are hashed.
     """
@@ -2447,7 +2463,7 @@ def plan_all(context: RunContext, targets: Sequence[Target]) -> list[TargetPlan]
     source.accepted.set()
     plans = dict(planning)
     if any(plan.changes_of("kept") for plan in plans.values()) and not context.included:
-        # Nothing is left of the source: that is an accident, which an apply refuses.
+        # An empty source is an accident. As "missing", these make policy_violation() refuse it.
         for target, plan in plans.items():
             changes = (c._replace(kind="missing") if c.kind == "kept" else c for c in plan.changes)
             plans[target] = plan._replace(changes=tuple(changes))
@@ -2498,7 +2514,9 @@ def entry_lines(plans: Sequence[TargetPlan]) -> Iterator[tuple[TargetPlan, Chang
         key = id(plan.changes)
         lines: Iterable[tuple[bytes, bytes]] = map(entry_line_parts, plan.changes)
         if equal[key] > 1:
-            lines = pieces[key] = pieces.get(key) or list(lines)
+            if key not in pieces:
+                pieces[key] = list(lines)
+            lines = pieces[key]
         for change, (before, after) in zip(plan.changes, lines):
             yield plan, change, before + login + after
 
@@ -2525,10 +2543,10 @@ def plan_id(config: Config, plans: Sequence[TargetPlan]) -> tuple[str, int]:
 
 
 def parse_plan_line(line: bytes) -> set[Change]:
-    """Return the change of an entry's line of a plan, as a set; an empty one for a target's line.
+    """Return {the change} of an entry's line of a plan, or set() for a target's line.
 
-    Raises ValueError, KeyError or TypeError unless the line is byte for byte what plan_lines()
-    prints of it: so nothing can be shown otherwise than it is approved.
+    Raises one of the errors that approve() catches, unless the line is byte for byte what
+    plan_lines() prints of it: so nothing can be shown otherwise than it is approved.
     """
     fields = json.loads(line)
     if "kind" not in fields:
@@ -2592,7 +2610,7 @@ def approve(
                 check_policy(context, line)
             elif not unapproved.pop(new_digest(line).digest(), None):
                 done |= parse_plan_line(line)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise UsageError(
                 f"plan {quote_text(name)}:{number}: not a line of a plan exactly as this version "
                 "of offsync prints it",
@@ -2608,10 +2626,10 @@ def approve(
         if change and change.kind in ("leftover", "kept"):
             spared.setdefault(target, set()).add(change.path)
         elif change and target not in unreviewed:
-            state = "now exists only on the target"
+            what = "now exists only on the target"
             if change.entry:
-                state = "was not reviewed as it would be " + change.kind
-            differing.append(f"{target.login}: {quote_path(change.path)} {state}")
+                what = f"would be {change.kind}, which was not reviewed"
+            differing.append(f"{target.login}: {quote_path(change.path)} {what}")
             differing_logins.add(target.login)
     if len(unreviewed) == len(compared) > 0:
         other_reasons.append("it covers none of these targets")
@@ -2653,19 +2671,20 @@ def check_policy(context: RunContext, reviewed: bytes) -> None:
     check_line(reviewed, json_line(printed))
     if json.dumps(then["version"]) != json.dumps(now["version"]):
         raise ValueError("it is of another version of offsync")
+    # As text, since to Python 1 == True.
     pairs = [(key, json.dumps(then[key]), json.dumps(now[key])) for key in now]
-    differing = [pair for pair in pairs if pair[1] != pair[2]]
+    differing = [(key, old, new) for key, old, new in pairs if old != new]
     if not differing:
         return
     typed = context.typed
     source = None if then["source"] == typed.configured.source else then["source"]
     wanted = None if deletion is typed.configured.delete else deletion
-    replan = ("have a new plan reviewed:", typed.again(command="plan", plan=None))
-    hints: list[Hint] = ["restore the policy of the plan in the config", replan]
-    by_option = all(pair[0] in ("source", "delete") for pair in differing)
+    replan_hint = ("have a new plan reviewed:", typed.again(command="plan", plan=None))
+    hints: list[Hint] = ["restore the policy of the plan in the config", replan_hint]
+    by_option = all(key in ("source", "delete") for key, _, _ in differing)
     if by_option and wanted is not Deletion.REFUSE:
         again = typed.again(source=source, deletion=wanted)
-        hints = [("apply it with its own policy:", again), replan]
+        hints = [("apply it with its own policy:", again), replan_hint]
     raise OffsyncError(
         "refused, nothing was sent: the policy is not that of the reviewed plan: "
         + ", ".join(f"{key} was {old}, is {new}" for key, old, new in differing),
@@ -2678,12 +2697,12 @@ def not_done(source: Source, change: Change) -> str:
     path = change.path
     entry = change.entry
     if change.kind == "missing" and exists_below(source.root, path):
-        return f"{quote_path(path)} was to be deleted, but is back in the source"
+        return f"{quote_path(path)} existed only on a target, but is now in the source"
+    if entry is None:
+        return ""
     now = source.entries.get(path)
-    agrees = entry is None or (
-        now._replace(md5=b"") == entry if now else source.still_matches(path, entry)
-    )
-    return "" if agrees else f"{quote_path(path)} in the source is no longer what was reviewed"
+    same = now._replace(md5=b"") == entry if now else source.still_matches(path, entry)
+    return "" if same else f"{quote_path(path)} in the source is no longer what was reviewed"
 
 
 def colliding_names(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[bytes]:
@@ -2696,7 +2715,9 @@ def colliding_names(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[by
         for place in (path, *above(path)):
             wanted.setdefault(casefold_nfc(place), set()).add(place)
     found: set[bytes] = set()
-    for name in existing if wanted else ():
+    if not wanted:
+        return found
+    for name in existing:
         similar = wanted.get(casefold_nfc(name), set()) - {name}
         if similar:
             found |= {name, *similar}
@@ -2706,11 +2727,11 @@ def colliding_names(paths: Iterable[bytes], existing: Iterable[bytes]) -> set[by
 def policy_violation(context: RunContext, plans: Sequence[TargetPlan]) -> OffsyncError | None:
     """Return why none of these plans may be carried out, reviewed or not; None if all may."""
     config = context.config
-    allowed = context.config.delete is Deletion.ALLOW
+    allowed = config.delete is Deletion.ALLOW
     gone = ("missing", "leftover") if allowed else ("missing",)
-    # Where all is refused anyway, no rsync is run to learn what the excludes leave.
-    emptied = config.delete is not Deletion.REFUSE or not context.source.entry_count
-    if emptied and any(plan.changes_of(*gone) for plan in plans) and not context.included:
+    # context.included runs rsync: not needed where deletions are refused anyway.
+    check_empty = config.delete is not Deletion.REFUSE or not context.source.entry_count
+    if check_empty and any(plan.changes_of(*gone) for plan in plans) and not context.included:
         return OffsyncError(
             f"the source {quote_text(config.source)} is empty after the excludes, and an empty "
             "source never deletes",
@@ -2732,7 +2753,7 @@ def review_required(
 ) -> OffsyncError | None:
     """Return why these plans need a review, as far as policy_violation() allows them, or None.
 
-    name: the ID of the plan, where it is kept.
+    name: the ID under which this plan was stored, if it was.
 
     Deletions may be the work of an empty mount, or of a file system that takes two names for one.
     On a target that ignores case and holds README, where the source has Readme, rsync reports
@@ -2741,9 +2762,9 @@ def review_required(
     kept file could be overwritten in the same way.
     """
     allowed = context.config.delete is Deletion.ALLOW
-    review = "review the plan, then apply it by its ID:", context.typed.again(command="plan")
+    review = ("review the plan, then apply it by its ID:", context.typed.again(command="plan"))
     if name:
-        review = "apply this plan:", context.typed.again(command="apply", plan=name)
+        review = ("apply this plan:", context.typed.again(command="apply", plan=name))
     for plan in plans:
         gone = plan.changes_of("missing", "leftover") if allowed else plan.changes_of("kept")
         new = {change.path for change in plan.changes_of("added")}
@@ -2779,12 +2800,12 @@ def describe_forbidden_changes(
     replaced = {
         change.path for plan in concerned for change in plan.changes if "type" in change.reasons
     }
-    in_the_way = any(
+    in_the_way = all(
         not replaced.isdisjoint(above(change.path))
         for plan in concerned
         for change in plan.changes_of(kind)
     )
-    # No other policy is that of a reviewed plan.
+    # These hints change the policy, so a reviewed plan would no longer fit.
     typed = context.typed._replace(command="apply", plan=None)
     total = sum(len(plan.changes_of(kind)) for plan in concerned)
     fact = plural(total, "entry exists", "entries exist") + " only on a target"
@@ -2795,8 +2816,8 @@ def describe_forbidden_changes(
         hints.append(f"exclude {them}, or remove {them} on the target")
         hints.append('or allow it: "overwrite: true" in the config')
     elif in_the_way:
-        fact += f" where the source has another type in its place, so {them} cannot be kept"
-        hints.append("rename the entry of the source that is in its place, or exclude it")
+        fact += f", below an entry that the source replaces, so keeping {them} is impossible"
+        hints.append("rename that entry in the source, or exclude it")
     else:
         fact += ", and deleting is not allowed"
         hints.append(f"add {them} to the source, or exclude {them}")
@@ -2812,7 +2833,7 @@ def describe_forbidden_changes(
     named = []
     for plan in concerned:
         paths = {change.path for change in plan.changes_of(kind)}
-        # What is in their place.
+        # And the entries of the source that replace the directories above.
         paths |= {place for path in paths for place in above(path) if place in replaced}
         named.append(f"{plan.target.login}: {quote_first(paths)}")
     return f"{fact}: {join_first(named, '; ')}", hints
@@ -2831,16 +2852,16 @@ RSYNC_CONTENT = ("-I", "--delay-updates")
 RSYNC_UNSTAGED = ("-I",)  # for servers that do not put a staged file in place
 RSYNC_MODES = ("--size-only",)  # equal by hash: only the mode is to be set
 RSYNC_SENT = b"%C %B %b %i %n//%L"
-# Deletes what the include rules name, protects all else, and can send nothing: the first filter
-# hides every entry of the source but directories: a hostile target has no file to ask for. None of
-# the config's rules: a "+ " rule among them would permit deletions that nobody planned. --from0
-# must stand before --include-from. (--delete-missing-args fails in several releases.)
+# Deletes what the include rules name, and protects all else. The first filter hides every source
+# entry but directories, so a hostile target has no file to ask for. The config's rules are not
+# passed: a "+ " rule would permit deletions that nobody planned. --from0 must stand before
+# --include-from. (--delete-missing-args fails in several releases.)
 RSYNC_DELETE = (
     *("--filter=hide,! */", "-r", "--delete", "--existing", "--ignore-existing"),
     *("--from0", "--include-from=-", "--exclude=*"),
 )
-# Seconds without a byte while sending, shorter than "timeout" may be: no side hashes in silence
-# then, and if the target's rsync is killed, only this limit ends the pass.
+# Seconds without a byte while sending; "timeout" may be longer. Here no side hashes in silence, and
+# if the target's rsync is killed, only this limit ends the pass.
 SEND_TIMEOUT = 300
 RESCAN_DEADLINE = 15.0  # seconds to learn what arrived after a failure
 
@@ -2865,7 +2886,7 @@ class Delivery:
         allowed = context.config.delete is Deletion.ALLOW
         gone = plan.changes_of("missing", "leftover") if allowed else ()
         self.to_delete = {change.path for change in gone}
-        # Entries that replace a directory.
+        # Entries of another type than on the target, where they may replace a directory.
         self.replacing = {c.path for c in self.to_send if "type" in c.reasons and not c.directory}
         self.bytes_sent: int | None = 0
         self.target_touched = False  # something may have changed on the target
@@ -2891,9 +2912,9 @@ class Delivery:
             failed = as_offsync_error(problem)
             # If the source changed, a comparison would mean nothing. A connection whose proofs
             # failed is asked nothing more.
-            known = getattr(problem, "kind", None) != "source-changed"
-            known = known and self.connection.restriction_proved and self.connection.path_proved
-            if self.target_touched and not self.outcome and known:
+            may_ask = getattr(problem, "kind", None) != "source-changed"
+            may_ask = may_ask and self.connection.restriction_proved and self.connection.path_proved
+            if self.target_touched and not self.outcome and may_ask:
                 with contextlib.suppress(OffsyncError, OSError):
                     self.outcome = self.compare("hash", limit=RESCAN_DEADLINE)
         PROGRESS.update(self.login, None)
@@ -2918,7 +2939,8 @@ class Delivery:
         changed = []
         for change in self.to_send:
             left = self.outcome.differs.get(change.path)
-            if left is None or left.reasons == ("mode",) and change.reasons != ("mode",):
+            only_mode = left is not None and left.reasons == ("mode",)
+            if left is None or (only_mode and change.reasons != ("mode",)):
                 changed.append(quote_name(change.path))
         deleted = self.tried_to_delete - self.outcome.extraneous
         return changed, [quote_name(path) for path in sorted(deleted)]
@@ -2958,9 +2980,9 @@ class Delivery:
     def check_protected_directories(self) -> None:
         """Raise if an entry would replace a directory of the target that an exclude protects.
 
-        A rule such as "uploads/" protects a directory of that name, but not its contents once the
-        source has a file or symlink of that name. So rsync is asked about directories of these
-        names.
+        A rule such as "uploads/" protects a directory on the target. Once the source has a file of
+        that name, rsync would still delete the contents. So rsync is asked about directories of
+        these names.
         """
         if not self.replacing or not self.context.config.exclude:
             return
@@ -3040,13 +3062,13 @@ class Delivery:
     def verify_sent(self, sent: Sequence[Change]) -> Comparison | None:
         """Compare by hash what was sent; raise TargetError for what differs.
 
-        Where all was sent, and where a pass over the tree costs less than two sessions, the whole
-        tree is compared instead of a list of names: then its Comparison is returned, else None.
+        If all entries were sent, or if a pass over the tree costs less than two sessions, the whole
+        tree is compared, not a list: then its Comparison is returned, else None.
         """
         PROGRESS.update(self.login, "verifying " + plural(len(sent), "entry", "entries"))
-        near = self.connection.plan_pass_seconds < 2 * self.connection.session_overhead
-        near = near and self.context.config.verify != "quick"
-        whole = near or len(self.to_send) == self.source.entry_count
+        cheap = self.connection.plan_pass_seconds < 2 * self.connection.session_overhead
+        cheap = cheap and self.context.config.verify != "quick"
+        whole = cheap or len(self.to_send) == self.source.entry_count
         paths = [change.path for change in sent]
         found = self.compare("hash", None if whole else paths)
         different = set(paths).intersection(found.differs)
@@ -3116,14 +3138,17 @@ class Delivery:
         surprises = extraneous - self.to_delete
         if surprises:
             raise self.target_error("appeared", surprises)
+        # Not what the source has again since it was planned.
+        paths = paths & extraneous
         PROGRESS.update(self.login, "deleting " + plural(len(paths), "entry", "entries"))
+        # A directory that an entry replaces may go with its contents.
         may_go = paths | self.replacing
 
         def judge(line: bytes) -> None:
             code = line[:11]
             name = unescape_rsync_name(line[12:]).rstrip(b"/")
             gone = code.startswith(b"*deleting") and name in may_go
-            # Once: a target can report it without end.
+            # Each name may be reported once, so that a target cannot go on for ever.
             may_go.discard(name)
             if not gone and not code.startswith(b".d"):
                 raise failure(self.plan.target, "unexpected-report", "in a deletion", [name])
@@ -3169,14 +3194,14 @@ def take_lock(state: StateDirectory, what: str, shared: bool = False) -> None:
             "try again when it has finished",
         ) from None
     except OSError as error:
-        # Where nobody may write, no writer is at work.
+        # There is no lock file, so no writer has ever been at work here.
         if flags == os.O_RDONLY and isinstance(error, FileNotFoundError):
             return
         raise OffsyncError(
             f"lock {quote_text(state.lock_file)}: {error.strerror}; nothing was sent or changed",
             "fix this, then try again",
         ) from None
-    # Only words for others: the disk may be full.
+    # This text only informs others: a full disk must not stop us here.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, b"offsync %s (process %d)\n" % (what.encode(), os.getpid()), 0)
@@ -3185,16 +3210,19 @@ def take_lock(state: StateDirectory, what: str, shared: bool = False) -> None:
 
 
 def open_log(state: StateDirectory, so_far: str = "") -> int:
-    """Return a descriptor of the log, at its end. Raises OffsyncError."""
+    """Return a descriptor of the log, at its end. Raises OffsyncError, whose message ends with
+    so_far.
+    """
     try:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         log = os.open(state.log, flags | os.O_NONBLOCK, 0o600)
         status = os.fstat(log)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
+        # A new file: make its name durable, too.
         if not status.st_size:
             sync_directory(os.path.dirname(os.path.realpath(state.log)))
-        # A write was cut short, on a full disk: the next record begins a line.
+        # A full disk may have cut the last record short: start a new line.
         if status.st_size and os.pread(log, 1, status.st_size - 1) != b"\n":
             os.write(log, b"\n")
         return log
@@ -3264,7 +3292,7 @@ class RunLog:
             self.unfinished[target.login] = record._replace(
                 files_changed=[], files_deleted=[], bytes_sent=0
             )
-        self.unreported: dict[str, tuple[Record, OffsyncError | None]] = {}  # with why it failed
+        self.unreported: dict[str, tuple[Record, OffsyncError | None]] = {}  # logged, not shown
 
     def __enter__(self) -> RunLog:
         return self

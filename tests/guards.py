@@ -152,7 +152,7 @@ every planned entry is reported
 
 * every line of now was reviewed
   test_reviewed_plans.Approval.test_what_a_review_does_not_approve
-  approve: differing.append(f'{target.login}: {quote_path(change.path)} {state}') => None
+  approve: differing.append(f'{target.login}: {quote_path(change.path)} {what}') => None
 
 what was reviewed is in the source
   test_reviewed_plans.Approval
@@ -295,7 +295,7 @@ nothing is deleted in a pass over names
 
 * an empty source never deletes
   test_deleting.Deleting.test_an_empty_source_never_deletes_even_when_reviewed
-  policy_violation: emptied and any((plan.changes_of(*gone) for plan in plans)) and (not
+  policy_violation: check_empty and any((plan.changes_of(*gone) for plan in plans)) and (not
       context.included) => False
 
 max_delete
@@ -531,7 +531,7 @@ a banner looks like no host key
 
 no session after a failed proof
   test_trust.Restriction.test_a_connection_that_is_opened_again_proves_its_path_again
-  Delivery.run_delivery: known and self.connection.restriction_proved and
+  Delivery.run_delivery: may_ask and self.connection.restriction_proved and
       self.connection.path_proved => known
 
 only what was deleted by us is logged so

@@ -48,10 +48,10 @@ class Approval(ThreeTargetsCase):
         os.unlink(self.targets[0].path + "/extra")
         with open(self.source + "/g", "a") as stream:
             stream.write("more")
-        self.refused(reviewed, "g was not reviewed as it would be added")
+        self.refused(reviewed, "g would be added, which was not reviewed")
         write(self.source + "/g", "g")
         os.chmod(self.source + "/g", 0o600)
-        self.refused(reviewed, "g was not reviewed as it would be added")
+        self.refused(reviewed, "g would be added, which was not reviewed")
         os.chmod(self.source + "/g", 0o644)
         for name, kept in (
             (
