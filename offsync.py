@@ -109,8 +109,8 @@ class OffsyncError(Exception):
         self.said = said
 
 
-class UsageError(OffsyncError):
-    """Wrong arguments, environment or config."""
+class UsageError(OffsyncError, argparse.ArgumentTypeError):
+    """Wrong arguments, environment or config. argparse puts the option before the message."""
 
     status = 2
 
@@ -3478,11 +3478,8 @@ def start_reaper(scratch: str, ssh: str) -> tuple[int, int]:
 def clean_up(scratch: str, ssh: str) -> None:
     """End every ssh connection whose control socket lies in scratch, and remove scratch."""
     sockets = [entry.path for entry in os.scandir(scratch) if stat.S_ISSOCK(entry.stat().st_mode)]
-    started = []
-    for path in sockets:
-        argv = [ssh, "-F", "/dev/null", "-O", "exit", "-o", "ControlPath=" + path, "--", "offsync"]
-        started.append(os.spawnv(os.P_NOWAIT, ssh, argv))
-    for pid in started:
+    words = [ssh, *"-F /dev/null -O exit offsync -o".split()]
+    for pid in [os.spawnv(os.P_NOWAIT, ssh, [*words, "ControlPath=" + path]) for path in sockets]:
         os.waitpid(pid, 0)
     shutil.rmtree(scratch, ignore_errors=True)
 
@@ -3535,14 +3532,15 @@ def write_atomically(path: str, data: Iterable[bytes], mode: int) -> None:
     path = os.path.realpath(path)
     temporary = os.path.join(os.path.dirname(path), ".offsync-" + os.urandom(8).hex())
     try:
+        old = os.stat(path) if os.path.exists(path) else None
         # /dev/null, for example, to which a symlink may lead.
-        if os.path.exists(path) and not os.path.isfile(path):
+        if old and not stat.S_ISREG(old.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as stream:
-                if os.path.exists(path):
-                    os.fchown(descriptor, os.stat(path).st_uid, os.stat(path).st_gid)
+                if old:
+                    os.fchown(descriptor, old.st_uid, old.st_gid)
                 os.fchmod(descriptor, mode)
                 stream.writelines(data)
                 stream.flush()
@@ -3574,20 +3572,12 @@ def sync_directory(path: str) -> None:
 
 
 def make_directory(path: str, mode: int) -> None:
-    """Create a directory if it is absent, parents 0755, whatever the umask.
+    """Create a directory if it is absent, parents 0755 (main() sets the umask); threads may race.
 
-    path is a real path. The mode of a directory that exists is not ours to change. Two threads may
-    do so at once.
+    path is a real path. The mode of a directory that exists is not ours to change.
     """
     try:
-        for place in [*reversed([os.fsdecode(p) for p in above(os.fsencode(path)) if p]), path]:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(place, 0o700)
-                # By a descriptor, so that no symlink that somebody puts in its place is followed.
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                descriptor = os.open(place, flags)
-                os.fchmod(descriptor, mode if place == path else 0o755)
-                os.close(descriptor)
+        os.makedirs(path, mode, exist_ok=True)
     except OSError as error:
         raise OffsyncError(
             f"{quote_text(path)}: cannot be created: {error.strerror}",
@@ -3602,51 +3592,40 @@ def user_name(uid: int) -> str:
         return str(uid)
 
 
-def untrusted_writer(path: str, itself: bool = True) -> tuple[str, list[Hint]] | None:
-    """Return (who else could replace what lies at a path, the ways out); None if nobody can.
+def untrusted_writer(path: str, itself: bool = True, links: int = 40) -> OffsyncError | None:
+    """Return an error that says who else could replace what lies at an absolute path, or None.
 
     Every existing directory on the way from / is judged, with those that symlinks lead through.
-    itself: what lies at the path is judged, too.
+    itself: what lies at the path is judged, too. links: how many symlinks may follow.
     """
-    at = "/"
-    parts = os.path.abspath(path).split("/")
-    links = 0
-    while parts:
-        part = parts.pop(0)
-        if part in ("", "."):
-            continue
-        strangers = judge_place(at, part)
-        if strangers:
-            return strangers
-        entry = os.path.dirname(at) if part == ".." else os.path.join(at, part)
-        if os.path.islink(entry):
-            target = os.readlink(entry)
-            parts = [*target.split("/"), *parts]
-            links = links + 1
-            at = "/" if target.startswith("/") else at
-        elif os.path.lexists(entry):
-            at = entry
-        else:
-            return None  # from here on it is made by us
-        if links > 40:
-            return f"{quote_text(path)} leads through too many symlinks", []
-    return judge_place(at) if itself else None
+    path = path.rstrip("/")
+    place, name = os.path.split(path)
+    found = None
+    if name:
+        found = untrusted_writer(place, False, links) or judge_place(place or "/", name)
+    if not found and os.path.islink(path):
+        if not links:
+            return OffsyncError(f"{quote_text(path)} leads through too many symlinks")
+        return untrusted_writer(os.path.join(place, os.readlink(path)), itself, links - 1)
+    return found or (judge_place(path or "/") if itself else None)
 
 
-def judge_place(place: str, entry: str = "") -> tuple[str, list[Hint]] | None:
-    """Return (who else could change a directory, or a file, the ways out); None if nobody can.
+def judge_place(place: str, entry: str = "") -> OffsyncError | None:
+    """Return an error that says who else could change a directory, or a file; None if nobody can.
 
-    Its owner must be root or this account, without write permission for the group or others (an
-    access control list shows as the group's bits). A sticky directory (/tmp) does not count where
-    the entry in it is ours.
+    Its owner must be root or this account, without write permission for the group or others (on
+    Linux, an access control list shows as the group's bits). In a sticky directory (/tmp), others
+    cannot replace an entry that is ours, so it is accepted. What does not exist we shall make.
     """
     ours = (0, os.geteuid())
     try:
         status = os.stat(place)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
-        return f"{quote_text(place)} cannot be looked at: {error.strerror}", []
+        return OffsyncError(f"{quote_text(place)} cannot be looked at: {error.strerror}")
     if status.st_uid not in ours:
-        return f"{quote_text(place)} belongs to {user_name(status.st_uid)}", []
+        return OffsyncError(f"{quote_text(place)} belongs to {user_name(status.st_uid)}")
     mode = stat.S_IMODE(status.st_mode)
     following = os.path.join(place, entry)
     if entry and mode & stat.S_ISVTX and os.path.lexists(following):
@@ -3655,16 +3634,13 @@ def judge_place(place: str, entry: str = "") -> tuple[str, list[Hint]] | None:
     if not mode & 0o022:
         return None
     who = "everybody" if mode & 0o002 else "its group"
-    hints: list[Hint] = []
-    # A directory above may be meant to be so, as /tmp and /srv/www are; and so is /dev/null.
-    plain_one = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
-    if not entry and plain_one and status.st_uid == os.geteuid():
-        hints.append(("run:", f"chmod go-w {shlex.quote(place)}"))
-    elif plain_one:
-        hints.append(
-            ("see who may write to it, and whether that must be:", f"ls -ld {shlex.quote(place)}")
-        )
-    return f"{who} may write to {quote_text(place)} (mode {mode:04o})", hints
+    # Others' access to a directory above, such as /srv/www, or to /dev/null, may be intended.
+    own = not entry and not stat.S_ISCHR(status.st_mode) and status.st_uid == os.geteuid()
+    hint = ("run:", f"chmod go-w {shlex.quote(place)}")
+    if not own:
+        look = "see who may write to it; take that permission away, or choose another place:"
+        hint = (look, f"ls -ld {shlex.quote(place)}")
+    return OffsyncError(f"{who} may write to {quote_text(place)} (mode {mode:04o})", hint)
 
 
 # --- The state directory --------------------------------------------------------------------------
@@ -3748,22 +3724,19 @@ class StateDirectory:
 
         Also where we cannot read it: a key or a host key must not look as if it were absent.
         """
-        names = (self.config, self.key, self.known_hosts, self.log, self.lock_file)
-        for path in (self.named, *names, self.plans, self.last):
+        files = (self.config, self.key, self.known_hosts, self.log, self.lock_file)
+        for path in (self.named, *files, self.plans, self.last):
             strangers = untrusted_writer(path)
             if strangers:
                 raise OffsyncError(
                     f"state directory {quote_text(self.path)}: other users than "
-                    f"{user_name(os.geteuid())} could modify it: {strangers[0]}",
-                    *(self.owner_hints(path) or strangers[1]),
+                    f"{user_name(os.geteuid())} could modify it: {strangers.message}",
+                    *(self.owner_hints(path) or strangers.hints),
                 )
             if os.path.exists(path) and not os.access(path, os.R_OK):
-                read_it = ("run:", f"chmod u+r {shlex.quote(path)}")
+                read_it = ("run:", f"chmod u+rwX {shlex.quote(path)}")
                 hints = self.owner_hints(path) or [read_it]
                 raise OffsyncError(f"{quote_text(path)}: Permission denied", *hints)
-        for path in names:
-            if os.path.isdir(path):
-                raise OffsyncError(f"{quote_text(path)}: it is a directory", "move it away")
 
     def owner_hints(self, path: str) -> list[Hint]:
         """Return the ways out where the state, or a file in it, belongs to another account."""
@@ -3784,14 +3757,11 @@ class StateDirectory:
 
     def read_config(self) -> str:
         data = read_file(self.config, "config", *no_state_hints())
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = data[: error.start].count(b"\n") + 1
-            raise UsageError(f"{self.config}:{line}: not UTF-8", "save it as UTF-8") from None
+        # What is no UTF-8 becomes surrogates, which the reader refuses by line.
+        return data.decode("utf-8", "surrogateescape")
 
-    def load(self) -> Config:
-        return validate_config(self.read_config(), self.config)
+    def load(self, source: str | None = None) -> Config:
+        return validate_config(self.read_config(), self.config, source)
 
     def replace_in_config(self, key: str, block: Sequence[str]) -> None:
         """Replace one top-level key's lines in the config."""
@@ -4112,13 +4082,12 @@ def check_forced_word(what: str, path: str) -> None:
 
 
 def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -> str:
-    """Return the real path that the key may write below. accept_risk skips link_risks().
+    """Return the real path that the key may write below. accept_risk skips check_link_risks().
 
     protected: paths that it must neither contain nor lie in.
     """
     real = os.path.realpath(validate_absolute_path(path, "path"))
     validate_absolute_path(real, "path")
-    choose = "choose a directory that holds only delivered files, such as /srv/app-data"
     check_forced_word("path", real)
     if os.path.lexists(real) and not os.path.isdir(real):
         raise UsageError(
@@ -4126,24 +4095,16 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
         )
     homes = {os.path.realpath(home) for home in login_homes()}
     keys = [home + name for home in homes for name in ("/.ssh", "/.ssh/authorized_keys")]
-    found = "the root or a home directory" if real in homes or real == "/" else ""
-    for place in sorted({*keys, *map(os.path.realpath, [*keys, *protected])}):
-        if within(place, real) or within(real, place):
-            verb = "contains" if within(place, real) else "lies in"
-            found = found or f"{verb} {quote_text(place)}"
-    if found:
+    places = {*keys, *map(os.path.realpath, [*keys, *protected])}
+    near = sorted(place for place in places if within(place, real) or within(real, place))
+    if near or real in homes or real == "/":
+        what = f"contains, or lies in, {quote_text(near[0])}" if near else "a home directory"
         raise UsageError(
-            f"path {quote_text(real)}: {found}, so write access to it amounts to a login shell",
-            choose,
+            f"path {quote_text(real)}: {what}, so write access to it amounts to a login shell",
+            CHOOSE_PATH,
         )
-    risk = None if accept_risk else next(link_risks(real), None)
-    if risk:
-        raise UsageError(
-            f"path {quote_text(real)}: {risk[0]}",
-            *risk[1],
-            choose,
-            ("or accept that:", typed_again("--accept-risk", "path")),
-        )
+    if not accept_risk:
+        check_link_risks(real)
     return real
 
 
@@ -4155,44 +4116,41 @@ def login_homes() -> set[str]:
     }
 
 
-def link_risks(real: str) -> Iterator[tuple[str, list[Hint]]]:
-    """Yield (why it is risky to give a key this path, the ways out).
+CHOOSE_PATH = "choose a directory that holds only delivered files, such as /srv/app-data"
 
-    "--accept-risk path" waives these reasons.
-    """
+
+def check_link_risks(real: str) -> None:
+    """Raise where it is risky to give a key this path. "--accept-risk path" waives it."""
+
+    def refuse(why: str, *hints: Hint) -> NoReturn:
+        accept = ("or accept that:", typed_again("--accept-risk", "path"))
+        raise UsageError(f"path {quote_text(real)}: {why}", *hints, CHOOSE_PATH, accept)
+
     for place in sorted({*SYSTEM_TREES, *map(os.path.realpath, SYSTEM_TREES)}):
         if within(place, real) or within(real, place):
-            yield (
-                f"it lies in or contains {place}, where the system keeps what it runs and reads",
-                [],
-            )
+            refuse(f"it lies in or contains {place}, where the system keeps what it runs and reads")
     programs = map(os.path.realpath, filter(os.path.isabs, os.get_exec_path()))
     if any(within(place, real) for place in programs):
-        yield "it is or contains a directory of $PATH, where programs are found", []
+        refuse("it is or contains a directory of $PATH, where programs are found")
     default = os.path.realpath(os.path.expanduser("~/.offsync/sync"))
-    if real != default and any(part.startswith(".") for part in real.split("/")):
-        yield "a component begins with a dot, where programs keep what they run and read", []
+    if real != default and "/." in real:
+        refuse("a component begins with a dot, where programs keep what they run and read")
     if os.path.lexists(os.path.join(real, ".ssh")):
-        yield (
-            "it has an entry .ssh, as the home of an account has",
-            ["remove that entry if nobody needs it"],
-        )
+        refuse("it has an entry .ssh, as the home of an account has")
     strangers = untrusted_writer(real, itself=False)
     if strangers:
-        yield f"others could put another directory in its place: {strangers[0]}", strangers[1]
+        why = f"others could put another directory in its place: {strangers.message}"
+        refuse(why, *strangers.hints)
     if os.path.isdir(real):
         owner = user_name(os.stat(real).st_uid)
         user = user_name(os.geteuid())
-        if os.geteuid() == 0 and owner != user:
-            yield (
-                f"it belongs to {owner}, and this links it for {user}, who may write anywhere",
-                [(f"link it for {owner}:", typed_again(user=owner))],
-            )
-        if not os.access(real, os.W_OK | os.X_OK):
-            yield (
-                f"{user}, for whom this links it, may not write to it",
-                [(f"link it for {owner}, whose it is:", typed_again(user=owner))],
-            )
+        # Root may write anywhere.
+        if not os.access(real, os.W_OK | os.X_OK) or user == "root" != owner:
+            hint: Hint = (f"link it as {owner}:", typed_again(user=owner))
+            if owner in ("root", user):
+                look = f"see what it is for; if only for this, root can give it to {user}:"
+                hint = (look, f"ls -ld {shlex.quote(real)}")
+            refuse(f"it belongs to {owner}, and this links it for {user}", hint)
 
 
 def validate_from_pattern(pattern: str) -> str:
@@ -4205,23 +4163,21 @@ def validate_from_pattern(pattern: str) -> str:
     return pattern
 
 
-def read_key_argument(args: argparse.Namespace) -> PublicKey:
-    """Return the public key from --key, --key-file, a pipe, or the terminal."""
+def read_key_argument(args: argparse.Namespace) -> str | None:
+    """Return the text of --key, --key-file or a pipe; None where no key was given."""
     if args.key is not None:
-        return validate_public_key(args.key)
+        return str(args.key)
     if args.key_file is not None:
         data = read_file(args.key_file, "key file", "name the file of the public key")
-        return validate_public_key(data.decode("utf-8", "replace"))
-    program_on_stdin = sys.argv[0] in ("-", "")
-    if not program_on_stdin and not sys.stdin.isatty() and not stat.S_ISCHR(os.fstat(0).st_mode):
+    # A terminal and /dev/null name no key, nor does this program on stdin.
+    elif sys.argv[0] in ("-", "") or stat.S_ISCHR(os.fstat(0).st_mode):
+        return None
+    else:
         emit("reading the public key from standard input ...", error=True)
-        return validate_public_key(sys.stdin.buffer.read(1 << 16).decode("utf-8", "replace"))
-    return validate_public_key(
-        ask(
-            "Paste the public key (the line that 'offsync init' prints): ",
-            "give the key: --key 'ssh-ed25519 AAAA...' or --key-file FILE",
-        )
-    )
+        data = sys.stdin.buffer.read(1 << 16)
+        if not data.strip():
+            return None
+    return data.decode("utf-8", "replace").strip()
 
 
 def current_account() -> pwd.struct_passwd:
@@ -4242,72 +4198,61 @@ def sshd_settings(user: str) -> dict[str, list[str]]:
 
     It is given a host key made for this, since an ordinary user may not read the real ones.
     """
-    result = Result(1, b"", b"")
+    settings: dict[str, list[str]] = {}
     # Errors are ignored: the key is linked already, and this only serves warnings.
     with contextlib.suppress(OffsyncError), scratch_directory() as scratch:
         key = os.path.join(scratch, "key")
         make_key(key, "")
         who = f"user={user},host=localhost,addr=127.0.0.1"
-        result = run_program(
-            [find_program("sshd"), "-T", "-h", key, "-C", who], limit=SESSION_DEADLINE
-        )
-    settings: dict[str, list[str]] = {}
-    for line in result.stdout.decode("utf-8", "replace").splitlines() if result.status == 0 else ():
-        name, *words = line.split() or [""]
-        settings.setdefault(name, []).extend(word for word in words if word != key)
+        argv = [find_program("sshd"), "-T", "-h", key, "-C", who]
+        told = run_program(argv, limit=SESSION_DEADLINE)
+        if told.status == 0:
+            for line in os.fsdecode(told.stdout.replace(os.fsencode(key), b"")).splitlines():
+                name, *words = line.split() or [""]
+                settings.setdefault(name, []).extend(words)
     return settings
 
 
-def link_warnings(
-    account: pwd.struct_passwd, sshd: dict[str, list[str]], delivery: str
-) -> Iterator[tuple[str, list[Hint]]]:
-    """Yield (a warning, its hints): what makes sshd ignore the key, or undoes its restriction."""
-    status = os.stat(delivery)
-    own = account.pw_uid
+def warn_of_link(account: pwd.struct_passwd, sshd: dict[str, list[str]], delivery: str) -> None:
+    """Warn of what makes sshd ignore the key, or undoes its restriction."""
     home = account.pw_dir
-    shown = quote_text(delivery)
     user = account.pw_name
-    if status.st_uid not in (0, own):
-        yield f"{shown} belongs to {user_name(status.st_uid)}, who can change what is delivered", []
     if not os.access(delivery, os.W_OK):
-        yield f"{user} may not write to {shown}", ["change its owner or mode"]
-    if status.st_mode & 0o022:
-        text = f"{shown} is writable for others, who can change what is delivered"
-        # Where the key writes by the directory's group, that must stay.
-        remedy: Hint = ("run:", f"chmod go-w {shlex.quote(delivery)}")
-        yield text, [remedy] if status.st_uid == own else []
+        warn(f"{user} may not write to {quote_text(delivery)}", "change its owner or mode")
+    ignored = "so sshd may ignore the key (StrictModes)"
+    for path, consequence in (
+        (delivery, "so others than the key can change what is delivered"),
+        ("~", ignored),
+        ("~/.ssh", ignored),
+        ("~/.ssh/authorized_keys", ignored),
+    ):
+        strangers = judge_place(os.path.realpath(os.path.expanduser(path)))
+        if strangers:
+            warn(f"{strangers.message}, {consequence}", *strangers.hints)
     if os.path.realpath(os.path.expanduser("~")) != os.path.realpath(home):
-        yield (
+        warn(
             f"HOME is {os.path.expanduser('~')}, but sshd reads the account's home {home}",
-            ["run link as the account itself"],
+            "run link as the account itself",
         )
-    for path in ("~", "~/.ssh", "~/.ssh/authorized_keys"):
-        path = os.path.realpath(os.path.expanduser(path))
-        status = os.stat(path)
-        text = f"{path} is writable or owned by others: sshd may ignore the key (StrictModes)"
-        if status.st_uid not in (0, own):
-            yield text, [("see whose it is:", f"ls -ld {shlex.quote(path)}")]
-        elif status.st_mode & 0o022:
-            yield text, [("run:", f"chmod go-w {shlex.quote(path)}")]
     files = sshd.get("authorizedkeysfile", [".ssh/authorized_keys"])
     places = [os.path.join(home, f.replace("%h", home).replace("%u", user)) for f in files]
     if os.path.join(home, ".ssh/authorized_keys") not in places:
         where = ", ".join(places)
-        yield (
+        warn(
             f"sshd reads keys from {where} (AuthorizedKeysFile), not from ~/.ssh/authorized_keys",
-            ["copy the line there"],
+            "copy the line there",
         )
-    let_through = [word for word in sshd.get("acceptenv", []) if lets_code_in(word)]
+    let_through = ", ".join(filter(lets_code_in, sshd.get("acceptenv", [])))
     if let_through:
-        yield (
-            f"sshd takes {', '.join(let_through)} from whoever has the key (AcceptEnv), and so "
-            "runs a program that they delivered",
-            ["take that out of sshd_config"],
+        warn(
+            f"sshd takes {let_through} from whoever has the key (AcceptEnv), and so runs a program "
+            "that they delivered",
+            "take that out of sshd_config",
         )
     if sshd.get("permittunnel", ["no"]) != ["no"]:
-        yield (
+        warn(
             "sshd lets the key make a tunnel device, into this host's network (PermitTunnel)",
-            ["set it to no in sshd_config"],
+            "set it to no in sshd_config",
         )
 
 
@@ -4361,12 +4306,18 @@ def cmd_link(args: argparse.Namespace) -> int:
     # Where offsync was piped into python, there is no program file.
     programs = filter(os.path.exists, (sys.argv[0], globals().get("__file__", "")))
     path = validate_link_path(named, [rrsync, StateDirectory().key, *programs], "path" in risks)
-    key = read_key_argument(args)
+    given = read_key_argument(args)
+    if given is None:
+        given = ask(
+            "Paste the public key (the line that 'offsync init' prints): ",
+            "give the key: --key 'ssh-ed25519 AAAA...' or --key-file FILE",
+        )
+    key = validate_public_key(given)
     strangers = untrusted_writer(rrsync)
     if strangers and "rrsync" not in risks:
         raise OffsyncError(
-            f"rrsync {rrsync}: others could replace what this key runs: {strangers[0]}",
-            *strangers[1],
+            f"rrsync {rrsync}: others could replace what this key runs: {strangers.message}",
+            *strangers.hints,
             ("or accept that:", typed_again("--accept-risk", "rrsync")),
         )
     if "rrsync" in risks:
@@ -4390,7 +4341,9 @@ def cmd_link(args: argparse.Namespace) -> int:
     line = format_authorized_key(command, key, from_pattern)
     set_authorized_key(key, line)
     if was and FORCED_GUARD not in was:
-        emit("replaced the plain line of this key, with which it could also read files", error=True)
+        emit(
+            "replaced a line without today's guard, with which the key could read files", error=True
+        )
     written = re.fullmatch(OFFSYNC_KEY_LINE, was)
     if written and written_path(written) != path:
         old = written_path(written)
@@ -4409,8 +4362,7 @@ def cmd_link(args: argparse.Namespace) -> int:
         error=True,
     )
     settings = sshd_settings(account.pw_name)
-    for warning, hints in link_warnings(account, settings, path):
-        warn(warning, *hints)
+    warn_of_link(account, settings, path)
     port, host_keys = advertised_address(settings)
     target = Target(f"{account.pw_name}@{os.uname().nodename}", path, rrsync, port, not munge)
     emit(
@@ -4440,13 +4392,10 @@ def list_linked_keys() -> int:
 
 def cmd_unlink(args: argparse.Namespace) -> int:
     current_account()
-    if args.key is None and args.key_file is None:
-        # A terminal, /dev/null and an empty pipe name no key.
-        empty = sys.argv[0] in ("-", "") or stat.S_ISCHR(os.fstat(0).st_mode)
-        args.key = "" if empty else sys.stdin.buffer.read(1 << 16).decode("utf-8", "replace")
-        if not args.key.strip():
-            return list_linked_keys()
-    key = read_key_argument(args)
+    text = read_key_argument(args)
+    if text is None:
+        return list_linked_keys()
+    key = validate_public_key(text)
     path, _, line = find_authorized_key(key)
     set_authorized_key(key, None)
     emit(("removed the key from " if line else "the key has no entry in ") + path, error=True)
@@ -4502,24 +4451,19 @@ def fetch_host_key(connection: Connection) -> tuple[str, str, str]:
     key proves it.
     """
     context = connection.context
-    target = connection.target
     path = os.path.join(context.scratch, "fetched-%d" % next(context.numbers))
     argv = [context.ssh, *SSH_NO_MUX, *SSH_FETCH_HOST_KEY, "-o", "UserKnownHostsFile=" + path]
     for last in retry_attempts():
         words = [*argv, *connection.options(), *connection.destination()]
         result = connection.run(words, limit=CONNECT_DEADLINE)
-        if os.path.exists(path):
+        found = read_file(path, "host key").split() if os.path.exists(path) else []
+        if len(found) >= 3:
             break
         error = diagnose_login(connection, result)
         if last or not error.retry:
             raise error
-    words = read_file(path, "host key").decode("utf-8", "replace").split()
-    if len(words) < 3:
-        raise OffsyncError(
-            f"{target.login}: ssh could not write the target's host key down",
-            f"check that {context.scratch} is not full",
-        )
-    return words[0], words[1], words[2]
+    host, key_type, blob = map(os.fsdecode, found[:3])
+    return host, key_type, blob
 
 
 def confirm_host_key(target: Target, shown: str) -> None:
@@ -4614,27 +4558,20 @@ def prove_forwarding(connection: Connection) -> list[Proof]:
     ssh -v shows what sshd says of the key's options when it authenticates (auth_debug in OpenSSH):
     nothing else tells the controller of agent forwarding. dropbear's sshd does not report it.
     """
-    argv = [
-        connection.context.ssh,
-        *SSH_NO_MUX,
-        "-v",
-        "-o",
-        "LogLevel=DEBUG1",
-        *connection.options(),
-    ]
-    argv += ["-W", "127.0.0.1:%d" % (connection.target.port or 22), *connection.destination()]
-    result = connection.run(argv, limit=CONNECT_DEADLINE)
-    options: list[bytes] | None = None
-    for line in result.stderr.split(b"\n"):
-        # Those of a jump host come before.
-        if b"Remote: " in line and b"key options:" in line:
-            options = line.split(b"key options:")[1].split()
-    agent = b"agent-forwarding" not in options if options is not None else None
-    port: bool | None = None
-    if result.stdout or options and b"port-forwarding" in options:
-        port = False
-    elif options is not None or b"administratively prohibited" in result.stderr:
+    argv = [connection.context.ssh, *SSH_NO_MUX, *"-v -o LogLevel=DEBUG1".split()]
+    argv += [*connection.options(), "-W", "127.0.0.1:%d" % (connection.target.port or 22)]
+    result = connection.run([*argv, *connection.destination()], limit=CONNECT_DEADLINE)
+    # Those of a jump host come before.
+    told = re.findall(rb"Remote: .*key options:(.*)", result.stderr)
+    options = told[-1].split() if told else []
+    port = agent = None
+    if told:
+        port = b"port-forwarding" not in options
+        agent = b"agent-forwarding" not in options
+    elif b"administratively prohibited" in result.stderr:
         port = True
+    if result.stdout:
+        port = False
     answers = {True: "refused", False: "allowed", None: "sshd does not tell"}
     return [
         Proof("forward a port", port, answers[port]),
@@ -4764,16 +4701,16 @@ PACKAGE_MANAGERS = {
 
 def missing_programs(role: str) -> dict[str, OffsyncError]:
     """Return {program: why it cannot be used} of what a role needs and this host lacks."""
-    checks: dict[str, Callable[[], Any]] = {"rsync": find_rsync}
-    checks["ssh-keygen"] = lambda: find_program("ssh-keygen")
-    if role != "target":
-        checks["ssh"] = lambda: find_program("ssh")
-    if role != "controller":
-        checks.update({"sshd": lambda: find_program("sshd"), "rrsync": lambda: find_rrsync(None)})
+    names = {"controller": "ssh", "target": "sshd rrsync"}.get(role, "ssh sshd rrsync").split()
     missing = {}
-    for name, check in checks.items():
+    for name in ("rsync", "ssh-keygen", *names):
         try:
-            check()
+            if name == "rsync":
+                find_rsync()
+            elif name == "rrsync":
+                find_rrsync(None)
+            else:
+                find_program(name)
         except OffsyncError as error:
             missing[name] = error
     return missing
@@ -4866,6 +4803,7 @@ YAML_FORBIDDEN = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff\uf
 YAML_ERRORS = (
     ("\t", "a tab; write blanks instead"),
     ("\ufeff", "a byte order mark (U+FEFF); save the file as UTF-8 without one"),
+    ("[\udc80-\udcff]", "not UTF-8; save it as UTF-8"),
     (YAML_FORBIDDEN, "the character U+{0:04X} is not allowed; remove it"),
     ("[^\\S ]", "the character U+{0:04X} looks like a blank; write a blank"),
     ("^ *[A-Za-z_]+:[^ ]", "a blank is missing after the colon"),
@@ -4878,34 +4816,29 @@ YAML_ERRORS = (
     ("[0-9]%", "a percentage is a number without the sign: 50"),
     ("", "unsupported syntax or value; put text in double quotes, as JSON"),
 )
-# Plain words that some YAML parser takes for a boolean, a null or a merge.
+# Plain words that some YAML parser takes for a boolean or a null.
 YAML_WORDS = "y n yes no on off true false null".split()
 
 
-class Node(NamedTuple):
-    """A value of config.yaml: a scalar, or a list or dict of nodes; the line where it begins."""
+def parse_yaml_value(text: str, line: int, key: str | None) -> Any:
+    """Return the value of one token: a scalar, or a list of (line, text).
 
-    value: Any
-    line: int
-
-
-def parse_yaml_value(text: str, line: int) -> Any:
-    """Return the value of one token: a scalar, or a list of nodes."""
+    key: whose value it is, for the message where it is none. Raises UsageError.
+    """
     if text[0] == '"':
         return json.loads(text)
     if text[0] == "'":
         return text[1:-1].replace("''", "'")
     if text[0] == "[":
-        return [Node(word, line) for word in json.loads(text)]
+        return [(line, word) for word in json.loads(text)]
     if text in ("true", "false"):
         return text == "true"
     if re.fullmatch(r"0|[1-9][0-9]{0,8}", text):
         return int(text)
     if text[0].isdigit() or text.lower() in YAML_WORDS:
-        raise ValueError(
-            f"{text} is not supported; write a whole number without a unit, true or false, or "
-            "text in quotes"
-        )
+        rule = {**TOP_KEYS, **TARGET_KEYS}.get(key or "")
+        expected = rule.expected if rule else "text in double quotes"
+        raise UsageError(f"{text} is not supported; {key or 'the item'} must be {expected}")
     return text
 
 
@@ -4919,61 +4852,6 @@ def explain_yaml(line: str) -> str:
     raise AssertionError("the last pattern matches every line")
 
 
-def parse_yaml(text: str) -> dict[str, Node]:
-    """Return a document's nodes. Raises ValueError(line, why) where it is not in the subset."""
-    nodes: dict[str, Node] = {}
-    opened: Node | None = None  # the list that is being read
-    dash = keys = -1  # columns: of its dashes, and of the keys of its last item
-    # CR before LF alone: elsewhere it would hide text.
-    lines = text.replace("\r\n", "\n").split("\n")
-    number = 0
-
-    def add(mapping: dict[str, Node], key: str, node: Node) -> None:
-        if key in mapping:
-            why = f"the key {key} stands in line {mapping[key].line}, too"
-            raise ValueError(
-                why + (': each target begins with "- login:"' if mapping is not nodes else "")
-            )
-        mapping[key] = node
-
-    try:
-        for number, line in enumerate(lines, 1):
-            if number == 1 and line == "---":
-                continue
-            match = re.fullmatch(YAML_LINE, line)
-            if re.search(YAML_FORBIDDEN, line) or not match:
-                raise ValueError(explain_yaml(line))
-            indent = len(match["indent"])
-            key = match["key"]
-            value = match["value"]
-            node = None if value is None else Node(parse_yaml_value(value, number), number)
-            if match["dash"]:
-                if opened is None or opened.value and indent != dash:
-                    raise ValueError("a list item where none is expected; indent all items alike")
-                if node is None:
-                    raise ValueError("an empty list item; remove it")
-                dash = indent
-                keys = match.start("key") if key else -1
-                opened.value.append(Node({key: node}, number) if key else node)
-            elif not key:
-                if value is not None:
-                    raise ValueError('expected "key: value"')
-            elif indent == 0:
-                opened = None if node else Node([], number)
-                add(nodes, key, node or opened or Node(None, number))
-            elif node and opened and opened.value and indent == keys:
-                add(opened.value[-1].value, key, node)
-            else:
-                raise ValueError("unexpected indentation, or no value")
-        for key, node in nodes.items():
-            number = node.line
-            if node.value == [] and "[" not in lines[number - 1].split("#")[0]:
-                raise ValueError(key + ": has no value; write [] for an empty list")
-    except ValueError as error:
-        raise ValueError(number, str(error)) from None
-    return nodes
-
-
 def format_yaml(value: Any) -> str:
     """Return a scalar as any YAML parser reads it back; ours hold nothing that YAML forbids."""
     return json.dumps(value, ensure_ascii=False)
@@ -4983,13 +4861,12 @@ def format_targets(targets: Sequence[Target]) -> list[str]:
     """Return the block "targets" of config.yaml: all text, and what is not the default."""
     lines = ["targets:"] if targets else ["targets: []"]
     for target in targets:
-        values = {key: getattr(target, key) for key in TARGET_KEYS}
-        pairs = [
-            f"{key}: {format_yaml(value)}"
-            for key, value in values.items()
-            if TARGET_KEYS[key].type is str or value != TARGET_KEYS[key].default
-        ]
-        lines += [f"  {' ' if index else '-'} {pair}" for index, pair in enumerate(pairs)]
+        mark = "-"
+        for key, rule in TARGET_KEYS.items():
+            value = getattr(target, key)
+            if rule.type is str or value != rule.default:
+                lines.append(f"  {mark} {key}: {format_yaml(value)}")
+                mark = " "
     return lines
 
 
@@ -5042,12 +4919,6 @@ def validate_absolute_path(path: str, what: str) -> str:
     return posixpath.normpath("/" + path.lstrip("/"))
 
 
-def validate_port(port: Any) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,4}", str(port)) or int(port) > 65535:
-        raise UsageError(f"port {quote_text(str(port))}: not a number from 1 to 65535")
-    return int(port)
-
-
 def flag_option(text: str) -> dict[str, Any]:
     """Return the words for add_argument of an option without a value."""
     return {"action": "store_true", "help": text}
@@ -5073,9 +4944,15 @@ class KeySpec(NamedTuple):
     argparse_kwargs: dict[str, Any] = {}
 
 
-def in_range(least: int, most: int) -> Callable[[int], int | None]:
-    """Return what accepts numbers in a range."""
-    return lambda number: number if least <= number <= most else None
+def in_range(least: int, most: int) -> Callable[[Any], int]:
+    """Return what accepts numbers in a range, from config.yaml and from an option."""
+
+    def check(given: Any) -> int:
+        if not re.fullmatch("[0-9]{1,10}", str(given)) or not least <= int(given) <= most:
+            raise UsageError(f"{quote_text(str(given))}: not a number from {least} to {most}")
+        return int(given)
+
+    return check
 
 
 def deletion_word(given: object) -> object:
@@ -5083,11 +4960,15 @@ def deletion_word(given: object) -> object:
     return given if isinstance(given, (bool, str)) and given in (False, True, "keep") else None
 
 
-BOOLEAN, PATH_RULE = "true or false", "an absolute path without .. and double or trailing slashes"
+BOOLEAN = "true or false"
+PATH_RULE = "an absolute path without ~, .. and double or trailing slashes"
 TOP_KEYS = {
     "version": KeySpec("the number 1", int, ..., in_range(1, 1)),
     "source": KeySpec(
-        "an absolute path", str, ..., lambda path: validate_absolute_path(path, "") and path
+        "an absolute path; ~ is not expanded",
+        str,
+        ...,
+        lambda path: validate_absolute_path(path, "") and path,
     ),
     "delete": KeySpec('false, true or "keep"', object, False, deletion_word),
     "overwrite": KeySpec(BOOLEAN, bool, True),
@@ -5097,7 +4978,7 @@ TOP_KEYS = {
         "hash",
         lambda word: word if word in RSYNC_PLAN else None,
     ),
-    "exclude": KeySpec('a list of rsync patterns, such as [".git/"]', list, [Node(".git/", 0)]),
+    "exclude": KeySpec('a list of rsync patterns, such as [".git/"]', list, [(0, ".git/")]),
     "jobs": KeySpec("a number from 1 to 1000", int, 8, in_range(1, 1000)),
     "bwlimit": KeySpec("a number of KiB/s, such as 10240 for 10 MiB/s", int, 0),
     "compress": KeySpec(BOOLEAN, bool, False),
@@ -5137,7 +5018,7 @@ TARGET_KEYS = {
         "a number from 1 to 65535",
         int,
         None,
-        validate_port,
+        in_range(1, 65535),
         "--port",
         value_option("N", "the port of sshd (default: ssh_config, else 22)"),
     ),
@@ -5188,68 +5069,109 @@ def never_matches(rule: str, *places: str) -> tuple[str, str] | None:
     return None
 
 
-def validate_config(text: str, filename: str) -> Config:
-    """Return the config; every refusal names file, line and what is allowed."""
+def put(mapping: dict[str, Any], rules: dict[str, KeySpec], key: str, given: Any) -> None:
+    """Add a key of config.yaml. Raises UsageError where it is not as its rule says."""
+    if key not in rules:
+        raise UsageError(f"unknown key {key}", *did_you_mean(key, rules))
+    if key in mapping:
+        raise UsageError(f'the key {key} stands here twice; each target begins with "- login:"')
+    fine = False
+    with contextlib.suppress(UsageError):
+        typed = rules[key].type in (object, type(given))
+        fine = typed and rules[key].normalize(given) == given
+    if not fine:
+        raise UsageError(f"{key} must be {rules[key].expected}")
+    mapping[key] = given
 
-    def refuse(line: int, message: str, *hints: Hint) -> NoReturn:
-        raise UsageError(f"{filename}:{line}: {message}", *hints)
 
-    def values_of(nodes: dict[str, Node], rules: dict[str, KeySpec], first: int) -> dict[str, Any]:
-        for key, node in nodes.items():
-            if key not in rules:
-                refuse(node.line, f"unknown key {key}", *did_you_mean(key, rules))
-        values = {}
-        for key, rule in rules.items():
-            if key not in nodes and rule.default is ...:
-                refuse(first, f'the key "{key}" is missing; it is {rule.expected}')
-            given = values[key] = nodes[key].value if key in nodes else rule.default
-            fine = key not in nodes
-            with contextlib.suppress(UsageError):
-                typed = rule.type in (object, type(given))
-                fine = fine or typed and rule.normalize(given) == given
-            if not fine:
-                home = isinstance(given, str) and given.startswith("~")
-                hints = ["~ is not expanded: write the whole path, from / on"] if home else []
-                refuse(nodes[key].line, f"{key} must be {rule.expected}", *hints)
-        return values
+def complete(mapping: dict[str, Any], rules: dict[str, KeySpec]) -> dict[str, Any]:
+    """Return a mapping with the defaults of what is not there."""
+    for key, rule in rules.items():
+        if key not in mapping and rule.default is ...:
+            raise UsageError(f'the key "{key}" is missing; it is {rule.expected}')
+    return {key: mapping.get(key, rule.default) for key, rule in rules.items()}
 
-    try:
-        nodes = parse_yaml(text)
-    except ValueError as error:
-        refuse(*error.args)
-    values = values_of(nodes, TOP_KEYS, 1)
-    for node in values["exclude"]:
-        if (
-            type(node.value) is not str
-            or node.value in ("", "!")
-            or re.search(CONTROL_CHARS, node.value)
-        ):
-            refuse(node.line, "exclude takes rsync patterns as text")
+
+def validate_config(text: str, filename: str, source: str | None = None) -> Config:
+    """Return the config. Raises UsageError with the file's name and line.
+
+    source: another one than the config's, for this run.
+    """
+    values: dict[str, Any] = {}
+    # Lists that have a line for each item: (line of the key, [(line of the item, its value)]).
+    blocks: list[tuple[int, list[tuple[int, Any]]]] = []
+    opened: list[tuple[int, Any]] | None = None  # the list that is being read
+    dash = keys = -1  # the columns of its dashes, and of the keys of its last item
     targets: dict[str, Target] = {}
-    for node in values["targets"]:
-        if not isinstance(node.value, dict):
-            refuse(node.line, "a target is a list of keys: " + ", ".join(TARGET_KEYS))
-        fields = values_of(node.value, TARGET_KEYS, node.line)
-        user = fields.pop("user")
-        host = fields.pop("host")
-        target = Target(**fields)
-        if (target.user, target.host) != (user, host):
-            refuse(node.value["login"].line, "login, user and host disagree; login is user@host")
-        if target.login in targets:
-            refuse(node.line, f"the target {target.login} stands here for the second time")
-        targets[target.login] = target
-    # One component, such as /data, may be the name of an entry of the source, too.
-    places = [t.remote_path for t in targets.values() if t.remote_path.count("/") > 1]
-    for path in (posixpath.normpath(values["source"]), os.path.realpath(values["source"])):
-        places.append(path)
-    for node in values["exclude"]:
-        why = never_matches(node.value, *places)
-        if why:
-            fact = f"the exclude {quote_text(node.value)} protects nothing: {why[0]}"
-            refuse(node.line, fact, why[1])
+    number = 1
+    try:
+        # CR before LF alone: elsewhere it would hide text.
+        for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+            if number == 1 and line == "---":
+                continue
+            match = re.fullmatch(YAML_LINE, line)
+            if re.search(YAML_FORBIDDEN, line) or not match:
+                raise UsageError(explain_yaml(line))
+            indent = len(match["indent"])
+            key = match["key"]
+            value = match["value"] and parse_yaml_value(match["value"], number, key)
+            if match["dash"]:
+                if opened is None or (opened and indent != dash):
+                    raise UsageError("a list item where none is expected; indent all items alike")
+                if value is None:
+                    raise UsageError("an empty list item; remove it")
+                dash = indent
+                keys = match.start("key") if key else -1
+                opened.append((number, {} if key else value))
+                if key:
+                    put(opened[-1][1], TARGET_KEYS, key, value)
+            elif not key:
+                if value is not None:
+                    raise UsageError('expected "key: value"')
+            elif indent == 0:
+                opened = None
+                if value is None:
+                    value = opened = []
+                    blocks.append((number, opened))
+                put(values, TOP_KEYS, key, value)
+            elif value is not None and opened and indent == keys:
+                put(opened[-1][1], TARGET_KEYS, key, value)
+            else:
+                raise UsageError("unexpected indentation, or no value")
+        for number, block in blocks:
+            if not block:
+                raise UsageError("a key without a value; write [] for an empty list")
+        number = 1
+        values = complete(values, TOP_KEYS)
+        values["source"] = source or values["source"]
+        for number, given in values["targets"]:
+            if not isinstance(given, dict):
+                raise UsageError("a target is a list of keys: " + ", ".join(TARGET_KEYS))
+            fields = complete(given, TARGET_KEYS)
+            user = fields.pop("user")
+            host = fields.pop("host")
+            target = Target(**fields)
+            if (target.user, target.host) != (user, host):
+                raise UsageError("login, user and host disagree; login is user@host")
+            if target.login in targets:
+                raise UsageError(f"the target {target.login} stands here for the second time")
+            targets[target.login] = target
+        places = [posixpath.normpath(values["source"]), os.path.realpath(values["source"])]
+        places += [target.remote_path for target in targets.values()]
+        # One component, such as /data, may be the name of an entry of the source, too.
+        places = [place for place in places if place.count("/") > 1]
+        for number, rule in values["exclude"]:
+            if type(rule) is not str or rule in ("", "!") or re.search(CONTROL_CHARS, rule):
+                raise UsageError("exclude takes rsync patterns as text")
+            why = never_matches(rule, *places)
+            if why:
+                fact = f"the exclude {quote_text(rule)} protects nothing: {why[0]}"
+                raise UsageError(fact, why[1])
+    except UsageError as error:
+        raise UsageError(f"{filename}:{number}: {error}", *error.hints) from None
     del values["version"]
     values["delete"] = Deletion(values["delete"])
-    values["exclude"] = tuple(node.value for node in values["exclude"])
+    values["exclude"] = tuple(rule for _, rule in values["exclude"])
     values["targets"] = tuple(targets.values())
     return Config(**values)
 
@@ -5269,13 +5191,8 @@ class Progress:
         self.start = time.monotonic()
         self.last = self.start + 0.3  # when it was drawn; a shorter run draws nothing
 
-    def enabled(self) -> bool:
-        """Return whether stderr is a terminal that can move its cursor."""
-        dumb = os.environ.get("TERM", "dumb") == "dumb"
-        return sys.stderr.isatty() and not dumb and not VERBOSE.is_set()
-
     def update(self, name: str, text: str | None) -> None:
-        if self.enabled():
+        if draws(sys.stderr) and not VERBOSE.is_set():
             with self.lock:
                 self.texts.pop(name, None)
                 if text is not None:
@@ -5381,12 +5298,10 @@ def emit(text: str | bytes, error: bool = False, prose: bool = False) -> None:
             STDOUT_ERRORS.append(str(problem.strerror))
 
 
-def emit_error(
-    text: str, hints: Iterable[Hint], said: str = "", stdout: bool = False, indent: str = ""
-) -> None:
-    """Print an error or a warning: the fact, what a program said of it, and each way out."""
-    lines = [f"{indent}{text} ({said})" if said else indent + text]
-    for hint in hints:
+def emit_error(text: str, error: OffsyncError, stdout: bool = False, indent: str = "") -> None:
+    """Print a text, what a program said, and each way out of an error."""
+    lines = [indent + text + (f" ({error.said})" if error.said else "")]
+    for hint in error.hints:
         words, command = (hint, "") if isinstance(hint, str) else hint
         lines.append(f"{indent}  hint: {replace_unprintable(words)}")
         if command:
@@ -5429,7 +5344,7 @@ def print_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> Non
 
 
 def warn(message: str, *hints: Hint) -> None:
-    emit_error("offsync: warning: " + message, hints)
+    emit_error("offsync: warning: " + message, OffsyncError("", *hints))
 
 
 def did_you_mean(word: str, known: Iterable[str], listed: bool = True) -> list[Hint]:
@@ -5455,10 +5370,14 @@ COLOURS = {
 
 
 def colour(kind: str, text: str) -> str:
-    without = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
-    if without or not sys.stdout.isatty():
+    if os.environ.get("NO_COLOR") or not draws(sys.stdout):
         return text
     return "\x1b[%dm%s\x1b[0m" % (COLOURS[kind], text)
+
+
+def draws(stream: Any) -> bool:
+    """Return whether a stream is a terminal with a cursor and colours."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def ask(question: str, *hints: Hint) -> str:
@@ -5556,18 +5475,12 @@ def check_own_key(path: str) -> str:
 def cmd_init(args: argparse.Namespace) -> int:
     require_programs("controller")
     state = StateDirectory()
-    named = args.source
-    if named is None and not os.path.lexists(state.config):
-        named = "."
-    source = "" if named is None else validate_absolute_path(os.path.abspath(named), "source")
-    if (
-        named == ""
-        or source
-        and os.path.realpath(source) == os.path.realpath(os.path.expanduser("~"))
-    ):
+    source = args.source
+    if source is None and not os.path.lexists(state.config):
+        source = given_source(".")
+    if source and os.path.realpath(source) == os.path.realpath(os.path.expanduser("~")):
         raise UsageError(
-            f"source {quote_text(named)}: empty, or the home directory",
-            "name the directory to deliver: --source DIR",
+            "source: the home directory", "name the directory to deliver: --source DIR"
         )
     if source:
         check_source_location(os.fsencode(source), (state.path, state.key))
@@ -5705,9 +5618,10 @@ def cmd_target_remove(args: argparse.Namespace) -> int:
     with contextlib.suppress(OffsyncError):
         public = read_file(state.key + ".pub", "key").decode("utf-8", "replace").split()
         key = " ".join(public[:2])
+    hint: Hint = ("to revoke it, on the target, run:", f"offsync unlink --key {shlex.quote(key)}")
     emit_error(
         f"removed {named[0].login} from this controller's config; its key is still linked",
-        [("to revoke it, on the target, run:", f"offsync unlink --key {shlex.quote(key)}")],
+        OffsyncError("", hint),
     )
     return 0
 
@@ -5773,17 +5687,7 @@ def load_targets(
             "targets: there are none yet",
             'on a target, run "offsync link --path DIR"; then, on this controller, what it prints',
         )
-    if args.source == "":
-        raise UsageError("source: empty", "name a directory: --source DIR")
-    if args.source is not None:
-        source = validate_absolute_path(os.path.abspath(args.source), "source")
-        config = config._replace(source=source)
-        for rule in config.exclude:
-            why = never_matches(rule, source, os.path.realpath(source))
-            if why:
-                raise UsageError(
-                    f"the exclude {quote_text(rule)} protects nothing: {why[0]}", why[1]
-                )
+    config = state.load(args.source)
     if args.deletion:
         config = config._replace(delete=args.deletion)
     return config, select_targets(config.targets, args.targets, args.excepted), typed
@@ -5832,10 +5736,9 @@ def change_line(change: Change, quoted: bool = False) -> str:
         if entry.type == "symlink":
             path += " -> " + quote_name(entry.link)
         else:
-            open_to_all = entry.mode & stat.S_IWOTH
-            reason += f" {entry.mode:04o}" if "mode" in change.reasons or open_to_all else ""
-            reason += " setuid" if entry.mode & stat.S_ISUID else ""
-            reason += " setgid" if entry.mode & stat.S_ISGID else ""
+            # Setuid, setgid, and writable for everybody.
+            if "mode" in change.reasons or entry.mode & 0o6002:
+                reason += f" {entry.mode:04o}"
     shown = colour(kind, "%-8s" % ("missing" if kind == "kept" else kind))
     return "  %s  %-20s  %10s  %s" % (shown, reason, size, path)
 
@@ -5866,8 +5769,7 @@ def print_plans(
             emit(change_line(change, change.path in similar))
         text = "%d targets, each: " % len(group) if len(group) > 1 else ""
         text += plan_summary(config, plan, planning)
-        hints, said = (plan.error.hints, plan.error.said) if plan.error else ((), "")
-        emit_error(text, hints, said, stdout=True, indent="  ")
+        emit_error(text, plan.error or OffsyncError(""), stdout=True, indent="  ")
 
 
 def has_differences(plan: TargetPlan) -> bool:
@@ -5907,7 +5809,7 @@ def cmd_plan(args: argparse.Namespace) -> int:
         print_plans(config, plans, args.summary)
         if problem:
             text = f"{colour('failed', refuses)}: {problem.message}"
-            emit_error(text, problem.hints, stdout=True)
+            emit_error(text, problem, stdout=True)
         emit("plan " + name)
         if sys.stdout.isatty() and differs and not refused:
             emit("Next:\n    " + typed.again(command="apply", plan=name), error=True)
@@ -5949,13 +5851,10 @@ def plan_and_approve(
         log.identify(name)
         with stream:
             plans = plan_all(context, targets)
-            PROGRESS.update("(all)", "comparing with the reviewed plan")
             plans = approve(context, plans, stream, reviewed)
-    PROGRESS.update("(all)", "deciding")
     why = policy_violation(context, plans)
     if not why and reviewed is None:
         why = review_required(context, plans)
-    PROGRESS.update("(all)", None)
     if why:
         raise OffsyncError(f"refused, nothing was sent: {why.message}", *why.hints)
     return plans
@@ -6006,7 +5905,7 @@ class Report:
             each = [hint[1] for hint in failed.hints if "target add" in hint[1]] if failed else []
             logins = self.said.setdefault((text, *each), [])
             if not logins and failed:
-                emit_error(f"offsync: error: {login}: {text}", failed.hints, failed.said)
+                emit_error(f"offsync: error: {login}: {text}", failed)
             logins.append(login)
 
 
@@ -6197,15 +6096,9 @@ def cmd_manifest(args: argparse.Namespace) -> int:
         return 0
     for path in sorted({*expected, *found}):
         if expected.get(path) != found.get(path):
-            kind = "modified"
-            word = "modified"
-            if path not in expected:
-                kind = "added"
-                word = "not listed"
-            elif path not in found:
-                kind = "missing"
-                word = "not here"
-            emit(f"{colour(kind, f'{word:10}')}  {quote_name(path)}")
+            word = "not listed" if path not in expected else "modified"
+            word = "not here" if path not in found else word
+            emit(f"{word:10}  {quote_name(path)}")
     if expected != found:
         return 3
     emit(f"{plural(len(found), 'file')}, all as in the manifest", error=True)
@@ -6224,7 +6117,7 @@ def check_controller(state: StateDirectory) -> bool:
             if str(error) not in problems:
                 problem = as_offsync_error(error)
                 text = f"{colour('failed', 'PROBLEM ')} {problem.message}"
-                emit_error(text, problem.hints, problem.said, stdout=True)
+                emit_error(text, problem, stdout=True)
             problems.add(str(error))
 
     def source() -> str:
@@ -6272,7 +6165,7 @@ def print_examined(target: Target, found: list[Proof] | OffsyncError, short: boo
     if isinstance(found, OffsyncError):
         emit(target.where)
         text = f"{colour('failed', 'PROBLEM')}  {getattr(found, 'why', found.message)}"
-        emit_error(text, found.hints, found.said, stdout=True, indent="  ")
+        emit_error(text, found, stdout=True, indent="  ")
         return False
     healthy = all(proof.denied is not False for proof in found)
     if healthy and short:
@@ -6308,10 +6201,8 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         )
         for target, found in examined:
             healthy += print_examined(target, found, short=len(targets) > 1)
-    failed = len(targets) - healthy
-    problems = ", %d with problems" % failed if failed else ""
-    emit("%s: %d ok%s" % (plural(len(targets), "target"), healthy, problems))
-    if failed:
+    emit(f"{plural(len(targets), 'target')}: {healthy} ok")
+    if healthy < len(targets):
         raise OffsyncError("doctor: there are problems", "see what is marked PROBLEM or OPEN above")
     return 0
 
@@ -6369,10 +6260,11 @@ def version_text() -> str:
     return f"offsync {VERSION}  sha256 {digest}"
 
 
-def number_of_jobs(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= 1000:
-        raise argparse.ArgumentTypeError("it must be a number from 1 to 1000")
-    return int(text)
+def given_source(named: str) -> str:
+    """Return the path of --source."""
+    if not named:
+        raise UsageError("source: empty", "name a directory: --source DIR")
+    return validate_absolute_path(os.path.abspath(named), "source")
 
 
 # Arguments that several commands have: their words for add_argument.
@@ -6383,7 +6275,11 @@ KEY_OPTIONS = {
 JSON = {"--json": flag_option("print JSON")}
 TARGET_HELP = "a login, a host, a pattern ('web*'), or @FILE with one a line"
 TARGETS = {"targets": value_option("TARGET", TARGET_HELP + " (default: all)", nargs="*")}
-JOBS = {"--jobs": value_option("N", "targets at once (default: the config's)", type=number_of_jobs)}
+JOBS = {
+    "--jobs": value_option(
+        "N", "targets at once (default: the config's)", type=TOP_KEYS["jobs"].normalize
+    )
+}
 REPEATED = {"action": "append", "default": []}
 KEEP = {
     "--keep": {
@@ -6409,7 +6305,9 @@ RUN_OPTIONS = {
     "--except": value_option(
         "TARGET", "all but these (the same words; repeatable)", dest="excepted", **REPEATED
     ),
-    "--source": value_option("DIR", "another source, for this run (to roll back)"),
+    "--source": value_option(
+        "DIR", "another source, for this run (to roll back)", type=given_source
+    ),
     **JSON,
     **JOBS,
 }
@@ -6420,7 +6318,11 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Argumen
         cmd_init,
         "controller: create key pair and config; prints the public key",
         "init --source /srv/app-data",
-        {"--source": value_option("DIR", "the directory to deliver (default: this one)")},
+        {
+            "--source": value_option(
+                "DIR", "the directory to deliver (default: this one)", type=given_source
+            )
+        },
     ),
     "link": (
         cmd_link,
@@ -6653,6 +6555,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    # Nobody else may write to a directory that is made.
+    os.umask(0o022)
     # An ignored SIGCHLD would hide how programs end.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # An empty HOME would be /.
@@ -6679,11 +6583,11 @@ def report_errors(argv: Sequence[str]) -> int:
         status = 0
     except (OffsyncError, OSError, MemoryError) as problem:
         error = as_offsync_error(problem)
-        emit_error("offsync: error: " + error.message, error.hints, error.said)
+        emit_error("offsync: error: " + error.message, error)
         status = error.status
     if STDOUT_ERRORS:
         why = f"writing to standard output failed: {STDOUT_ERRORS[0]}; the remaining output is lost"
-        emit_error("offsync: error: " + why, [])
+        emit_error("offsync: error: " + why, OffsyncError(why))
         status = status or 1
     return status
 

@@ -225,12 +225,41 @@ def document(rng: random.Random) -> str:
     return text
 
 
-def plain(node):
-    """Return a parsed node as plain values."""
-    value = node.value
+class AnyKey(dict):
+    """A table of keys in which every key may have any value."""
+
+    def __contains__(self, key):
+        return True
+
+    def __missing__(self, key):
+        return offsync.KeySpec("", object, None)
+
+
+class Parsed(Exception):
+    """A document is parsed: (its mapping,)."""
+
+
+def parse(text: str):
+    """Return the mapping of a document with any keys. Raises UsageError if it is refused."""
+
+    def parsed(mapping, rules):
+        raise Parsed(mapping)
+
+    kept = offsync.TOP_KEYS, offsync.TARGET_KEYS, offsync.complete
+    offsync.TOP_KEYS, offsync.TARGET_KEYS, offsync.complete = AnyKey(), AnyKey(), parsed
+    try:
+        offsync.validate_config(text, "fuzz")
+    except Parsed as document:
+        return plain(document.args[0])
+    finally:
+        offsync.TOP_KEYS, offsync.TARGET_KEYS, offsync.complete = kept
+
+
+def plain(value):
+    """Return a parsed value without the lines that its items stand in."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list) else value
+    return [plain(item) for _, item in value] if isinstance(value, list) else value
 
 
 def exactly(value):
@@ -247,10 +276,9 @@ def exactly(value):
 def check(text: str) -> bool:
     """Return whether the subset accepts a text; raise if PyYAML reads it otherwise."""
     try:
-        nodes = offsync.parse_yaml(text)
-    except ValueError:
+        ours = parse(text)
+    except offsync.UsageError:
         return False
-    ours = {key: plain(node) for key, node in nodes.items()}
     try:
         theirs = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

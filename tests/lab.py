@@ -352,6 +352,19 @@ class Lab:
         write(path, text, 0o755)
         return path
 
+    def altered(self, *changes: tuple[str, str]) -> str:
+        """Return the path of a copy of offsync.py with texts replaced, such as shorter deadlines.
+
+        changes: (old, new). Raises AssertionError if an old text is not there exactly once.
+        """
+        text = read(OFFSYNC)
+        for old, new in changes:
+            assert text.count(old) == 1, "%d times in offsync.py: %s" % (text.count(old), old)
+            text = text.replace(old, new)
+        path = os.path.join(self.base, "altered.py")
+        write(path, text)
+        return path
+
     def offsync(self, *args, home=None, input=None, check=None, env=None, program="", timeout=300):
         """Run offsync, or this program, without a terminal; check is the expected exit status.
 

@@ -222,7 +222,7 @@ class Config(unittest.TestCase):
 
     def test_quoting_styles_mean_what_yaml_means(self) -> None:
         for text, value in (
-            ('"/a\\tb\\u0041\\u00e9\\"\\\\"', '/a\tbAé"\\'),
+            ('"/a b\\u0041\\u00e9\\"\\\\"', '/a bAé"\\'),
             ('"/a\\x41"', None),
             ('"/a\\ud800"', None),
             ("'/it''s \\n'", "/it's \\n"),
@@ -233,11 +233,13 @@ class Config(unittest.TestCase):
             ('"/a\\qb"', None),
         ):
             with self.subTest(text=text):
+                config = CONFIG.replace('source: "/srv/app-data"', "source: " + text)
+                self.assertIn(text, config)
                 if value is None:
-                    with self.assertRaises(ValueError):
-                        offsync.parse_yaml("source: " + text)
+                    with self.assertRaises(offsync.UsageError):
+                        offsync.validate_config(config, "c")
                 else:
-                    self.assertEqual(offsync.parse_yaml("source: " + text)["source"].value, value)
+                    self.assertEqual(offsync.validate_config(config, "c").source, value)
 
     def test_comments_outside_the_block_survive_edits(self) -> None:
         text = (

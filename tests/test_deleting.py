@@ -135,7 +135,9 @@ class Keeping(ThreeTargetsCase):
         before = [snapshot(target.path) for target in self.targets]
         done = self.lab.offsync("apply --keep")
         # Both are named: what would have to go, and what comes in its place.
-        self.assert_refused(done, 1, "cannot be kept", "conf, conf/local", self.directory.login)
+        self.assert_refused(
+            done, 1, "keeping it is impossible", "conf, conf/local", self.directory.login
+        )
         self.assertNotIn("app.pid", done.err)
         self.assertEqual([snapshot(target.path) for target in self.targets], before)
         command = "offsync apply --except %s --keep" % self.directory.login

@@ -16,7 +16,6 @@ import subprocess
 import unittest
 
 from lab import (
-    OFFSYNC,
     USER,
     DiagnosisCase,
     can_mount,
@@ -73,8 +72,7 @@ class Sshd(DiagnosisCase):
 
 class ForcedCommandAnswers(DiagnosisCase):
     def test_what_answers_instead_of_rsync(self) -> None:
-        quick = self.lab.base + "/offsync.py"  # the time for an answer is shortened in a copy
-        write(quick, read(OFFSYNC).replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 3.0"))
+        quick = self.lab.altered(("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 3.0"))
         fake = self.lab.base + "/fake"
         rrsync = "/usr/bin/rrsync -wo " + self.there
         rows = (

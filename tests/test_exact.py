@@ -408,8 +408,7 @@ class Timeouts(WrappedRsyncCase):
                 self.one_dead_end(signum)
 
     def one_dead_end(self, signum: int) -> None:
-        quick = self.lab.base + "/offsync.py"
-        write(quick, read(OFFSYNC).replace("SEND_TIMEOUT = 300", "SEND_TIMEOUT = 4"))
+        quick = self.lab.altered(("SEND_TIMEOUT = 300", "SEND_TIMEOUT = 4"))
         write(self.source + "/big", os.urandom(3 << 20))
         write(self.there + "/big", os.urandom(3 << 20))
         self.lab.configure(bwlimit="1000")

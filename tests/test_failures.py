@@ -281,7 +281,7 @@ class Trouble(OneTargetCase):
             os.unlink(log)
         os.mkdir(log)
         self.addCleanup(lambda: os.path.isdir(log) and os.rmdir(log))
-        self.assert_refused(self.lab.offsync("apply"), 1, "operations.log", "it is a directory")
+        self.assert_refused(self.lab.offsync("apply"), 1, "operations.log", "Is a directory")
         self.assertEqual(snapshot(self.there), {})
 
     def test_a_torn_record_spoils_no_other(self) -> None:
@@ -475,8 +475,7 @@ class Trouble(OneTargetCase):
 
     def test_a_link_that_goes_dead(self) -> None:
         """A ProxyCommand that is stopped in the middle: packets neither arrive nor are refused."""
-        quick = self.lab.base + "/offsync-quick.py"
-        write(quick, read(OFFSYNC).replace("ServerAliveInterval=15", "ServerAliveInterval=1"))
+        quick = self.lab.altered(("ServerAliveInterval=15", "ServerAliveInterval=1"))
         write(self.source + "/big", os.urandom(3 * MEBIBYTE))
         self.lab.configure(bwlimit="1000")
         write(
@@ -719,15 +718,11 @@ class ManyTargets(LabTestCase):
         good_ones = int(os.environ.get("GOOD", "4"))
         lab = self.lab
         lab.init()
-        quick = (
-            lab.base + "/offsync.py"
-        )  # the deadlines are shortened in a copy; bounded they are anyhow
-        text = (
-            read(OFFSYNC)
-            .replace("CONNECT_DEADLINE = 60.0", "CONNECT_DEADLINE = 20.0")
-            .replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 15.0")
+        quick = lab.altered(
+            ("CONNECT_DEADLINE = 60.0", "CONNECT_DEADLINE = 20.0"),
+            ("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 15.0"),
+            ("ConnectTimeout=15", "ConnectTimeout=5"),
         )
-        write(quick, text.replace("ConnectTimeout=15", "ConnectTimeout=5"))
         good = [lab.configured_target("good%d" % number) for number in range(good_ones)]
         refusing, silent, hanging, mute, full, keyless = (
             lab.configured_target(name)

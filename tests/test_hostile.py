@@ -77,9 +77,7 @@ class HostileTarget(WrappedRsyncCase):
 
     def test_memory_is_bounded_over_all_targets(self) -> None:
         write(self.source + "/f", "x")
-        quick = self.lab.base + "/offsync.py"
-        rooms = "LISTING_ROOM, PASS_ROOM, ENTRY_ROOM = 1 << 31,"
-        write(quick, read(OFFSYNC).replace(rooms, rooms.replace("1 << 31", "20_000")))
+        quick = self.lab.altered(("LISTING_ROOM = 1 << 31", "LISTING_ROOM = 20_000"))
         for number in range(200):
             write(self.there + "/only%d" % number)
         self.assertIn(

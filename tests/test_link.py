@@ -360,7 +360,9 @@ class Rrsync(LinkCase):
         script = self.lab.base + "/tools/bin/rrsync"
         write(script, read(require("rrsync")), 0o755)
         self.assert_refused(
-            self.link("--rrsync", script, path=self.lab.base + "/tools"), 2, "contains " + script
+            self.link("--rrsync", script, path=self.lab.base + "/tools"),
+            2,
+            "contains, or lies in, " + script,
         )
 
 
@@ -522,7 +524,7 @@ class KeyThief(LabTestCase):
             self.assertNotIn("<f", right.stdout)
             self.assertIn("<f", wrong.stdout)
         done = self.link(*risk(), check=0)
-        self.assertIn("replaced the plain line", done.err)
+        self.assertIn("replaced a line without today's guard", done.err)
         self.assertEqual(read(self.keys).count("\n"), 1)
         # A directory of such a name is delivered as any other.
         write(self.lab.base + "/honest/my-dest/f", "x")
@@ -622,7 +624,7 @@ class KeyThief(LabTestCase):
             self.assertEqual(read(self.keys), "")
             write(self.keys, plain % (self.lab.base, final, self.key))
             linked = self.link(*risk(), check=0)
-            self.assertIn("replaced the plain line", linked.err)
+            self.assertIn("replaced a line without today's guard", linked.err)
             self.assertNotIn("could write below", linked.err)
             self.assertEqual(
                 (read(self.keys).count("-wo"), read(self.keys).count("backup directories")), (1, 1)
@@ -746,7 +748,7 @@ class Paths(LabTestCase):
         os.mkdir(self.lab.base + "/open", 0o755)
         os.chmod(self.lab.base + "/open", 0o777)
         self.assertIn(
-            "writable for others", self.link(self.lab.base + "/open", check=0).err
+            "so others than the key can change", self.link(self.lab.base + "/open", check=0).err
         )  # itself: a warning
 
     @unittest.skipUnless(os.geteuid() == 0, "only root can give directories away")
@@ -900,7 +902,7 @@ class SshdSays(LabTestCase):
             )
             err = self.link(data, "port 22", args=("--accept-risk", "path")).err
             self.assertIn("belongs to nobody", err)
-            self.assertIn("is writable for others", err)
+            self.assertIn("so others than the key can change what is delivered", err)
             self.assertNotIn("chmod", err)
 
     @unittest.skipUnless(os.geteuid() == 0, "only root can give directories away")

@@ -471,8 +471,7 @@ class Surroundings(WrappedRsyncCase):
     def test_a_connection_that_falls_silent_while_verifying(self) -> None:
         """The target has answered before, so neither its login nor its start files are at fault."""
         write(self.source + "/f", "x")
-        quick = self.lab.base + "/offsync.py"
-        write(quick, read(OFFSYNC).replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 3.0"))
+        quick = self.lab.altered(("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 3.0"))
         self.wrap_target_rrsync("[ -e f ] && exec cat > /dev/null; real")
         done = self.lab.offsync("apply", check=1, program=quick)
         self.assertIn("the connection was lost", done.err)
@@ -627,8 +626,7 @@ class Surroundings(WrappedRsyncCase):
         self.assertEqual([err for _, err in said], [b"", b"", b""])
 
     def test_a_large_plan_is_not_kept(self) -> None:
-        quick = self.lab.base + "/offsync.py"
-        write(quick, read(OFFSYNC).replace("PLAN_LIMIT = 1 << 30", "PLAN_LIMIT = 1000"))
+        quick = self.lab.altered(("PLAN_LIMIT = 1 << 30", "PLAN_LIMIT = 1000"))
         for number in range(9):
             write(self.source + "/f%d" % number, "x")
         done = self.lab.offsync("plan", program=quick, check=0)
@@ -640,14 +638,8 @@ class Surroundings(WrappedRsyncCase):
 
         Each piece of a file takes a moment in this copy.
         """
-        slow = self.lab.base + "/offsync.py"
-        write(
-            slow,
-            read(OFFSYNC).replace(
-                "chunk = os.read(descriptor",
-                "STOP.wait(0.1)\n            chunk = os.read(descriptor",
-            ),
-        )
+        pieces = "chunk = os.read(descriptor"
+        slow = self.lab.altered((pieces, "STOP.wait(0.1)\n            " + pieces))
         with open(self.source + "/large", "wb") as stream:
             stream.truncate(1 << 28)  # two minutes at that speed
         line = read(self.target.keys)

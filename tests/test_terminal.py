@@ -151,9 +151,7 @@ class ProgressLines(LabTestCase):
         """rsync prints a line of progress for each file; the limit on what is no item is smaller
         in a copy.
         """
-        small, rooms = self.lab.base + "/small.py", "PASS_ROOM, ENTRY_ROOM = 1 << 31, 1 << 26,"
-        self.assertIn(rooms, read(OFFSYNC))
-        write(small, read(OFFSYNC).replace(rooms, rooms.replace("1 << 26", "1 << 12")))
+        small = self.lab.altered(("PASS_ROOM = 1 << 26", "PASS_ROOM = 1 << 12"))
         status, seen = type_on_terminal(
             [sys.executable, small, "apply"], {**self.lab.env, "TERM": "xterm"}
         )

@@ -305,8 +305,7 @@ class Restriction(LabTestCase):
         """The master ssh is up by then: a proof that did not end is none. The deadline is
         shortened in a copy of offsync.py.
         """
-        quick = self.lab.base + "/offsync.py"
-        write(quick, read(OFFSYNC).replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 2.0"))
+        quick = self.lab.altered(("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 2.0"))
         self.force("sleep 4; eval $SSH_ORIGINAL_COMMAND")
         done = self.lab.offsync("apply", program=quick, check=1)
         self.assertIn("did not answer in time", done.err)
@@ -329,8 +328,7 @@ class Restriction(LabTestCase):
 
     def test_a_proof_that_is_cut_off_is_none(self) -> None:
         """The pass is answered, asking for a command is not."""
-        quick = self.lab.base + "/offsync.py"
-        write(quick, read(OFFSYNC).replace("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 2.0"))
+        quick = self.lab.altered(("SESSION_DEADLINE = 45.0", "SESSION_DEADLINE = 2.0"))
         self.answer_the_proof("sleep 6")
         done = self.lab.offsync("apply", program=quick, check=1)
         self.assertIn("the target accepted the login but did not answer in time", done.err)
