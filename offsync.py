@@ -9,29 +9,32 @@ roles
               afterwards only sshd, rrsync and rsync run on it
   either      install-deps, manifest, completion
 
-reads   the source directory; through ssh: ~/.ssh/config for routing, and the
-        known_hosts files of the user and the system for host keys; the files that
-        you name; link also ~/.ssh/authorized_keys, the accounts of this host, and
-        the public halves of the system's host keys
-writes  on the controller: $OFFSYNC_HOME (default ~/.offsync);
-        on the target: one line of ~/.ssh/authorized_keys, the --path directory
-        if it is absent, and, through rsync, what a plan lists below that path;
+reads   the source directory; $OFFSYNC_HOME (default ~/.offsync); the files that
+        you name; through ssh: ~/.ssh/config for routing, and the known_hosts
+        files of the user and the system for host keys; link and unlink:
+        ~/.ssh/authorized_keys; link: the accounts of this host, and the public
+        halves of the system's host keys
+writes  on the controller: $OFFSYNC_HOME;
+        on the target: one line of ~/.ssh/authorized_keys; the --path directory,
+        and those above it and ~/.ssh, where they are absent; and, through
+        rsync, what a plan lists below that path;
         on both: temporary files below $TMPDIR, /tmp or /var/tmp that are removed
         at the end
 runs    ssh, ssh-keygen and rsync, always as argument lists, never through a
-        shell; -v shows each before it starts; link also runs sshd -T, and tries
-        rrsync in a scratch directory as sshd would start it (sh -c);
-        install-deps, and init and link where a program is missing, run the
-        package manager, after showing the commands and asking
-never   deletes without "delete: true" or --delete, overwrites without
-        "overwrite: true", forwards an agent or a port, trusts a host key that
+        shell; -v shows each before it starts, but the ssh that ends a connection;
+        link also runs sshd -T, and tries rrsync in a scratch directory as sshd
+        would start it (sh -c); install-deps, and init and link where a program
+        is missing, run the package manager, after showing the commands and asking
+never   deletes without "delete: true" or --delete, overwrites where the config
+        says "overwrite: false", forwards an agent, forwards a port (doctor and
+        target add try to, to prove that the key cannot), trusts a host key that
         neither you nor those known_hosts confirm, sends a file before the
         restriction of the key is proved, calls a delivery ok that is not what
         was planned
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 349 to 3356, in the order in
+To audit it, read the trust core first: lines 352 to 3365, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -220,7 +223,7 @@ class Config(NamedTuple):
     source: str
     delete: Deletion
     overwrite: bool
-    verify: str  # "hash", "strong" or "quick"
+    verify: str  # by what plan compares: "hash", "strong" (MD5) or "quick" (size and time)
     exclude: tuple[str, ...]
     jobs: int
     bwlimit: int  # KiB/s for each target; 0 means none
@@ -413,7 +416,7 @@ def handle_signals(handler: Callable[[int, Any], NoReturn]) -> None:
 
 
 def handle_signal(signum: int, _: object) -> NoReturn:
-    """Handle the first signal: the run ends what it has begun (Run.__exit__), and tells of it."""
+    """Handle the first signal: RunContext.__exit__ ends what has begun, and main() tells of it."""
     handle_signals(end_now)
     STOPPING.value = True
     raise Interrupted(signum)
@@ -920,7 +923,8 @@ busy-sshd (retry)
 
 not-restricted
   why: the key is NOT restricted on the target, so nothing was sent
-  hint: on the target, remove every line of authorized_keys that has the key without command=
+  hint: on the target, remove every line of ~/.ssh/authorized_keys that has the key without
+    command=
   hint: on this controller, look for an IdentityFile in ~/.ssh/config that opens a shell
   hint: then, on the target, as {user}, link the key:
     $ offsync link --path {path}
@@ -940,7 +944,8 @@ other-path
 not-rrsync
   why: the forced command of the key is not rrsync: it accepts any command and does nothing;
     nothing was sent
-  hint: on the target, as {user}, link the key:
+  hint: on the target, as {user}, remove the line of this key from ~/.ssh/authorized_keys, then
+    link the key:
     $ offsync link --path {path}
 
 no-response
@@ -961,7 +966,7 @@ shell-output
   hint: on the target, let the shell start files of {user} (.bashrc and the like) print nothing;
     at their top: case $- in *i*) ;; *) return;; esac
   hint: look at /etc/ssh/sshrc, and for a ForceCommand for {user} in its sshd_config
-  hint: if the text is the forced command's own, link the key:
+  hint: if the text is the forced command's own, remove the line of this key, then link the key:
     $ offsync link --path {path}
 
 path-unknown
@@ -1078,9 +1083,10 @@ key-refused
   why: the target refused this controller's key
   hint: on the target, as {user}, run:
     $ offsync link --path {path} --key {key}
-  hint: if the key is linked, sshd's log on the target says why it refuses the account (--from,
-    AllowUsers, StrictModes, a locked account); as root:
+  hint: if that says "already linked", sshd's log on the target says why it refuses (--from,
+    AuthorizedKeysFile, AllowUsers, StrictModes, a locked account); as root:
     $ journalctl -u ssh -n 20
+  hint: to drop a wrong --from, unlink the key, then link it
 
 expired
   if: account has expired
@@ -1173,7 +1179,8 @@ read-only-key
   if: sending to read-only server
   if: read-only server is not allowed
   why: the key is for reading only (rrsync -ro)
-  hint: on the target, as {user}, link it:
+  hint: on the target, as {user}, remove the line of this key from ~/.ssh/authorized_keys, then
+    link the key:
     $ offsync link --path {path}
 
 no-rsync
@@ -1241,7 +1248,9 @@ space
   if: No space left on device
   if: Disk quota exceeded
   why: the target's disk is full, or a quota is used up
-  hint: free some space, then apply again
+  hint: free some space, or delete files where the inodes are used up, then apply again; see
+    which, on the target:
+    $ df -i {path}
 
 source-unreadable
   if: [sender]&Permission denied
@@ -1312,8 +1321,8 @@ permission
   hint: look at owner, mode and attributes (ls -ld, lsattr) of what it names, then apply again
 
 file-error
-  if: (code 11)
-  why: rsync on the target cannot read or write a file
+  if: error in file IO
+  why: rsync cannot read or write a file
   hint: fix what it names, then apply again
 
 timeout
@@ -3340,7 +3349,7 @@ class RunLog:
                 write_status(self.state, record)
         except OffsyncError as error:
             failed = error
-            why = record.error or "delivered and verified, but not logged"
+            why = record.error or "verified, but not logged"
             if error.message not in why:
                 record = record._replace(result="failed", error=f"{why}; {error.message}")
             # A status "started" would say that it was killed.
@@ -3389,45 +3398,40 @@ def parse_rsync_version(output: bytes) -> tuple[int, int, int] | None:
 def find_rsync() -> tuple[str, tuple[int, int, int]]:
     """Return (path, version) of a real rsync: $OFFSYNC_RSYNC, PATH's or brew's."""
     named = os.environ.get("OFFSYNC_RSYNC")
-    places = [named] if named else [shutil.which("rsync"), *BREW_RSYNC]
     problem = "the program is not installed"
-    for path in places:
-        found = path and shutil.which(path)
-        if found:
-            path = os.path.abspath(found)
-            argv = [path, "--version"]
-            printed = run_program(
-                argv, limit=SESSION_DEADLINE, env=child_environment(for_rsync=True)
-            )
-            version = parse_rsync_version(printed.stdout)
-            if version and version >= MIN_RSYNC:
-                return path, version
-            what = (
-                "rsync %d.%d.%d, too old" % version if version else "openrsync or no rsync at all"
-            )
-            if printed.status:
-                what = f"a program that fails: {quote_output(printed.stderr)}"
-            problem = f"{quote_text(path)} is {what}"
-        elif named:
-            raise OffsyncError(
-                f"rsync: {quote_text(named)}, which OFFSYNC_RSYNC names, is no program",
-                "correct that variable, or unset it",
-            )
+    hints: list[Hint] = [
+        ("install it:", "offsync install-deps"),
+        "or name another with OFFSYNC_RSYNC",
+    ]
+    if named:
+        problem = f"{quote_text(named)}, which OFFSYNC_RSYNC names, is no program"
+        hints = ["correct OFFSYNC_RSYNC, or unset it"]
+    for name in [named] if named else ["rsync", *BREW_RSYNC]:
+        found = shutil.which(name)
+        if not found:
+            continue
+        path = os.path.abspath(found)
+        printed = run_program(
+            [path, "--version"], limit=SESSION_DEADLINE, env=child_environment(for_rsync=True)
+        )
+        version = parse_rsync_version(printed.stdout)
+        if version and version >= MIN_RSYNC:
+            return path, version
+        what = "rsync %d.%d.%d, too old" % version if version else "openrsync or no rsync at all"
+        if printed.status != 0:
+            what = f"a program that fails: {quote_output(printed.stderr) or 'it says nothing'}"
+        problem = f"{quote_text(path)} is {what}"
     raise OffsyncError(
-        f"rsync: {problem}; offsync needs rsync %d.%d.%d or newer" % MIN_RSYNC,
-        *(
-            ["correct OFFSYNC_RSYNC, or unset it"]
-            if named
-            else [("install it:", "offsync install-deps"), "or name another with OFFSYNC_RSYNC"]
-        ),
+        f"rsync: {problem}; offsync needs rsync %d.%d.%d or newer" % MIN_RSYNC, *hints
     )
 
 
 def make_scratch() -> str:
     """Return a new private directory whose path is short and plain enough for control sockets.
 
-    Every scratch directory is made here. sun_path has 104 bytes on macOS; ssh appends 17 to a
-    socket's name while it binds it. Nobody else may be able to put another directory in its place.
+    The path of a socket has 104 bytes on macOS. Below the parent come up to 24 ("/offsync-", 8
+    random ones, "/" and a number), and ssh appends 17 while it binds the socket. Nobody else may be
+    able to put another directory in place of this one.
     """
     import tempfile
 
@@ -3448,8 +3452,9 @@ def make_scratch() -> str:
 def start_reaper(scratch: str, ssh: str) -> tuple[int, int]:
     """Fork a process that cleans up when offsync ends, even by SIGKILL; return (PID, a pipe).
 
-    When the pipe closes, it ends every ssh connection whose control socket lies in scratch, so
-    that the rsyncs of a killed run end with them, and removes scratch. Call it before any thread.
+    It waits for the other end of the pipe to close. Then it ends every ssh connection whose control
+    socket lies in scratch, so that the rsyncs of a killed run end, too, and removes scratch. To be
+    called before any thread is started.
     """
     reader, writer = os.pipe()
     pid = os.fork()
@@ -3463,12 +3468,12 @@ def start_reaper(scratch: str, ssh: str) -> tuple[int, int]:
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
-        # The lock's is among them: the lock must end with offsync.
+        # Else the lock would be held until this process ends: its descriptor is inherited.
         os.closerange(3, reader)
         os.closerange(reader + 1, 1024)
-        # Returns when nobody holds the other end any more.
+        # This returns when no process holds the other end any more.
         os.read(reader, 1)
-        signal.alarm(20)  # seconds, should it hang
+        signal.alarm(20)  # seconds, should clean_up() hang
         clean_up(scratch, ssh)
         os._exit(0)
     finally:
@@ -3494,7 +3499,7 @@ def scratch_directory() -> Iterator[str]:
 
 
 def scratch_file(scratch: str, names: Iterable[bytes] = ()) -> BinaryIO:
-    """Return an open file that has no name, with the NUL-terminated names, at its beginning."""
+    """Return an open file without a name that holds these names, each ended by a NUL byte."""
     import tempfile
 
     stream = tempfile.TemporaryFile(dir=scratch)
@@ -3504,7 +3509,10 @@ def scratch_file(scratch: str, names: Iterable[bytes] = ()) -> BinaryIO:
 
 
 def read_file(path: str, what: str, *missing: Hint) -> bytes:
-    """Return what a small file or a pipe holds; missing says what to do without it."""
+    """Return what a small file or a pipe holds. missing: the hints if it does not exist.
+
+    Raises OffsyncError; what names the file's purpose in it.
+    """
     try:
         # A FIFO that nobody writes to is empty, instead of waiting for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -3514,10 +3522,10 @@ def read_file(path: str, what: str, *missing: Hint) -> bytes:
     except FileNotFoundError:
         raise UsageError(f"{what} {quote_text(path)}: does not exist", *missing) from None
     except OSError as error:
-        remedy = "fix this, then try again"
+        hint = "fix this, then try again"
         if isinstance(error, PermissionError):
-            remedy = f"make it readable for the account {user_name(os.geteuid())}"
-        raise OffsyncError(f"{what} {quote_text(path)}: {error.strerror}", remedy) from None
+            hint = f"make it readable for the account {user_name(os.geteuid())}"
+        raise OffsyncError(f"{what} {quote_text(path)}: {error.strerror}", hint) from None
     if len(data) == FILE_LIMIT:
         limit = format_bytes(FILE_LIMIT)
         raise UsageError(f"{what} {quote_text(path)}: larger than {limit}", "name the right file")
@@ -3525,9 +3533,10 @@ def read_file(path: str, what: str, *missing: Hint) -> bytes:
 
 
 def write_atomically(path: str, data: Iterable[bytes], mode: int) -> None:
-    """Replace a file: a temporary neighbour, mode first, fsync, rename. Symlink and owner stay.
+    """Replace a file, so that it has the old contents or the new ones whenever the power fails.
 
-    The neighbour's name is random: no other run, also none that was killed, has made it.
+    A temporary neighbour gets owner and mode, then the data, is made durable, and is renamed. A
+    symlink at the path stays one. Raises OffsyncError, and leaves no neighbour.
     """
     path = os.path.realpath(path)
     temporary = os.path.join(os.path.dirname(path), ".offsync-" + os.urandom(8).hex())
@@ -3553,7 +3562,7 @@ def write_atomically(path: str, data: Iterable[bytes], mode: int) -> None:
             raise
     except OSError as error:
         raise OffsyncError(
-            f"{quote_text(path)}: cannot be written: {error.strerror}; nothing was changed",
+            f"{quote_text(path)}: cannot be written: {error.strerror}",
             "fix this, then try again",
         ) from None
 
@@ -3572,16 +3581,16 @@ def sync_directory(path: str) -> None:
 
 
 def make_directory(path: str, mode: int) -> None:
-    """Create a directory if it is absent, parents 0755 (main() sets the umask); threads may race.
+    """Create a directory if it is absent, and those above it with mode 0755 (by main()'s umask).
 
-    path is a real path. The mode of a directory that exists is not ours to change.
+    The mode of a directory that exists stays as it is.
     """
     try:
         os.makedirs(path, mode, exist_ok=True)
     except OSError as error:
         raise OffsyncError(
             f"{quote_text(path)}: cannot be created: {error.strerror}",
-            "create it, or choose another place",
+            f"create it, owned by {user_name(os.geteuid())}, or choose another place",
         ) from None
 
 
@@ -3657,7 +3666,7 @@ def no_state_hints() -> list[Hint]:
 
 
 def check_private(path: str) -> str:
-    """Return a path of the state for people; raise unless it exists, and only we may read it."""
+    """Return the quoted path of a file of the state; raise unless it exists, and is private."""
     if not os.path.exists(path):
         raise OffsyncError(
             f"{quote_text(path)}: does not exist",
@@ -3671,15 +3680,15 @@ def check_private(path: str) -> str:
         # Such as a volume of secrets, where a mode cannot be changed.
         if status.st_uid != os.geteuid():
             owner = user_name(status.st_uid)
-            hint = f"it belongs to {owner}: copy it to a place of your own, with mode 600"
+            hint = f"it belongs to {owner}; put a copy in its place that only you can read"
         raise OffsyncError(f"{quote_text(path)}: others may read it (mode {mode:04o})", hint)
     return quote_text(path)
 
 
 def home_directory() -> str:
-    """Return the home directory; raise where HOME is that of another account.
+    """Return the home directory. Raises OffsyncError where HOME is another account's.
 
-    "sudo -u" (where it keeps HOME) and su without "-" leave it so. One that we own is fine.
+    "sudo -u" (where it keeps HOME) and su without "-" leave it so. Any that we own is fine.
     """
     home = os.path.expanduser("~")
     user = user_name(os.geteuid())
@@ -3687,7 +3696,12 @@ def home_directory() -> str:
         own = pwd.getpwuid(os.geteuid()).pw_dir
         owner = os.stat(home).st_uid
     except KeyError:
-        return home  # an unknown user ID has no directory to compare HOME with
+        # A user ID without an account: there is nothing to compare HOME with.
+        if home != "~":
+            return home
+        raise OffsyncError(
+            f"the user ID {user} has no account, and HOME is not set", "set HOME or OFFSYNC_HOME"
+        ) from None
     except OSError as error:
         raise OffsyncError(
             f"HOME {quote_text(home)}: {error.strerror}", f"set it to the home of {user}"
@@ -3720,9 +3734,9 @@ class StateDirectory:
             self.check_writers()
 
     def check_writers(self) -> None:
-        """Raise where others could change the directory or what lies at the names in it.
+        """Raise OffsyncError where others could change the directory or a file in it.
 
-        Also where we cannot read it: a key or a host key must not look as if it were absent.
+        Also where this account cannot read one: it must not be taken for absent.
         """
         files = (self.config, self.key, self.known_hosts, self.log, self.lock_file)
         for path in (self.named, *files, self.plans, self.last):
@@ -3739,7 +3753,7 @@ class StateDirectory:
                 raise OffsyncError(f"{quote_text(path)}: Permission denied", *hints)
 
     def owner_hints(self, path: str) -> list[Hint]:
-        """Return the ways out where the state, or a file in it, belongs to another account."""
+        """Return the hints if the state, or this file of it, belongs to another account."""
         if not os.path.exists(path):
             return []
         user = os.geteuid()
@@ -3747,7 +3761,8 @@ class StateDirectory:
         owner = os.stat(self.path).st_uid
         if owner != user:
             again = typed_again(user=user_name(owner), state=self.path)
-            return [(f"it belongs to {user_name(owner)}; work as that account:", again)]
+            why = f"it belongs to {user_name(owner)}; work as that account:"
+            return [(why, again), "if that is a mistake, have root give it to this account"]
         owner = os.stat(path).st_uid
         # What a symlink leads to is not ours to give away.
         if owner != user and within(real, self.path):
@@ -3810,7 +3825,9 @@ class StateDirectory:
                 "give the whole ID that 'offsync plan' ends with (plans are kept for "
                 f"{PLANS_KEPT_DAYS} days), or a file that 'offsync plan --json' printed"
             ]
-            why = "no plan with this ID is kept" if is_id else error.strerror
+            why = str(error.strerror)
+            if is_id and isinstance(error, FileNotFoundError):
+                why = "no plan with this ID is kept"
             if re.fullmatch("[0-9a-f]{6,63}", named):
                 why = f"{len(named)} of 64 digits"
                 kept = os.listdir(self.plans) if os.path.isdir(self.plans) else []
@@ -3845,7 +3862,7 @@ RRSYNC_PLACES = """
     /usr/share/doc/rsync/scripts/rrsync
     /usr/share/doc/rsync/scripts/rrsync.gz
 """.split()
-# A key that can write in or above one of these is as good as a shell, sooner or later.
+# Who can write in or above one of these will get a shell, sooner or later.
 SYSTEM_TREES = """
     /bin /boot /dev /etc /lib /lib32 /lib64 /libx32 /Library /opt/cni /proc /run /sbin /sys /System
     /usr /var/spool
@@ -3855,22 +3872,25 @@ SYSTEM_TREES = """
     /var/lib/snapd /var/lib/systemd
 """.split()
 NO_LOGIN_SHELLS = ("nologin", "false", "true", "sync")
-# A line that link wrote, or that somebody wrote by hand as README shows it. from=, the guard and
-# the final option may be absent: command="/usr/bin/rrsync -wo /srv",no-port-forwarding,... TYPE
-# BLOB
+# A line that link wrote, or that somebody wrote by hand as README shows it:
+#   from="...",command="/bin/sh -c '...; exec /usr/bin/rrsync -wo /srv'",...,restrict TYPE BLOB
+# from=, the guard and "restrict" may be absent. In the path of rrsync, blanks are escaped.
 OFFSYNC_KEY_LINE = (
-    r'(?:from="[^"]*",)?command="(?:/bin/sh -c [^"]*; exec )?[^\s;&|"]+'
+    r'(?:from="[^"]*",)?command="(?:/bin/sh -c [^"]*; exec )?(?:\\.|[^\\\s;&|"])+'
     r' -wo (?P<path>(?:\\"|[^"])*)",'
     + KEY_RESTRICTIONS.replace(",restrict", "(?:,restrict)?")
     + r" (?P<key>\S+ (?P<blob>\S+))(?: (?P<comment>.*))?"
 )
-# rsync can compare what it receives with other files of the target: with basis directories
-# (--compare-dest and its like), with files of a similar name (--fuzzy, or a "y" among short
-# options), and, in place, with backups (--backup-dir). The thief of a key plants a symlink to a
-# file or directory outside its path, and reads what is behind it by checksums, with every rrsync up
-# to 3.5.0. So these options are refused before rrsync starts; offsync sends none of them. rrsync
-# takes no option in quotes; but it splits words at every kind of blank, where the shell knows only
-# three: so characters that are not printable ASCII are refused, too.
+# What the forced command does before it starts rrsync.
+#
+# Every rrsync up to 3.5.0 lets a thief of the key read files outside its path: rsync can be told to
+# compare what it receives with other files of the target, and what they hold shows in the checksums
+# that it sends back. These are files in basis directories (--compare-dest and its like), files of a
+# similar name (--fuzzy, or "y" among short options), and backups (--backup-dir); a planted symlink
+# leads to the file outside. offsync uses none of these options, so the guard refuses them.
+#
+# rrsync accepts no option in quotes. But it splits the command at every kind of blank, and the
+# shell only at three: so the guard refuses all that is not printable ASCII, too.
 FORCED_GUARD = (
     "case $SSH_ORIGINAL_COMMAND in *--compare-dest*|*--copy-dest*|*--link-dest*)"
     " echo offsync: basis directories are refused >&2; exit 1;; esac; set -f; "
@@ -3885,11 +3905,11 @@ FORCED_GUARD = (
 def format_forced_command(rrsync: str, path: str, munge: bool = False) -> str:
     """Return the forced command: the guard, then rrsync, write-only, below path.
 
-    It is one argument in apostrophes for /bin/sh -c, which every login shell reads alike. It holds
-    no double quote, which dropbear's sshd would not unescape: a blank in the path has a backslash.
+    Every login shell reads it alike: /bin/sh -c, and one word in apostrophes. A blank in a path has
+    a backslash, since dropbear's sshd leaves a quoted double quote as it is.
     """
     words = [rrsync, "-wo", *(["-munge"] if munge else []), path]
-    escaped = (re.sub(r"[ -~](?<![A-Za-z0-9@%+=:,./_-])", r"\\\g<0>", word) for word in words)
+    escaped = (re.sub(r"(?![A-Za-z0-9@%+=:,./_-])[ -~]", r"\\\g<0>", word) for word in words)
     return f"/bin/sh -c '{FORCED_GUARD}{' '.join(escaped)}'"
 
 
@@ -3901,7 +3921,7 @@ def format_authorized_key(command: str, key: PublicKey, from_pattern: str = "") 
 
 
 def written_path(line: re.Match[str]) -> str:
-    """Return the path in a line that matches OUR_LINE."""
+    """Return the path in a line that matches OFFSYNC_KEY_LINE."""
     return re.sub(r"\\(.)", r"\1", line["path"].removeprefix("-munge ").strip("'"))
 
 
@@ -3918,11 +3938,12 @@ def edit_authorized_keys(text: bytes, key: PublicKey, new_line: str | None) -> t
         written = re.fullmatch(OFFSYNC_KEY_LINE, decoded)
         if decoded.startswith("#") or key.blob not in decoded.replace("\0", " ").split():
             kept.append(line)
-        # A line of ours for another key, whose comment holds this one.
-        elif written and written["blob"] != key.blob:
-            kept.append(line)
         elif not written:
             raise ValueError(number)
+        # A line of ours for another key: this one stands in its comment.
+        elif written["blob"] != key.blob:
+            kept.append(line)
+        # The first line with this key is replaced; any further one goes.
         else:
             kept.append(b"" if was else new)
             was = was or decoded
@@ -3959,7 +3980,10 @@ def set_authorized_key(key: PublicKey, new_line: str | None) -> None:
 
 
 def validate_public_key(text: str) -> PublicKey:
-    """Return the key of one line, of a type that OpenSSH calls safe, as ssh-keygen accepts it."""
+    """Return the public key of a line. Raises UsageError unless it is one that ssh-keygen reads.
+
+    Only types that OpenSSH accepts by default, so no DSA.
+    """
     give = "give the one line that 'offsync init' prints on the controller, without options"
     if "PRIVATE KEY" in text:
         raise UsageError("key: a private key, which must never leave the controller", give)
@@ -3978,20 +4002,22 @@ def validate_public_key(text: str) -> PublicKey:
 
 
 def find_rrsync(wanted: str | None) -> str:
-    """Return the path of the wanted rrsync, or of the first one in the known places."""
+    """Return the path of the wanted rrsync, or of the first one in the known places that runs."""
     places = [path for place in RRSYNC_PLACES for path in sorted(glob.glob(place))]
-    for place in [wanted] if wanted else places:
-        path = validate_absolute_path(place, "rrsync")
-        if os.path.isfile(path) and os.access(path, os.X_OK) and not path.endswith(".gz"):
+    if wanted:
+        places = [validate_absolute_path(wanted, "rrsync")]
+    files = [path for path in places if os.path.isfile(path)]
+    for path in files:
+        if os.access(path, os.X_OK) and not path.endswith(".gz"):
             return path
-        if os.path.isfile(path):
+    if files:
+        make = "install -m 755 %s /usr/local/bin/rrsync"
+        if files[0].endswith(".gz"):
             make = "gunzip -c %s > /usr/local/bin/rrsync && chmod 755 /usr/local/bin/rrsync"
-            if not path.endswith(".gz"):
-                make = "install -m 755 %s /usr/local/bin/rrsync"
-            raise OffsyncError(
-                f"rrsync {path}: not executable, or compressed",
-                ("as root, run:", make % shlex.quote(path)),
-            )
+        hints: list[Hint] = [("as root, run:", make % shlex.quote(files[0]))]
+        if wanted:
+            hints.append(("then:", "offsync link --rrsync /usr/local/bin/rrsync"))
+        raise OffsyncError(f"rrsync {files[0]}: not executable, or compressed", *hints)
     if wanted:
         raise UsageError(
             f"rrsync {quote_text(wanted)}: does not exist",
@@ -4015,12 +4041,12 @@ FAKE_SSH_SCRIPT = (
 
 
 def probe_rrsync(rrsync: str, munge: bool) -> None:
-    """Try what a key thief would do; raise OffsyncError if a file lands outside the path.
+    """Try what a thief of the key would do; raise OffsyncError if a file lands outside the path.
 
-    A symlink is sent, then a file through it (before rsync 3.5.0 that writes anywhere), and a file
-    that was delivered is moved through it as a backup (rrsync 3.2.7 to 3.4.4 beside rsync 3.5.0).
-    A version would prove nothing, since distributions back-port. Raises too where rrsync does not
-    work.
+    A symlink is sent; then a file through it (before rsync 3.5.0 that writes anywhere); then a
+    delivered file is moved through it, as a backup (rrsync 3.2.7 to 3.4.4 beside rsync 3.5.0). The
+    version would prove nothing, since distributions back-port fixes. Raises OffsyncError, too, if
+    rrsync does not work.
     """
     with scratch_directory() as scratch:
         inside_it, outside, plant, through = (
@@ -4071,8 +4097,8 @@ def within(path: str, place: str) -> bool:
     return (path + "/").startswith(place.rstrip("/") + "/")
 
 
-def check_forced_word(what: str, path: str) -> None:
-    """Raise for what login shells and sshds read in different ways, also within apostrophes."""
+def check_quotable(what: str, path: str) -> None:
+    """Raise UsageError if login shells or sshds read a path differently, even in apostrophes."""
     if re.search(r"""['"\\]""", path):
         raise UsageError(
             f"{what} {quote_text(path)}: holds a quote or a backslash, which login shells read in "
@@ -4088,7 +4114,7 @@ def validate_link_path(path: str, protected: Iterable[str], accept_risk: bool) -
     """
     real = os.path.realpath(validate_absolute_path(path, "path"))
     validate_absolute_path(real, "path")
-    check_forced_word("path", real)
+    check_quotable("path", real)
     if os.path.lexists(real) and not os.path.isdir(real):
         raise UsageError(
             f"path {quote_text(real)}: not a directory", "choose another, or move it away"
@@ -4257,9 +4283,9 @@ def warn_of_link(account: pwd.struct_passwd, sshd: dict[str, list[str]], deliver
 
 
 def lets_code_in(pattern: str) -> bool:
-    """Return whether a pattern of AcceptEnv (sshd_config(5)) takes a variable that names code.
+    """Return whether a pattern of AcceptEnv (sshd_config(5)) lets through a risky variable.
 
-    That is one by which rrsync's interpreter, a shell or the dynamic loader finds what it runs.
+    That is one that tells rrsync's interpreter, a shell or the dynamic loader what to run.
     """
     names = (
         "PATH HOME ENV BASH_ENV SHELLOPTS ZDOTDIR XDG_CONFIG_HOME XDG_DATA_HOME XDG_DATA_DIRS"
@@ -4272,10 +4298,13 @@ def lets_code_in(pattern: str) -> bool:
 
 
 def advertised_address(settings: dict[str, list[str]]) -> tuple[int | None, list[str]]:
-    """Return (port of the sshd that will answer, None for 22; fingerprints of its host keys)."""
+    """Return (the port that the controller should use, None for 22; the host keys' fingerprints).
+
+    link may run over ssh, through an sshd that is not the system's: then its port is returned, and
+    no fingerprints, since these settings are not its own.
+    """
     ports = settings.get("port") or ["22"]
-    # SSH_CONNECTION is CLIENT PORT SERVER PORT. The sshd that answered need not be the one of these
-    # settings.
+    # CLIENT PORT SERVER PORT
     answering = (os.environ.get("SSH_CONNECTION", "").split() or ports[:1])[-1]
     found: list[str] = []
     if answering in ports:
@@ -4300,7 +4329,7 @@ def cmd_link(args: argparse.Namespace) -> int:
             "link it for another account",
         )
     rrsync = find_rrsync(args.rrsync)
-    check_forced_word("rrsync", rrsync)
+    check_quotable("rrsync", rrsync)
     from_pattern = "" if args.from_pattern is None else validate_from_pattern(args.from_pattern)
     named = os.path.expanduser("~/.offsync/sync") if args.path is None else args.path
     # Where offsync was piped into python, there is no program file.
@@ -4348,11 +4377,13 @@ def cmd_link(args: argparse.Namespace) -> int:
     if written and written_path(written) != path:
         old = written_path(written)
         undo = ["link", "--path", old, "--key", f"{key.type} {key.blob}"]
+        if written["path"].startswith("-munge "):
+            undo.append("--no-symlinks")
         warn(
             f"this key could write below {quote_text(old)}; now it writes below {quote_text(path)} "
             "instead",
             ("to undo that:", shlex.join(["offsync", *undo])),
-            "a second tree has its own OFFSYNC_HOME on the controller, with its own key",
+            "for a second tree, use another OFFSYNC_HOME on the controller, with its own key",
         )
     if written and written["path"].startswith("-munge ") and not munge:
         warn("the line had --no-symlinks; now the key may make symlinks")
@@ -4437,9 +4468,8 @@ def describe_changed_key(state: StateDirectory, stderr: bytes) -> str:
             read_file(name, "known_hosts").decode("utf-8", "replace").split("\n")[int(number) - 1]
         )
         key = re.search(r" (?:ssh|ecdsa|sk)-\S+ +([A-Za-z0-9+/]+=*)", line)
-        # "?" is no base64: then nothing is said of it.
-        old = fingerprint(key[1] if key else "?")
-        facts = f"known {old} ({name}:{number}), {facts}"
+        if key:
+            facts = f"known {fingerprint(key[1])} ({name}:{number}), {facts}"
     return replace_unprintable(facts)
 
 
@@ -4470,7 +4500,7 @@ def confirm_host_key(target: Target, shown: str) -> None:
     """Ask whether a host key is the target's; raise unless a full "yes" says so."""
     emit(
         f"The host key of {target.login} is not trusted. It presents:\n    {shown}\n"
-        "Compare with what 'offsync link' printed on the target's own console.",
+        "Compare with what 'offsync link' or 'ssh-keygen -lf' prints on the target's own console.",
         error=True,
     )
     answer = ask(
@@ -4510,12 +4540,12 @@ def trust_host_key(context: RunContext, host: str, line: str) -> str:
 def connect_trusted(
     context: RunContext, target: Target, wanted: Sequence[str]
 ) -> tuple[Connection, str]:
-    """Return (a connection, the known_hosts to store, "" if its key is trusted already).
+    """Return (an open connection, the known_hosts file to store; "" if the key is trusted already).
 
-    Exactly one key is trusted: the one that ssh negotiates, after it was compared. The connection
-    that follows proves that the host has it; a man in the middle can show a key that is not his,
-    but not prove it. That connection reads the known_hosts files of the user and the system, too,
-    so that a key which is marked as revoked there is refused by ssh itself.
+    Only one key is trusted: the one that ssh negotiates, once it was compared. A man in the middle
+    can show a key that is not his, but cannot log in with it: so the connection that follows proves
+    that the target has it. ssh reads the known_hosts files of the user and the system for it, too,
+    and refuses a key that is marked as revoked there.
     """
     connection = Connection(context, target)
     if not wanted:
@@ -4534,7 +4564,7 @@ def connect_trusted(
             f"{target.login}: the target's host key is NOT the expected one: wrong --host-key, or "
             "someone is impersonating the target: expected "
             f"{' or '.join(wanted)}, got {shown} ({key_type})",
-            "compare with what 'offsync link' prints on the target's own console",
+            "compare with what 'offsync link' or 'ssh-keygen -lf' prints on its own console",
         )
     if not wanted:
         confirm_host_key(target, f"{shown} ({key_type})")
@@ -4545,10 +4575,10 @@ def connect_trusted(
 
 
 class Proof(NamedTuple):
-    """One thing that was tried on a target; denied is None where sshd does not report it."""
+    """One thing that was tried on a target. passed is None where the answer tells nothing."""
 
     attempt: str
-    denied: bool | None
+    passed: bool | None
     detail: str
 
 
@@ -4593,9 +4623,9 @@ def prove_all(connection: Connection) -> list[Proof]:
     climbs = climbed.status == 0 or marker.encode() + b'"' in climbed.stderr
 
     def refused(what: str, result: Result, answer: str) -> Proof:
-        """Return the proof for what was refused, unless there is an answer to it.
+        """Return the proof that something is refused; answer: what the target did instead, or "".
 
-        Raises TargetError if it was not even asked: a dead connection refuses everything.
+        Raises TargetError if the target was not asked: a dead connection is no refusal.
         """
         error = diagnose(connection.target, result)
         if not answer and (error.retry or error.kind in ("no-response", "closed-after-login")):
@@ -4609,17 +4639,21 @@ def prove_all(connection: Connection) -> list[Proof]:
         Proof("write to a path outside", True, prove_path(connection)),
         refused("write to .. of the path", climbed, "accepted" if climbs else ""),
     ]
-    # With a terminal the refusal would come back on stdout, since a terminal has one stream only.
-    # Where sshd cannot make one (it is not root's), it ends the connection, and the next pass opens
-    # it once more.
-    terminal = connection.session(("-tt",), PROOF_COMMAND).stdout.strip()
-    proofs.append(Proof("get a terminal (PTY)", not terminal, "given" if terminal else "refused"))
+    # A terminal has one stream only, so in one the refusal of the command comes back on stdout.
+    terminal = connection.session(("-tt",), PROOF_COMMAND)
+    passed: bool | None = not terminal.stdout.strip()
+    # An sshd that is not root's cannot make a terminal, and ends the connection. The last pass
+    # opens it once more.
+    if passed and check_refusal(connection.target, terminal):
+        passed = None
+    word = {True: "refused", False: "given", None: "the connection ended"}[passed]
+    proofs.append(Proof("get a terminal (PTY)", passed, word))
     proofs += prove_forwarding(connection)
     written = connection.rsync_with_retry(("-n", "-r"), **dry)
-    # A dead connection would have refused it all.
     if written.status != 0:
         raise diagnose(connection.target, written)
-    return [*proofs, Proof("write below the path (dry run)", True, "possible")]
+    accepted = "accepted; permissions show when apply writes"
+    return [*proofs, Proof("write below the path (dry run)", True, accepted)]
 
 
 def cmd_target_add(args: argparse.Namespace) -> int:
@@ -4654,7 +4688,7 @@ def cmd_target_add(args: argparse.Namespace) -> int:
     with RunContext(state, config, Typed("target add", config)) as context:
         connection, known_hosts = connect_trusted(context, target, args.host_key)
         proofs = prove_all(connection)
-        found = [f"{p.attempt}: {p.detail}" for p in proofs if p.denied is False]
+        found = [f"{p.attempt}: {p.detail}" for p in proofs if p.passed is False]
         if found:
             raise failure(target, "not-restricted", "; ".join(found))
         if known_hosts:
@@ -4662,7 +4696,7 @@ def cmd_target_add(args: argparse.Namespace) -> int:
             write_atomically(state.known_hosts, [trusted], 0o600)
     state.replace_in_config("targets", format_targets([*others, target]))
     done = "updated" if known else "added"
-    passed = plural(sum(proof.denied is True for proof in proofs), "proof")
+    passed = plural(sum(proof.passed is True for proof in proofs), "proof")
     emit(
         f"{done} {target.login}: the key is restricted to writing below "
         f"{quote_text(target.remote_path)} ({passed}); next: {offsync_command('plan')}",
@@ -4673,7 +4707,9 @@ def cmd_target_add(args: argparse.Namespace) -> int:
 
 # --- System packages ----------------------------------------------------------------------------
 
-CLIENTS, SERVER = "openssh-clients rsync", "openssh-server rsync python3"
+# Packages of a controller (Fedora's family), and those of a target (its and Debian's).
+CLIENTS = "openssh-clients rsync"
+SERVER = "openssh-server rsync python3"
 # name: (how it installs a package, the packages of a controller, those of a target), in order of
 # preference; brew last, since Linux has it, too.
 PACKAGE_MANAGERS = {
@@ -4787,9 +4823,9 @@ def cmd_install_deps(args: argparse.Namespace) -> int:
 
 # --- config.yaml: a strict subset of YAML -------------------------------------------------------
 
-# What is accepted means the same to any YAML 1.1 or 1.2 parser; the rest is refused by line:
-# top-level "key: value", lists of scalars, lists of mappings, comments. In double quotes, the
-# escapes that JSON and every YAML share; no surrogates.
+# What is accepted means the same to every YAML 1.1 or 1.2 parser: "key: value" without indentation,
+# lists of scalars, lists of mappings, and comments. Any other line is refused, by its number. Text
+# in double quotes may hold the escapes that JSON and YAML share, but no surrogates.
 YAML_TEXT = r'"(?:[^"\\\t]|\\["\\bfnrt]|\\u(?![dD][89A-Fa-f])[0-9A-Fa-f]{4})*"'
 YAML_LINE = (
     r"(?P<indent> *)(?P<dash>- +)?"
@@ -4844,6 +4880,7 @@ def parse_yaml_value(text: str, line: int, key: str | None) -> Any:
 
 def explain_yaml(line: str) -> str:
     """Return what is wrong with a line that is not in the subset, and what to write instead."""
+    # A forbidden character is found in a comment, too; all else is looked for outside of it.
     text = line if re.search(YAML_FORBIDDEN, line) else line.split(" #")[0]
     for pattern, why in YAML_ERRORS:
         found = re.search(pattern, text)
@@ -4853,12 +4890,12 @@ def explain_yaml(line: str) -> str:
 
 
 def format_yaml(value: Any) -> str:
-    """Return a scalar as any YAML parser reads it back; ours hold nothing that YAML forbids."""
+    """Return a value as every YAML parser reads it; it holds nothing that YAML_FORBIDDEN has."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def format_targets(targets: Sequence[Target]) -> list[str]:
-    """Return the block "targets" of config.yaml: all text, and what is not the default."""
+    """Return the lines of "targets" in config.yaml: keys that are text, or not the default."""
     lines = ["targets:"] if targets else ["targets: []"]
     for target in targets:
         mark = "-"
@@ -4920,20 +4957,20 @@ def validate_absolute_path(path: str, what: str) -> str:
 
 
 def flag_option(text: str) -> dict[str, Any]:
-    """Return the words for add_argument of an option without a value."""
+    """Return the keyword arguments of add_argument() for an option without a value."""
     return {"action": "store_true", "help": text}
 
 
 def value_option(metavar: str, text: str, **more: Any) -> dict[str, Any]:
-    """Return the words for add_argument of an option or argument with a value."""
+    """Return the keyword arguments of add_argument() for an option or argument with a value."""
     return {"metavar": metavar, "help": text, **more}
 
 
 class KeySpec(NamedTuple):
     """What a key of config.yaml must be.
 
-    normalize must return the value unchanged: any other result, or UsageError, is a refusal. A
-    target's key is an argument of "target add", too: option, with its words for add_argument.
+    normalize: returns the value unchanged, or it is refused; so it is where this raises UsageError.
+    option: of "target add", with its keyword arguments for add_argument(); "" if there is none.
     """
 
     expected: str
@@ -4982,7 +5019,7 @@ TOP_KEYS = {
     "jobs": KeySpec("a number from 1 to 1000", int, 8, in_range(1, 1000)),
     "bwlimit": KeySpec("a number of KiB/s, such as 10240 for 10 MiB/s", int, 0),
     "compress": KeySpec(BOOLEAN, bool, False),
-    # A large file is hashed in silence: hours.
+    # rsync is silent while it hashes a large file, which may take hours.
     "timeout": KeySpec("a number of seconds, 60 or more", int, 10800, in_range(60, 10**9)),
     "max_delete": KeySpec("a number of percent from 0 to 100", int, 50, in_range(0, 100)),
     "targets": KeySpec("a list of targets, or []", list, ...),
@@ -5047,11 +5084,11 @@ def target_add_args(target: Target) -> str:
 
 
 def never_matches(rule: str, *places: str) -> tuple[str, str] | None:
-    """Return (why an exclude matches no entry of any source, what to write); None if it may match.
+    """Return (why an exclude can match nothing, what to write instead); None if it may match.
 
-    rsync compares a pattern with the names as it builds them, component by component (rsync(1),
-    PATTERN MATCHING). With "delete: true", what such a rule was to protect would be deleted.
-    places: the source's own path and those of the targets, which patterns do not begin with.
+    With "delete: true", what such an exclude was to protect would be deleted. rsync compares a
+    pattern with paths that begin at the source (rsync(1), PATTERN MATCHING). places: the paths of
+    the source and of the targets, with which a pattern must not begin.
     """
     pattern = re.sub("^[-+] ", "", rule)
     if pattern != pattern.strip():
@@ -5062,7 +5099,7 @@ def never_matches(rule: str, *places: str) -> tuple[str, str] | None:
     # A class of characters ends with the first ] that is not its first character.
     classes = re.findall(r"(?<!\\)\[[!^]?\]?([^]]*)(\]?)", pattern)
     if any("/" in characters or not end for characters, end in classes):
-        return "its [ begins no class of characters within a name", "write \\[ for the character ["
+        return "its [ does not begin a character class", "write \\[ for the character ["
     parts = re.sub("^/|/$", "", pattern).split("/")
     if not {"", ".", ".."}.isdisjoint(parts):
         return "no name has an empty component, . or ..", "write it without them"
@@ -5074,7 +5111,7 @@ def put(mapping: dict[str, Any], rules: dict[str, KeySpec], key: str, given: Any
     if key not in rules:
         raise UsageError(f"unknown key {key}", *did_you_mean(key, rules))
     if key in mapping:
-        raise UsageError(f'the key {key} stands here twice; each target begins with "- login:"')
+        raise UsageError(f'the key {key} is there twice; each target begins with "- login:"')
     fine = False
     with contextlib.suppress(UsageError):
         typed = rules[key].type in (object, type(given))
@@ -5085,7 +5122,7 @@ def put(mapping: dict[str, Any], rules: dict[str, KeySpec], key: str, given: Any
 
 
 def complete(mapping: dict[str, Any], rules: dict[str, KeySpec]) -> dict[str, Any]:
-    """Return a mapping with the defaults of what is not there."""
+    """Return a mapping with the defaults of absent keys. Raises UsageError for a required one."""
     for key, rule in rules.items():
         if key not in mapping and rule.default is ...:
             raise UsageError(f'the key "{key}" is missing; it is {rule.expected}')
@@ -5154,7 +5191,7 @@ def validate_config(text: str, filename: str, source: str | None = None) -> Conf
             if (target.user, target.host) != (user, host):
                 raise UsageError("login, user and host disagree; login is user@host")
             if target.login in targets:
-                raise UsageError(f"the target {target.login} stands here for the second time")
+                raise UsageError(f"the target {target.login} is listed twice")
             targets[target.login] = target
         places = [posixpath.normpath(values["source"]), os.path.realpath(values["source"])]
         places += [target.remote_path for target in targets.values()]
@@ -5180,16 +5217,17 @@ def validate_config(text: str, filename: str, source: str | None = None) -> Conf
 
 
 class Progress:
-    """One line for each thing that is being done, on a terminal's stderr; nothing anywhere else."""
+    """A line for each thing that is being done, on stderr, if that is a terminal with a cursor."""
 
-    LINES = 20
+    LINES = 20  # at most
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.texts: dict[str, str] = {}  # name -> what is being done
         self.drawn: list[str] = []
         self.start = time.monotonic()
-        self.last = self.start + 0.3  # when it was drawn; a shorter run draws nothing
+        # When it was last drawn. As if in the future: so a run of less than 0.3 s draws nothing.
+        self.last = self.start + 0.3
 
     def update(self, name: str, text: str | None) -> None:
         if draws(sys.stderr) and not VERBOSE.is_set():
@@ -5203,7 +5241,7 @@ class Progress:
         self.texts.clear()
 
     def show_rsync(self, name: str, total: str, line: bytes) -> None:
-        """Show the progress that rsync prints; a target can write it too: it is only shown."""
+        """Show the progress that rsync prints. A target could forge it: it is shown, never used."""
         match = re.match(rb" *[0-9][0-9,.]* +([0-9]{1,3}%) +([0-9.,]+[kMGT]?B/s)", line[:100])
         if match:
             self.update(name, f"sending {match[1].decode()} of {total} at {match[2].decode()}")
@@ -5221,9 +5259,10 @@ class Progress:
     def draw(self, lines: list[str]) -> None:
         """Draw lines in place of those drawn before, cut to the terminal; [] takes them away."""
         columns, rows = terminal_size(sys.stderr)
-        if len(lines) > min(self.LINES, rows - 2):
-            kept = max(min(self.LINES, rows - 2) - 1, 1)
-            lines = [*lines[:kept], "... and %d more" % (len(lines) - kept)]
+        limit = max(min(self.LINES, rows - 2), 1)
+        if len(lines) > limit:
+            more = len(lines) - limit + 1
+            lines = [*lines[: limit - 1], "... and %d more" % more]
         with self.lock:
             text = "\x1b[%dA\r\x1b[J" % len(self.drawn) if self.drawn else ""
             self.drawn = [line[: columns - 1] for line in lines]
@@ -5247,9 +5286,9 @@ def terminal_size(stream: Any) -> tuple[int, int]:
 
 
 def fold(text: str, columns: int) -> str:
-    """Return a text for a terminal, each line broken between words; commands stay whole.
+    """Return a text for a terminal, with each line broken between words, except for commands.
 
-    A command is a line that is indented by four or more. Colours take no place.
+    A command is a line that is indented by four blanks or more. Colours have no width.
     """
     lines: list[str] = []
     for line in text.split("\n"):
@@ -5271,9 +5310,9 @@ def fold(text: str, columns: int) -> str:
 
 
 def emit(text: str | bytes, error: bool = False, prose: bool = False) -> None:
-    """Print a line, or bytes: a result on stdout, else on stderr. A closed pipe is no error.
+    """Print a line, or bytes: a result on stdout, with error on stderr. A closed pipe is no error.
 
-    Prose (all on stderr is) is folded for a terminal; in a pipe every line stays as it is.
+    On a terminal, prose is folded, and so is all on stderr; in a pipe, lines stay as they are.
     """
     stream = sys.stderr if error else sys.stdout
     try:
@@ -5328,13 +5367,15 @@ def plural(count: int, singular: str, several: str = "") -> str:
 
 
 def print_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
-    """Print rows in columns, each cut to one line of the terminal, and what stands below it."""
+    """Print rows in columns, each cut to a line of the terminal, with its note on the line below.
+
+    In a pipe nothing is cut, and a note ends its row's line: a line is a record.
+    """
     columns = terminal_size(sys.stdout)[0] if sys.stdout.isatty() else sys.maxsize
     rows = [[replace_unprintable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row, text in itertools.zip_longest(rows, notes):
         line = "  ".join(map(str.ljust, row, widths)).rstrip()
-        # In a pipe, a line is a record.
         if text and not sys.stdout.isatty():
             line += "  " + replace_unprintable(text)
             text = ""
@@ -5348,14 +5389,16 @@ def warn(message: str, *hints: Hint) -> None:
 
 
 def did_you_mean(word: str, known: Iterable[str], listed: bool = True) -> list[Hint]:
-    """Return the hints for an unknown word; listed: list the known ones, too."""
+    """Return the hints for an unknown word; listed: list the known ones, too.
+
+    Of each known one, the last word counts, without its dashes.
+    """
     import difflib
 
-    names = sorted(known)
-    hints: list[Hint] = [
-        f"did you mean {name}?" for name in difflib.get_close_matches(word, names, 1)
-    ]
-    return [*hints, "known: " + (join_first(names) or "none")] if listed else hints
+    names = {name.split()[-1].lstrip("-"): name for name in sorted(known)}
+    alike = difflib.get_close_matches(word.lstrip("-"), names, 1, 0.75)
+    hints: list[Hint] = [f"did you mean {names[name]}?" for name in alike]
+    return [*hints, "known: " + (join_first(list(names.values())) or "none")] if listed else hints
 
 
 COLOURS = {
@@ -5476,6 +5519,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     require_programs("controller")
     state = StateDirectory()
     source = args.source
+    # A second init, without --source, leaves the source as it is.
     if source is None and not os.path.lexists(state.config):
         source = given_source(".")
     if source and os.path.realpath(source) == os.path.realpath(os.path.expanduser("~")):
@@ -5495,7 +5539,7 @@ def cmd_init(args: argparse.Namespace) -> int:
             count = plural(len(config.targets), "target")
             warn(
                 f"the source was {quote_text(config.source)}; {count} will get the new one",
-                "a second tree has its own OFFSYNC_HOME",
+                "for a second tree, use another OFFSYNC_HOME, with its own key",
             )
         state.replace_in_config("source", ["source: " + format_yaml(source)])
     comment = "offsync@" + re.sub(r"[^A-Za-z0-9.-]", "", os.uname().nodename)
@@ -5627,7 +5671,10 @@ def cmd_target_remove(args: argparse.Namespace) -> int:
 
 
 def read_inventory(path: str) -> list[str]:
-    """Return the patterns that a file lists, one a line; nothing in it is an option or "all"."""
+    """Return the patterns that a file lists, one a line. Raises UsageError if it lists none.
+
+    An empty list would otherwise mean all targets.
+    """
     data = read_file(path, "list of targets", "name a file with a pattern a line")
     lines = data.decode("utf-8", "replace").split("\n")
     patterns = list(filter(None, (re.split(r"(?:^|\s)#", line)[0].strip() for line in lines)))
@@ -5773,20 +5820,22 @@ def print_plans(
 
 
 def has_differences(plan: TargetPlan) -> bool:
-    """Return whether a target is not as the source, but for rsync's leftovers and what is kept."""
+    """Return whether a target differs from the source; leftovers and kept entries do not count."""
     return any(change.kind not in ("leftover", "kept") for change in plan.changes)
 
 
 def raise_for_failed(plans: Sequence[TargetPlan], what: str, as_json: bool) -> None:
-    """Raise if a target has no plan; why was printed unless as JSON, which has only its kind."""
+    """Raise OffsyncError if a target has no plan.
+
+    For people the reasons were printed before; JSON has only their kinds.
+    """
     errors = [plan.error for plan in plans if plan.error]
     if errors:
         logins = [plan.target.login for plan in plans if plan.error]
         named = join_first([str(error) for error in errors] if as_json else logins)
         count = f"{len(errors)} of {plural(len(plans), 'target')}"
         raise OffsyncError(
-            f"{what}: {count} could not be compared: {named}",
-            "fix them, then try again" if as_json else "see the reasons above, or plan says more",
+            f"{what}: {count} could not be compared: {named}", "fix these, then try again"
         )
 
 
@@ -5796,8 +5845,9 @@ def cmd_plan(args: argparse.Namespace) -> int:
     with RunContext(state, config, typed, args.jobs) as context:
         plans = plan_all(context, targets)
         name = state.store_plan(config, plans)
+        stored = name if os.path.exists(os.path.join(state.plans, name)) else ""
         refused = policy_violation(context, plans)
-        unreviewed = None if refused else review_required(context, plans, name)
+        unreviewed = None if refused else review_required(context, plans, stored)
     differs = any(map(has_differences, plans))
     problem = refused or unreviewed
     refuses = "apply will refuse" if refused else "apply without --plan will refuse"
@@ -5811,7 +5861,7 @@ def cmd_plan(args: argparse.Namespace) -> int:
             text = f"{colour('failed', refuses)}: {problem.message}"
             emit_error(text, problem, stdout=True)
         emit("plan " + name)
-        if sys.stdout.isatty() and differs and not refused:
+        if sys.stdout.isatty() and differs and stored and not refused:
             emit("Next:\n    " + typed.again(command="apply", plan=name), error=True)
     raise_for_failed(plans, "plan", args.json)
     return 3 if args.exit_code and differs else 0
@@ -5833,10 +5883,13 @@ def describe_record(record: Record) -> str:
         sent = format_bytes(record.bytes_sent or 0)
         seconds = record.seconds or 0
         return f"{counts}, verified; {sent} sent in {seconds:.1f} s" if counts else EQUAL
-    so_far = f"before that: {counts}" if counts else "nothing was delivered"
+    so_far = f"; before that: {counts}" if counts else "; nothing was delivered"
     if record.files_changed is None:
-        so_far = "it is unknown what was delivered"
-    return f"{record.error}; {so_far}"
+        so_far = "; it is unknown what was delivered"
+    # Not to say it twice.
+    if "nothing was " in (record.error or ""):
+        so_far = ""
+    return f"{record.error}{so_far}"
 
 
 def plan_and_approve(
@@ -5902,7 +5955,9 @@ class Report:
             emit(f"{login}: {colour('ok', 'ok')}: {text}", prose=True)
         if record.result != "ok" and not (quiet and record.result == "refused"):
             # A command that is to be typed for each target is shown for each.
-            each = [hint[1] for hint in failed.hints if "target add" in hint[1]] if failed else []
+            hints = failed.hints if failed else ()
+            commands = (hint[1] for hint in hints if isinstance(hint, tuple))
+            each = [command for command in commands if "target add" in command]
             logins = self.said.setdefault((text, *each), [])
             if not logins and failed:
                 emit_error(f"offsync: error: {login}: {text}", failed)
@@ -5914,6 +5969,7 @@ def cmd_apply(args: argparse.Namespace) -> int:
     config, targets, typed = load_targets(state, args)
     log = RunLog(state, config, targets)
     with Report(log, args.json) as report, log:
+        # What cannot be logged is not sent.
         os.close(open_log(state, "; nothing was sent"))
         take_lock(state, "apply")
         log.locked = True
@@ -6031,17 +6087,18 @@ def parse_manifest(lines: Iterable[bytes]) -> dict[bytes, str]:
 
 
 def manifest_files(root: str, exclude: Sequence[str], manifest: str | None) -> dict[bytes, str]:
-    """Return path -> sha256 of every file of a tree, but of the manifest and where stdout leads."""
+    """Return path -> sha256 of every file of a tree.
+
+    But not of the manifest that is compared, nor of the one that is written (to stdout).
+    """
     source = Source(root, exclude)
-    own = set()
+    own = [os.fstat(1)]
     paths = []
-    for place in (1, None if manifest == "-" else manifest):
-        with contextlib.suppress(OSError, TypeError):
-            own.add(os.stat(place)[1:3])  # type: ignore[arg-type]
+    if manifest not in (None, "-"):
+        own.append(os.stat(str(manifest)))
     for path in sorted(source.list_included(find_rsync()[0])):
         status = os.lstat(os.path.join(source.root, path))
-        # [1:3]: inode and device.
-        if stat.S_ISREG(status.st_mode) and status[1:3] not in own:
+        if stat.S_ISREG(status.st_mode) and not any(os.path.samestat(status, s) for s in own):
             paths.append(path)
             source.request(path)
     source.wait()
@@ -6167,16 +6224,19 @@ def print_examined(target: Target, found: list[Proof] | OffsyncError, short: boo
         text = f"{colour('failed', 'PROBLEM')}  {getattr(found, 'why', found.message)}"
         emit_error(text, found, stdout=True, indent="  ")
         return False
-    healthy = all(proof.denied is not False for proof in found)
+    healthy = all(proof.passed is not False for proof in found)
     if healthy and short:
-        passed = sum(proof.denied is True for proof in found)
+        passed = sum(proof.passed is True for proof in found)
         emit(f"{target.where}: {colour('ok', 'ok')}: {passed} proofs")
         return True
     emit(target.where)
     for proof in found:
-        word = {True: "ok", False: "OPEN", None: "unknown"}[proof.denied]
-        word = colour("failed" if proof.denied is False else "ok", "%-8s" % word)
+        word = {True: "ok", False: "OPEN", None: "unknown"}[proof.passed]
+        word = colour("failed" if proof.passed is False else "ok", "%-8s" % word)
         emit("  %s %-30s %s" % (word, proof.attempt, proof.detail), prose=True)
+    if not healthy:
+        open_to_thieves = failure(target, "not-restricted")
+        emit_error(open_to_thieves.why, open_to_thieves, stdout=True, indent="  ")
     return healthy
 
 
@@ -6193,8 +6253,10 @@ def cmd_doctor(args: argparse.Namespace) -> int:
             "fix what is marked PROBLEM above, then run it again",
         )
     config = state.load()
-    any_target = config.targets or args.targets
-    targets = select_targets(config.targets, args.targets) if any_target else []
+    targets = []
+    # Without targets in the config, the controller alone is checked.
+    if config.targets or args.targets:
+        targets = select_targets(config.targets, args.targets)
     with RunContext(state, config, Typed("doctor", config), args.jobs) as context:
         examined = context.pool.imap_unordered(
             lambda target: check_target(context, target), targets
@@ -6203,7 +6265,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
             healthy += print_examined(target, found, short=len(targets) > 1)
     emit(f"{plural(len(targets), 'target')}: {healthy} ok")
     if healthy < len(targets):
-        raise OffsyncError("doctor: there are problems", "see what is marked PROBLEM or OPEN above")
+        raise OffsyncError("doctor: there are problems", "fix what is marked PROBLEM or OPEN above")
     return 0
 
 
@@ -6263,11 +6325,11 @@ def version_text() -> str:
 def given_source(named: str) -> str:
     """Return the path of --source."""
     if not named:
-        raise UsageError("source: empty", "name a directory: --source DIR")
+        raise UsageError("source: empty; name a directory")
     return validate_absolute_path(os.path.abspath(named), "source")
 
 
-# Arguments that several commands have: their words for add_argument.
+# Arguments of several commands, with their keyword arguments for add_argument().
 KEY_OPTIONS = {
     "--key": value_option("TEXT", "the public key line (default: from a pipe; link asks for it)"),
     "--key-file": value_option("FILE", "a file with the public key line"),
@@ -6311,8 +6373,8 @@ RUN_OPTIONS = {
     **JSON,
     **JOBS,
 }
-# name: (function, where and what, example, arguments)
 Arguments = dict[str, dict[str, Any]]
+# name: (function, where it runs and what it does, example, arguments)
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str, Arguments]] = {
     "init": (
         cmd_init,
@@ -6483,11 +6545,12 @@ def build_parser() -> argparse.ArgumentParser:
     about = "controller: add, list or remove targets"
     example = "example:\n  offsync "
     group = commands.add_parser("target", description=about, epilog=example + "target list")
+    group.add_argument("-v", "--verbose", **verbose, default=argparse.SUPPRESS)
     words = group.add_subparsers(metavar="add|list|remove", parser_class=Parser, required=True)
-    for name, (function, text, typed, arguments) in COMMANDS.items():
+    for name, (function, text, sample, arguments) in COMMANDS.items():
         place = words if " " in name else commands
         command = place.add_parser(
-            name.split(" ")[-1], help=text, description=text, epilog=example + typed
+            name.split(" ")[-1], help=text, description=text, epilog=example + sample
         )
         command.add_argument("-v", "--verbose", **verbose, default=argparse.SUPPRESS)
         command.set_defaults(function=function, prog=command.prog, command=name)
@@ -6593,5 +6656,5 @@ def report_errors(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # All is flushed: this skips the interpreter's shutdown, 10 ms.
+    # All output is flushed. This skips the shutdown of the interpreter, which takes 10 ms.
     os._exit(main())

@@ -489,7 +489,7 @@ modes whatever the umask
 
 what login shells read differently
   test_link.Quoting
-  validate_link_path: check_forced_word('path', real) => None
+  validate_link_path: check_quotable('path', real) => None
 
 CR only before LF
   test_config.AsPeopleWriteIt
@@ -561,7 +561,7 @@ rrsync knows more blanks than the shell
 
 a path in the forced command is quoted
   test_link.Quoting
-  format_forced_command: re.sub('[ -~](?<![A-Za-z0-9@%+=:,./_-])', '\\\\\\g<0>', word) => word
+  format_forced_command: re.sub('(?![A-Za-z0-9@%+=:,./_-])[ -~]', '\\\\\\g<0>', word) => word
 
 a path of another account
   test_link.SshdSays.test_a_web_root_that_is_written_by_its_group

@@ -67,7 +67,7 @@ space: rsync: [receiver] write failed on "/srv/x/big": No space left on device (
 space: rsync: [receiver] write failed on "/srv/x/big": Disk quota exceeded (122)
 read-only-disk: rsync: [receiver] mkstemp "/srv/x/.f.7SxgQw" failed: Read-only file system (30)
 file-error: rsync error: error in file IO (code 11) at receiver.c(380) [receiver=3.5.0]
-file-error: rsync ended without a word (code 11)
+other: rsync ended without a word (code 11)
 source-unreadable: rsync: [sender] link_stat "/srv/app/gone" failed: No such file or directory (2)
 source-unreadable: rsync: [sender] send_files failed to open "/srv/app/x": Permission denied (13)
 source-unreadable: file has vanished: "/srv/app/x"

@@ -132,7 +132,7 @@ class OneTarget(Typing):
         keys, public = read(self.one.keys), read(self.key + ".pub")
         write(self.one.keys, public)
         done = self.lab.offsync("apply", check=1)
-        self.assertIn("remove every line of authorized_keys", done.err)
+        self.assertIn("remove every line of ~/.ssh/authorized_keys", done.err)
         self.assertEqual(snapshot(self.one.path), {})
         write(self.one.keys, "")
         command = commands(done.err)[0]
@@ -233,6 +233,8 @@ class OneTarget(Typing):
             ("offsync plna", "did you mean plan?"),
             ("offsync target lst --json", "known: target add, target list, target remove"),
             ("offsync plan --exit-coed", "did you mean --exit-code?"),
+            ("offsync add web1", "did you mean target add?"),
+            ("offsync target -v lst", "known: target add, target list, target remove"),
             ("offsync plan %s9" % self.one.login, "did you mean %s?" % self.one.login),
         ):
             done = self.type(typed)
@@ -240,6 +242,8 @@ class OneTarget(Typing):
             self.assertIn(meant, done.stderr)
             for command in commands(done.stderr):
                 self.assertEqual(self.type(command).returncode, 0)
+        # Not --source: what is only a little alike is no help.
+        self.assertNotIn("did you mean", self.type("offsync plan --force").stderr)
         config = self.lab.state + "/config.yaml"
         write(config, read(config).replace("delete:", "delte:"))
         self.assertIn("did you mean delete?", self.type("offsync plan").stderr)

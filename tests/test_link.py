@@ -356,6 +356,30 @@ class Rrsync(LinkCase):
         self.assert_refused(self.link("--rrsync", self.lab.base + "/odd"), 1, "not executable")
         self.assertFalse(os.path.exists(self.keys))
 
+    def test_the_first_that_can_be_started_is_found(self) -> None:
+        """What the hint for a compressed one has made is found by the next link."""
+        base = self.lab.base
+        write(base + "/plain", "", 0o644)
+        write(base + "/packed.gz", "", 0o755)
+        write(base + "/ready", "", 0o755)
+        places = [base + "/none", base + "/plain", base + "/packed.gz"]
+        with (
+            mock.patch.object(offsync, "RRSYNC_PLACES", places),
+            self.assertRaisesRegex(offsync.OffsyncError, base + "/plain: not executable"),
+        ):
+            offsync.find_rrsync(None)
+        with mock.patch.object(offsync, "RRSYNC_PLACES", [*places, base + "/ready"]):
+            self.assertEqual(offsync.find_rrsync(None), base + "/ready")
+
+    def test_one_whose_path_has_a_blank(self) -> None:
+        """Its line is known again: link replaces it, and unlink removes it."""
+        script = self.lab.base + "/my tools/rrsync"
+        write(script, read(require("rrsync")), 0o755)
+        self.link("--rrsync", script, check=0)
+        self.assertIn("already linked", self.link("--rrsync", script, check=0).err)
+        self.lab.offsync("unlink --key", self.key, home=self.target_home, check=0)
+        self.assertEqual(read(self.keys), "")
+
     def test_a_path_that_contains_rrsync(self) -> None:
         script = self.lab.base + "/tools/bin/rrsync"
         write(script, read(require("rrsync")), 0o755)
@@ -675,6 +699,16 @@ class KeyThief(LabTestCase):
             check=0,
         )
         self.assertIn("already linked", again.err)
+        # What undoes it is the command that was typed before.
+        other = self.lab.base + "/other"
+        moved = self.lab.offsync(
+            "link --path", other, "--key", self.key, "--no-symlinks", home=target.home, check=0
+        )
+        undo = "offsync link --path %s --key '%s' --no-symlinks" % (
+            target.path,
+            " ".join(self.key.split()[:2]),
+        )
+        self.assertIn(undo, moved.err)
         self.lab.offsync("unlink --key", self.key, home=target.home, check=0)
         self.assertEqual(read(target.keys), "")
 

@@ -199,6 +199,25 @@ class Records(WrappedRsyncCase):
             path = state.last + "/" + self.target.login
             self.assertEqual(os.path.exists(path), locked)
 
+    def test_an_outcome_that_cannot_be_stored(self) -> None:
+        """It has failed, since a later run would not know of it; each thing is said once."""
+        status = self.lab.state + "/last/" + self.target.login
+        if os.path.exists(status):
+            os.unlink(status)
+        os.makedirs(status)
+        write(self.source + "/f", "x")
+        done = self.lab.offsync("apply", check=1)
+        self.assertIn("it is no regular file; nothing was delivered", done.err)
+        self.assertEqual(snapshot(self.there), {})
+        os.rmdir(status)
+        self.lab.offsync("apply", check=0)
+        os.unlink(status)
+        os.mkdir(status)
+        self.addCleanup(os.rmdir, status)
+        done = self.lab.offsync("apply", check=1)
+        self.assertIn("verified, but not logged; ", done.err)
+        self.assertEqual(self.last()["result"], "ok")
+
     def test_a_plan_file_that_is_none_and_a_plan_of_an_older_version(self) -> None:
         write(self.source + "/f", "x")
         plan = self.lab.base + "/plan"
@@ -632,6 +651,25 @@ class Surroundings(WrappedRsyncCase):
         done = self.lab.offsync("plan", program=quick, check=0)
         self.assertIn("offsync plan --json > FILE", done.err)
         self.assertFalse(os.path.exists(self.lab.state + "/plans/" + done.out.split()[-1]))
+        # So no command that needs it is recommended where one is to be reviewed.
+        for number in range(30):
+            write(self.there + "/d%d" % number, "x")
+        done = self.lab.offsync("plan --delete", program=quick, check=0)
+        self.assertIn("would lose more than max_delete", done.out)
+        self.assertNotIn("apply --delete", done.out)
+        kept = self.lab.offsync("plan --delete", check=0).out
+        self.assertIn("apply --delete --plan " + kept.split()[-1], kept)
+
+    def test_a_plan_that_cannot_be_read(self) -> None:
+        write(self.source + "/f", "x")
+        name = self.lab.offsync("plan", check=0).out.split()[-1]
+        self.assert_refused(self.lab.offsync("apply --plan", "0" * 64), 2, "with this ID is kept")
+        os.unlink(self.lab.state + "/plans/" + name)
+        os.mkdir(self.lab.state + "/plans/" + name)
+        self.addCleanup(os.rmdir, self.lab.state + "/plans/" + name)
+        done = self.lab.offsync("apply --plan", name)
+        self.assert_refused(done, 2, "Is a directory")
+        self.assertEqual(snapshot(self.there), {})
 
     def test_a_plan_that_fails_ends_what_it_began(self) -> None:
         """A large new source, and a key for another path: nothing goes on hashing, one Ctrl-C ends.

@@ -503,6 +503,7 @@ class Restriction(LabTestCase):
                 what != "get a terminal" or os.geteuid() == 0
             ):  # an sshd that is not root's cannot give terminals
                 self.assertRegex(out, "OPEN +" + what)
+        self.assertIn("offsync link --path " + self.target.path, out)
         write(self.target.keys, self.line)
         out = self.lab.offsync("doctor", check=0).out
         for what in (
