@@ -56,6 +56,8 @@ def classes(names: list) -> list:
     for name in names or sorted(
         os.path.basename(path)[:-3] for path in glob.glob(os.path.join(HERE, "test_*.py"))
     ):
+        if not os.path.exists(os.path.join(HERE, name.split(".")[0] + ".py")):
+            sys.exit("run.py: there is no tests/%s.py; see run.py --help" % name.split(".")[0])
         if "." in name:
             found[name] = 1
             continue
@@ -106,19 +108,10 @@ def run_one(name: str) -> None:
     suite = unittest.defaultTestLoader.loadTestsFromName(name)
     stream = io.StringIO()
     result = unittest.TextTestRunner(stream=stream, verbosity=2, buffer=True).run(suite)
-    failed = len(
-        {getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors}
-    )  # subtests count once
-    print(
-        json.dumps(
-            [
-                result.testsRun - failed - len(result.skipped),
-                failed,
-                len(result.skipped),
-                stream.getvalue(),
-            ]
-        )
-    )
+    # Subtests count once; a class whose setUpClass fails has run no test.
+    failed = {getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors}
+    passed = max(result.testsRun - len(failed) - len(result.skipped), 0)
+    print(json.dumps([passed, len(failed), len(result.skipped), stream.getvalue()]))
 
 
 def main(names: list) -> int:

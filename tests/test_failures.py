@@ -454,6 +454,11 @@ class Trouble(OneTargetCase):
         shutil.rmtree(self.there + "/.~tmp~")
         self.lab.offsync("apply --delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
+        write(self.source + "/big", os.urandom(3 * MEBIBYTE))
+        self.lab.offsync("apply", check=1)
+        subprocess.run(["mount", "-o", "remount,size=8m", self.there], check=True)
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(snapshot(self.there), snapshot(self.source))
 
     def test_path_replaced_and_read_only(self) -> None:
         write(self.source + "/f")

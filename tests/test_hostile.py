@@ -217,7 +217,7 @@ class Deletions(WrappedRsyncCase):
         self.wrap_target_rrsync(  # what appears in the last moment is not in any plan
             'case "$SSH_ORIGINAL_COMMAND" in *--existing*) echo mine > late.conf;; esac; real'
         )
-        self.lab.offsync("apply --delete")
+        self.lab.offsync("apply --delete", check=1)
         self.assertEqual(read(self.there + "/late.conf"), "mine\n")
         self.assertFalse(os.path.exists(self.there + "/planned"))
 

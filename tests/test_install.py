@@ -403,7 +403,8 @@ class Asking(InstallDeps):
     def test_a_package_manager_that_does_not_start(self) -> None:
         write(self.bin + "/apt-get", "#!/nowhere/python\n", 0o755)
         done = self.run_deps("--role", "controller", "--yes", check=1)
-        self.assertNotIn("run: offsync install-deps", done.err)
+        self.assertIn("apt-get: cannot be started", done.err)
+        self.assertNotIn("offsync install-deps", done.err)
 
     def test_a_variable_that_names_no_program(self) -> None:
         env = {"OFFSYNC_RSYNC": "/nowhere/rsync"}

@@ -375,6 +375,11 @@ class Claims(LabTestCase):
             with self.subTest(name=guard.name):
                 place = guard.function, guard.expression, guard.becomes
                 self.assertTrue(guards.take_out(text, *place))
+                # Else the error of a test that does not exist would count as noticed.
+                named = unittest.defaultTestLoader.loadTestsFromName(guard.test)
+                found = [type(test).__name__ for test in named]
+                self.assertTrue(found)
+                self.assertNotIn("_FailedTest", found)
 
     def test_troubleshooting_quotes_messages(self) -> None:
         program = " ".join(re.sub(r'"\s*\n\s*"', "", read(OFFSYNC)).split())

@@ -573,7 +573,7 @@ class Banners(LabTestCase):
             with self.subTest(text=text[:30]):
                 write(banner, text)
                 done = self.lab.offsync("apply", check=1, timeout=60)
-                self.assertNotIn("CHANGED, somebody", done.err)
+                self.assertNotIn("has CHANGED", done.err)
                 self.assertIn("%s: the target refused this controller's key" % bad.login, done.err)
                 self.assertEqual(snapshot(good.path), snapshot(self.lab.source))
 
@@ -631,7 +631,7 @@ class ManInTheMiddle(LabTestCase):
         out = self.lab.offsync("doctor", check=1).out
         self.assertRegex(out, "OPEN +forward a port")
         write(self.lab.source + "/f", "x")
-        self.lab.offsync("apply")
+        self.lab.offsync("apply", check=0)
         self.assertFalse(os.path.exists(self.lab.base + "/opened"))
         self.assertNotIn(
             "port %d" % port,
