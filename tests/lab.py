@@ -209,15 +209,7 @@ class LabTarget:
         )
         argv = [require("sshd"), "-D", "-e", "-f", config]
         if self.namespace:
-            argv = [
-                "unshare",
-                "--mount",
-                "sh",
-                "-e",
-                "-c",
-                self.namespace + '\nexec "$0" "$@"',
-                *argv,
-            ]
+            argv = [*"unshare --mount sh -e -c".split(), self.namespace + '\nexec "$0" "$@"', *argv]
         self.process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -322,19 +314,8 @@ class Lab:
         for name in ("rsync", "rrsync", "ssh-keygen", "sshd"):
             require(name)
         self.targets: list = []
-        self.env = {
-            key: value
-            for key, value in os.environ.items()
-            if key
-            not in (
-                "OFFSYNC_HOME",
-                "OFFSYNC_RSYNC",
-                "SSH_CONNECTION",
-                "SSH_AUTH_SOCK",
-                "NO_COLOR",
-                "TMUX",
-            )
-        }
+        dropped = "OFFSYNC_HOME OFFSYNC_RSYNC SSH_CONNECTION SSH_AUTH_SOCK NO_COLOR TMUX".split()
+        self.env = {key: value for key, value in os.environ.items() if key not in dropped}
         self.env.update(
             HOME=self.home,
             PATH=self.bin + ":" + self.env.get("PATH", ""),
@@ -422,50 +403,22 @@ class Lab:
         its own.
         """
         number = len(self.targets)
-        target = LabTarget(
-            self,
-            name,
-            options,
-            (
-                address
-                if address != "127.0.0.1"
-                else "127.0.%d.%d" % (number // 250, number % 250 + 1)
-            ),
-        )
+        if address == "127.0.0.1":
+            address = "127.0.%d.%d" % (number // 250, number % 250 + 1)
+        target = LabTarget(self, name, options, address)
         self.targets.append(target)
         return target
 
     def link(self, target: LabTarget, *args) -> subprocess.CompletedProcess:
         """Run link on a target with the controller's key."""
-        words = [
-            "link",
-            "--path",
-            target.path,
-            "--key-file",
-            os.path.join(self.state, "id_ed25519.pub"),
-            *risk(),
-            *args,
-        ]
-        done = self.offsync(*words, home=target.home)
-        if done.returncode:
-            raise AssertionError("link: exit %d: %s" % (done.returncode, done.err))
-        return done
+        key = os.path.join(self.state, "id_ed25519.pub")
+        words = ("link --path", target.path, "--key-file", key, *risk(), *args)
+        return self.offsync(*words, home=target.home, check=0)
 
     def add(self, target: LabTarget, *args, check=0):
         """Run target add with the target's real fingerprint."""
-        return self.offsync(
-            "target",
-            "add",
-            target.login,
-            "--path",
-            target.path,
-            "--port",
-            str(target.port),
-            "--host-key",
-            target.fingerprint,
-            *args,
-            check=check,
-        )
+        words = ["target add", target.login, "--path", target.path, "--port", str(target.port)]
+        return self.offsync(*words, "--host-key", target.fingerprint, *args, check=check)
 
     def linked_target(self, name: str, options: str = "") -> LabTarget:
         """Return a new target, linked and added."""
@@ -477,8 +430,8 @@ class Lab:
         return target
 
     def configured_target(self, name: str, options: str = "") -> LabTarget:
-        """Return a new target like joined(), its files written directly, in a tenth of the time:
-        for tests of what comes later.
+        """Return a new target as linked_target() does, in a tenth of the time: its files are
+        written directly.
         """
         if not os.path.exists(self.state):
             self.init()
@@ -637,7 +590,7 @@ class LabTestCase(unittest.TestCase):
         self.addCleanup(self.lab.close)
 
     def assert_refused(self, done, status: int, *words: str) -> None:
-        """One error with its hints on stderr, the status, no more."""
+        """Assert the exit status, and one error on stderr, which with its hints has these words."""
         self.assertEqual(done.returncode, status, done.err)
         lines = [line for line in done.err.splitlines() if not line.startswith(" ")]
         errors = [line for line in lines if not line.startswith("offsync: warning: ")]
@@ -668,7 +621,7 @@ class OneTargetCase(LabTestCase):
         return read_plan(self.lab.offsync("plan --json", *args, check=check).stdout)
 
     def unchanged(self) -> tuple:
-        """Return all that a refusal must leave as it was."""
+        """Return source and target, which a refusal must leave as they were."""
         return snapshot(self.source), snapshot(self.there)
 
 
@@ -704,12 +657,10 @@ class ThreeTargetsCase(LabTestCase):
 
 
 class WrappedRsyncCase(OneTargetCase):
-    """Stand-ins for rsync here and rrsync there: they act at one step and call the real one."""
+    """Wrappers of the controller's rsync and the target's rrsync that act at one step."""
 
     def wrap_target_rrsync(self, script: str) -> None:
-        """Wrap the target's rrsync; $SSH_ORIGINAL_COMMAND is its command, "real" calls the real
-        one.
-        """
+        """Replace the target's rrsync by a script, in which "real" is the real one."""
         path = self.lab.base + "/standing-rrsync"
         write(
             path,
@@ -722,7 +673,7 @@ class WrappedRsyncCase(OneTargetCase):
         write(self.target.keys, line.replace("/usr/bin/rrsync", path))
 
     def wrap_local_rsync(self, script: str) -> dict:
-        """Return the environment in which rsync here is wrapped; "real" calls the real one."""
+        """Return the environment in which a script is rsync, in which "real" is the real one."""
         path = self.lab.program(
             "standing-rsync",
             '#!/bin/bash\nargs=("$@")\nreal() { %s "${args[@]}"; }\ncd %s\n%s\n'
@@ -756,7 +707,7 @@ class DiagnosisCase(OneTargetCase):
     def said(
         self, *words: str, never: tuple = (), program: str = "", command: str = "plan"
     ) -> None:
-        """plan (or apply) fails, and says these words (and never others), once."""
+        """Assert that plan (or apply) fails with these words, and without those of "never"."""
         done = self.lab.offsync(*command.split(), check=1, program=program, timeout=100)
         text = done.err if "apply" in command else done.out
         first = "offsync: error: " if "apply" in command else "  not compared: "
