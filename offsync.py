@@ -10,8 +10,8 @@ roles
   either      install-deps, manifest, completion
 
 reads   the source directory; $OFFSYNC_HOME (default ~/.offsync); the files that
-        you name; through ssh: ~/.ssh/config for routing, and the known_hosts
-        files of the user and the system for host keys; link and unlink:
+        you name; through ssh: ~/.ssh/config, for routing and algorithms, and the
+        known_hosts files of the user and the system; link and unlink:
         ~/.ssh/authorized_keys; link: the accounts of this host, and the public
         halves of the system's host keys
 writes  on the controller: $OFFSYNC_HOME;
@@ -21,20 +21,21 @@ writes  on the controller: $OFFSYNC_HOME;
         on both: temporary files below $TMPDIR, /tmp or /var/tmp that are removed
         at the end
 runs    ssh, ssh-keygen and rsync, always as argument lists, never through a
-        shell; -v shows each before it starts, but the ssh that ends a connection;
+        shell; -v shows each before it starts, except the ssh that ends a connection;
         link also runs sshd -T, and tries rrsync in a scratch directory as sshd
-        would start it (sh -c); install-deps, and init and link where a program
-        is missing, run the package manager, after showing the commands and asking
+        would start it (sh -c); install-deps, and init, link and target add
+        where a program is missing, run the package manager, after showing the
+        commands and asking (install-deps -y does not ask)
 never   deletes without "delete: true" or --delete, overwrites where the config
         says "overwrite: false", forwards an agent, forwards a port (doctor and
         target add try to, to prove that the key cannot), trusts a host key that
-        neither you nor those known_hosts confirm, sends a file before the
+        neither you nor these known_hosts files confirm, sends a file before the
         restriction of the key is proved, calls a delivery ok that is not what
         was planned
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 352 to 3365, in the order in
+To audit it, read the trust core first: lines 354 to 3390, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -176,7 +177,7 @@ class Interrupted(BaseException):
 
 
 DEFAULT_RRSYNC = "/usr/bin/rrsync"
-# added: not on the target; modified: it differs; missing: from the source, so only on the target;
+# added: not on the target; modified: it differs; missing: not in the source, only on the target;
 # leftover: only on the target, under a temporary name of rsync's.
 CHANGE_KINDS = ("added", "modified", "missing", "leftover")
 LISTED = 5  # names in a message: the first ones, then a count
@@ -229,7 +230,7 @@ class Config(NamedTuple):
     bwlimit: int  # KiB/s for each target; 0 means none
     compress: bool
     timeout: int  # seconds without a byte
-    max_delete: int  # percent of a target's entries
+    max_delete: int  # percent by which a target may shrink without a review
     targets: tuple[Target, ...]
 
 
@@ -257,7 +258,8 @@ class Change(NamedTuple):
 
     path: bytes
     kind: str  # one of CHANGE_KINDS, or "kept": only on the target, and left alone
-    directory: bool  # the only type that rsync reports of what exists only on the target
+    # Whether it is a directory. Of what exists only on the target, rsync tells no more of its type.
+    directory: bool
     reasons: tuple[str, ...] = ()  # of modified: "content", "mode", "type", "link"
     entry: Entry | None = None  # of added and modified; None until the source entry is hashed
 
@@ -302,12 +304,12 @@ def offsync_command(*words: str) -> str:
 def typed_again(*more: str, user: str = "", state: str = "") -> str:
     """Return the command line as it was typed, with more options, or as another account.
 
-    sudo -i drops our environment, so OFFSYNC_HOME is named unless it is that account's default.
+    state: the OFFSYNC_HOME of that command. It is named unless it is that account's default, since
+    sudo -i drops our environment.
     """
     typed = shlex.join(["offsync", *sys.argv[1:], *more])
     if not user:
         return offsync_command(*sys.argv[1:], *more)
-    state = os.environ.get("OFFSYNC_HOME") or state
     if state and os.path.realpath(state) != os.path.realpath(
         os.path.expanduser(f"~{user}/.offsync")
     ):
@@ -386,8 +388,11 @@ OUTPUT_LIMIT = 1 << 22  # bytes that a program may print, except rsync
 MAX_LINE = 1 << 16  # bytes; a path has at most 4096, and rsync writes up to 5 for each
 LINE_COST = 150  # bytes of memory that a line takes beside its text
 # After an error the target's rsync sleeps for 0.1 s (cleanup.c) before it releases rrsync's lock.
-# Then our ssh ends, and closes our rsync's stderr, which it shares. We wait for that, up to:
+# Only then does our ssh end. It has inherited our rsync's stderr, which therefore reaches its end
+# when the lock is free. After our rsync has ended, we wait for that, at most:
 SESSION_END = 0.5  # seconds
+# Bytes a second that a program may print beyond its room: rsync shows a line of progress a second.
+PROGRESS_RATE = 1000
 Argv = Sequence[Union[str, bytes]]
 
 
@@ -455,8 +460,8 @@ def run_program(
 
     No shell is used. stdin: PIPE stays open and silent. stderr: an open file instead of a
     pipe. stdout is returned, or given to on_line line by line (\\r ends a line, too).
-    limit: seconds for the whole run; where silence is given, seconds until the first output, after
-    which the program may be silent for that many seconds. room: bytes that it may print.
+    limit: seconds for the whole run. With silence, limit is the time until something comes on
+    stdout, which from then on may be silent for so many seconds. room: bytes that it may print.
     attach_terminal: a package manager: it writes to our stderr, and no signal of ours ends it.
     The working directory is /, since ours may be gone.
     Raises Cancelled where the run is over, EndlessOutput, and OffsyncError if it cannot be started.
@@ -540,6 +545,7 @@ class Output:
     ) -> None:
         self.on_line = on_line
         self.room = room
+        self.started = time.monotonic()
         self.stderr_file = stderr_file
         self.stdout = bytearray()  # where there is no on_line
         self.partial_line = b""  # a line of stdout that has no end yet
@@ -565,7 +571,7 @@ class Output:
 
     def use_room(self, size: int) -> None:
         self.room -= size
-        if self.room < 0:
+        if self.room + PROGRESS_RATE * (time.monotonic() - self.started) < 0:
             self.overflow()
 
     def overflow(self) -> NoReturn:
@@ -768,7 +774,10 @@ def name_to_json(name: bytes, key: str = "path") -> dict[str, str]:
 
 
 def name_from_json(fields: dict[str, Any], key: str = "path") -> bytes:
-    """Return the name that name_to_json() wrote; raise as parse_plan_line() does if it is none."""
+    """Return the name that name_to_json() wrote.
+
+    Raises ValueError, KeyError, TypeError or AttributeError where there is none.
+    """
     if key + "_b64" in fields:
         return base64.b64decode(fields[key + "_b64"], validate=True)
     return bytes(fields[key].encode("utf-8"))
@@ -877,7 +886,7 @@ host-key-changed
   hint: on the target's own console, run:
     $ ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub
   hint: only if its fingerprint is the one shown now, accept it, after comparing once more:
-    $ offsync target add {add}
+    $ {add}
   hint: if two machines answer to this name in turn, put the keys of both into
     ~/.ssh/known_hosts
 
@@ -886,7 +895,7 @@ host-key-unknown
   if: Host key verification failed
   why: the target's host key is not trusted yet
   hint: compare it, and accept it:
-    $ offsync target add {add}
+    $ {add}
 
 locked (retry)
   if: Another instance of rrsync is already accessing
@@ -917,7 +926,8 @@ busy-sshd (retry)
   why: the target closed the connection before login: too many connections (MaxStartups), a
     penalty for failed logins (PerSourcePenalties), or this address is blocked
   hint: wait a minute, then try again
-  hint: check the port: something answers there that may not be sshd
+  hint: check the port: what answers on it may not be sshd
+  hint: see sshd's log on the target
 
 # What only offsync finds
 
@@ -936,8 +946,8 @@ no-key-asked
 
 other-path
   why: the key is restricted to a different path, so nothing was sent
-  hint: if that path is right, update the config:
-    $ offsync target add {add}
+  hint: if that path is right, add the target with it:
+    $ {add}
   hint: otherwise run offsync link on the target, with the path that is meant
   hint: to deliver a second tree, use a second OFFSYNC_HOME, with its own key
 
@@ -1013,6 +1023,7 @@ modes-not-kept
 unexpected-report
   why: the target's rsync reported what was not asked for
   hint: check the configured path, and the rsync installed on the target
+  hint: if there are very many entries that the source lacks, plan fewer targets at once
 
 proxy-failed
   why: the jump host or ProxyCommand failed before the target's sshd answered
@@ -1205,7 +1216,7 @@ no-directory
   if: Not a directory (20)
   why: {path} on the target, or something in it, is gone or is no directory
   hint: see whether a disk is to be mounted; on the target:
-    $ findmnt -T {path}
+    $ cat /etc/fstab
   hint: if not, create it again, for the account {user}
 
 rrsync-rejected-option
@@ -1397,7 +1408,7 @@ def failure(
         "host": target.host,
         "user": shlex.quote(target.user),
         "rrsync": target.rrsync,
-        "add": target_add_args(target),
+        "add": f"{offsync_command('target', 'add')} {target_add_args(target)}",
         "path": shlex.quote(target.remote_path),
         "login": (f"-p {target.port} " if target.port else "") + shlex.quote(target.login),
         "key": shlex.quote(key),
@@ -1426,7 +1437,7 @@ def diagnose(
             and any(all(part in line for part in parts) for line in lines)
             for parts in FAILURES[kind].patterns
         ):
-            # There, stderr holds only the name of our own ProxyCommand: nothing to quote.
+            # For closed-after-login, stderr holds only the name of our own ProxyCommand.
             return failure(target, kind, said="" if kind == "closed-after-login" else said)
     return failure(target, "other", said)
 
@@ -1491,8 +1502,8 @@ def hash_file(path: bytes, with_md5: bool = False, parent: int | None = None) ->
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file any more", path)
-        # One byte more than the size is asked for: most files then need one read, and most that
-        # grow are noticed here. (The transfer report notices all of them.)
+        # A byte more than the size is asked for: if a small file has grown, size and hash include
+        # it, and so match nothing. (The report of the transfer notices every change.)
         while size < status.st_size:
             chunk = os.read(descriptor, min(status.st_size + 1, 1 << 18))
             if STOPPING.is_set():
@@ -1546,7 +1557,7 @@ class Source:
         self.accepted = threading.Event()  # it is scanned, and all of it can be delivered
         self.entries: dict[bytes, Entry | None] = {}  # None until it is described
         self.errors: dict[bytes, str] = {}
-        self.lock = threading.Lock()  # held to add to entries, and for the next three
+        self.lock = threading.Lock()  # held to add to entries, and to use the next three
         self.wanted: collections.deque[bytes] = collections.deque()
         self.working = 0  # threads
         self.pending: list[Any] = []  # their futures
@@ -1746,7 +1757,7 @@ def check_source(source: Source, rsync: str, targets: Sequence[Target]) -> None:
         count = plural(len(named), "entry", "entries")
         raise OffsyncError(
             f"source {quote_name(source.root)}: {count} cannot be delivered: {join_first(named)}",
-            "remove or exclude them, then plan again",
+            "change, remove or exclude what is named, then plan again",
         )
 
 
@@ -1942,8 +1953,8 @@ class Connection:
     def prove_restricted(self, patient: bool = True) -> None:
         """Ask for a command on this connection; raise TargetError unless it was refused.
 
-        If the answer tells nothing: patient asks again, and raises TargetError in the end;
-        otherwise restriction_proved stays False.
+        If the answer tells nothing: patient asks again where that may help, and in the end raises
+        TargetError; otherwise restriction_proved stays False.
         """
         for last in retry_attempts():
             error = check_refusal(self.target, self.session((), PROOF_COMMAND))
@@ -2038,8 +2049,9 @@ class Connection:
 def diagnose_login(connection: Connection, result: Result) -> TargetError:
     """Return what a connection that did not open meant. Raises OffsyncError for a bad key of ours.
 
-    A banner of sshd stands before ssh's own words, and may look like anything. So only ssh's last
-    line is used, except where no banner can have come before it.
+    A banner of sshd stands before ssh's own words, and may look like anything. So ssh's last line
+    is used, and the line before it where the last one tells nothing. All lines are used only where
+    no banner can have come before them.
     """
     target = connection.target
     said = [line for line in result.stderr.splitlines() if line.strip()]
@@ -2190,7 +2202,8 @@ def tag_items(
 def parse_itemized(line: bytes) -> Change | None:
     """Return what "%i %n" says, or None where nothing that we compare differs. Raises ValueError.
 
-    The code is YXcstpoguax (rsync(1), --itemize-changes). Times are not compared, nor is the root.
+    The code is YXcstpoguax (rsync(1), --itemize-changes). Another time alone is no difference, nor
+    is anything about the root of the tree.
     """
     code = line[:11]
     blank = line[11:12]
@@ -2287,8 +2300,9 @@ def is_leftover(source: Source, change: Change) -> bool:
 
 # --- Trust core: the plan -----------------------------------------------------------------------
 
-# One pass shows additions, changes and deletions. -t is for the quick check; differences of time
-# alone are not reported. strong is hash with MD5 (see child_environment()).
+# One pass shows additions, changes and deletions. -t is for the quick check, to which another time
+# is another content; the others report no difference of time alone. strong is hash with MD5 (see
+# child_environment()).
 RSYNC_HASH = ("-n", "-rlptc", "--delete")
 RSYNC_PLAN = {"hash": RSYNC_HASH, "strong": RSYNC_HASH, "quick": ("-n", "-rlpt", "--delete")}
 # Of the listed entries, those that do not exist at all on the target.
@@ -2404,7 +2418,9 @@ def classify(connection: Connection, found: dict[bytes, Change]) -> list[Change]
     for path in replaced:
         found[path] = found[path]._replace(kind="modified", reasons=("type",))
     delete = connection.context.config.delete
-    # Where a file or symlink replaces a directory, the contents of the directory cannot stay.
+    # Where a file or symlink replaces a directory, the contents of the directory cannot stay. So
+    # what would be kept there stays "missing", and so does a leftover unless deletions are allowed:
+    # then the policy refuses the run.
     in_place = {path for path in replaced if not found[path].directory}
     for path, change in found.items():
         if change.kind != "missing":
@@ -2533,7 +2549,8 @@ def entry_lines(plans: Sequence[TargetPlan]) -> Iterator[tuple[TargetPlan, Chang
 def plan_lines(config: Config, plans: Sequence[TargetPlan]) -> Iterator[bytes]:
     """Yield a plan as JSON Lines. The same bytes are printed, stored, and hashed into the plan ID.
 
-    A line for the policy, one a target, one an entry; sorted by login and path.
+    First comes the line of the policy, then a line for each target, then one for each entry; they
+    are sorted by login, then by path.
     """
     yield policy_line(config)
     yield from map(target_line, plans)
@@ -2592,6 +2609,13 @@ def check_line(line: bytes, printed: bytes) -> None:
 MANY_DELETIONS = 10  # max_delete applies from this many on
 
 
+# What reading a line that is none of a plan can raise.
+NO_PLAN_LINE = (
+    *(UsageError, ValueError, KeyError, TypeError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
+
+
 def approve(
     context: RunContext, plans: Sequence[TargetPlan], reviewed: Iterable[bytes], name: str
 ) -> list[TargetPlan]:
@@ -2619,7 +2643,7 @@ def approve(
                 check_policy(context, line)
             elif not unapproved.pop(new_digest(line).digest(), None):
                 done |= parse_plan_line(line)
-        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        except NO_PLAN_LINE:
             raise UsageError(
                 f"plan {quote_text(name)}:{number}: not a line of a plan exactly as this version "
                 "of offsync prints it",
@@ -2666,11 +2690,10 @@ def approve(
 
 
 def check_policy(context: RunContext, reviewed: bytes) -> None:
-    """Raise unless a reviewed plan's first line is the policy of this run.
+    """Raise OffsyncError unless a reviewed plan's first line is the policy of this run.
 
-    The run never takes over the policy of a plan.
-
-    Raises ValueError, KeyError or TypeError for what is no such line.
+    The run never takes over the policy of a plan. Raises ValueError, KeyError, TypeError,
+    AttributeError or UsageError for what is no such line.
     """
     now = json.loads(policy_line(context.config))
     then = json.loads(reviewed)
@@ -2764,11 +2787,12 @@ def review_required(
 
     name: the ID under which this plan was stored, if it was.
 
-    Deletions may be the work of an empty mount, or of a file system that takes two names for one.
-    On a target that ignores case and holds README, where the source has Readme, rsync reports
-    README as only on the target, and Readme as equal: deleting README deletes the only copy. If the
-    plan adds the name of the source, too, then the target tells the two apart. With delete: keep, a
-    kept file could be overwritten in the same way.
+    Many deletions need one, by which a target would shrink by more than max_delete: the source may
+    be an empty mount. So do deletions on a file system that takes two names for one. On a target
+    that ignores case and holds README, where the source has Readme, rsync reports README as only on
+    the target, and Readme as equal: deleting README deletes the only copy. If the plan adds the
+    name of the source, too, then the target tells the two apart. With delete: keep, a kept file
+    could be overwritten in the same way.
     """
     allowed = context.config.delete is Deletion.ALLOW
     review = ("review the plan, then apply it by its ID:", context.typed.again(command="plan"))
@@ -2784,8 +2808,8 @@ def review_required(
         percent = context.config.max_delete
         if allowed and len(gone) >= MANY_DELETIONS and 100 * after < (100 - percent) * before:
             return OffsyncError(
-                f"{plan.target.login} would lose more than max_delete ({percent}%) of its entries: "
-                f"{before} now, {after} afterwards",
+                f"{plan.target.login} would shrink by more than max_delete ({percent}%): "
+                f"{before} entries now, {after} afterwards",
                 f"check that the source {quote_text(context.config.source)} is mounted and filled",
                 ("if this is intended, " + review[0], review[1]),
                 "or raise max_delete in the config",
@@ -2834,7 +2858,8 @@ def describe_forbidden_changes(
         hints.append((f"leave {them} on the target, for this run:", kept))
     if kind == "missing":
         review = typed.again(command="plan", deletion=Deletion.ALLOW)
-        hints.append(("see what would be deleted, then allow it:", review))
+        look = "see what would be deleted; to allow it, type apply instead of plan:"
+        hints.append((look, review))
     if len(concerned) < len(plans):
         excepted = [*typed.excepted, *(plan.target.login for plan in concerned)]
         those = "that target" if len(concerned) == 1 else "those targets"
@@ -2859,7 +2884,7 @@ RSYNC_SEND = ("-ii", "-lptO", "--from0", "--files-from=-", "--info=progress2")
 # -I: no quick check, which a file with a forged time stamp would pass.
 RSYNC_CONTENT = ("-I", "--delay-updates")
 RSYNC_UNSTAGED = ("-I",)  # for servers that do not put a staged file in place
-RSYNC_MODES = ("--size-only",)  # equal by hash: only the mode is to be set
+RSYNC_MODES = ("--size-only",)  # the plan found the content equal: only the mode is to be set
 RSYNC_SENT = b"%C %B %b %i %n//%L"
 # Deletes what the include rules name, and protects all else. The first filter hides every source
 # entry but directories, so a hostile target has no file to ask for. The config's rules are not
@@ -2879,7 +2904,7 @@ class Comparison(NamedTuple):
     """How a target compares with the source, as far as one pass looked."""
 
     differs: dict[bytes, Change]  # of what the source has
-    extraneous: set[bytes]  # only on the target, except what is to stay there
+    extraneous: set[bytes]  # only on the target; kept entries and leftovers are not among them
 
 
 class Delivery:
@@ -2989,9 +3014,9 @@ class Delivery:
     def check_protected_directories(self) -> None:
         """Raise if an entry would replace a directory of the target that an exclude protects.
 
-        A rule such as "uploads/" protects a directory on the target. Once the source has a file of
-        that name, rsync would still delete the contents. So rsync is asked about directories of
-        these names.
+        A rule such as "uploads/" matches directories only. It does not match a file of the source
+        with that name: so rsync would replace the target's directory by the file, and its protected
+        contents would be lost. So rsync is asked whether the rules match directories of such names.
         """
         if not self.replacing or not self.context.config.exclude:
             return
@@ -3102,7 +3127,7 @@ class Delivery:
     def compare(
         self, how: str, paths: Sequence[bytes] | None = None, limit: float = 0
     ) -> Comparison:
-        """Return how the tree compares, or how these paths do (always by hash)."""
+        """Return how the tree compares (how: "hash" or "quick"), or these paths, always by hash."""
         options = RSYNC_PLAN[how] if paths is None else RSYNC_COMPARE
         changes = itemize(self.connection, options, paths, limit=limit)
         extraneous = set()
@@ -3114,7 +3139,7 @@ class Delivery:
         return Comparison(changes, extraneous)
 
     def compare_whole_tree(self) -> Comparison:
-        """Return how the tree compares: what differs by size and time is compared by hash, too."""
+        """Return how the tree compares: what differs by size or time is compared by hash, too."""
         PROGRESS.update(self.login, "comparing again")
         found = self.compare("quick")
         # A quick check can be wrong: a hash is not.
@@ -3147,7 +3172,7 @@ class Delivery:
         surprises = extraneous - self.to_delete
         if surprises:
             raise self.target_error("appeared", surprises)
-        # Not what the source has again since it was planned.
+        # What the source has got again since the plan is no longer only on the target: it stays.
         paths = paths & extraneous
         PROGRESS.update(self.login, "deleting " + plural(len(paths), "entry", "entries"))
         # A directory that an entry replaces may go with its contents.
@@ -3309,10 +3334,10 @@ class RunLog:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Finish the records that have no end yet, with the error that ended the run."""
         for record in list(self.unfinished.values()) if error else ():
-            unknown = record.files_changed is None
+            begun = record.files_changed is None
             result = "interrupted"
             why = OffsyncError("interrupted", "run apply again to finish")
-            if error and is_refusal(error) and not unknown:
+            if error and is_refusal(error) and not begun:
                 result = "refused"
                 why = as_offsync_error(error)
             self.finish(record._replace(result=result, error=why.message, seconds=0.0), why)
@@ -3352,7 +3377,7 @@ class RunLog:
             why = record.error or "verified, but not logged"
             if error.message not in why:
                 record = record._replace(result="failed", error=f"{why}; {error.message}")
-            # A status "started" would say that it was killed.
+            # Else the next run would take the status "started" for that of a killed run.
             with contextlib.suppress(OffsyncError):
                 if self.locked and self.unfinished[record.login].files_changed is None:
                     write_status(self.state, record)
@@ -3421,9 +3446,8 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
         if printed.status != 0:
             what = f"a program that fails: {quote_output(printed.stderr) or 'it says nothing'}"
         problem = f"{quote_text(path)} is {what}"
-    raise OffsyncError(
-        f"rsync: {problem}; offsync needs rsync %d.%d.%d or newer" % MIN_RSYNC, *hints
-    )
+    least = "%d.%d.%d" % MIN_RSYNC
+    raise OffsyncError(f"rsync: {problem}; offsync needs rsync {least} or newer", *hints)
 
 
 def make_scratch() -> str:
@@ -3604,8 +3628,9 @@ def user_name(uid: int) -> str:
 def untrusted_writer(path: str, itself: bool = True, links: int = 40) -> OffsyncError | None:
     """Return an error that says who else could replace what lies at an absolute path, or None.
 
-    Every existing directory on the way from / is judged, with those that symlinks lead through.
-    itself: what lies at the path is judged, too. links: how many symlinks may follow.
+    All existing directories above the path are judged, and, where a component is a symlink, those
+    above what it leads to. itself: what lies at the path is judged, too. links: how many more
+    symlinks may be followed.
     """
     path = path.rstrip("/")
     place, name = os.path.split(path)
@@ -3643,10 +3668,11 @@ def judge_place(place: str, entry: str = "") -> OffsyncError | None:
     if not mode & 0o022:
         return None
     who = "everybody" if mode & 0o002 else "its group"
-    # Others' access to a directory above, such as /srv/www, or to /dev/null, may be intended.
-    own = not entry and not stat.S_ISCHR(status.st_mode) and status.st_uid == os.geteuid()
+    # chmod is suggested only for what is named itself, and ours: others may write to a directory
+    # above, such as /srv/www, or to /dev/null on purpose.
+    named = not entry and not stat.S_ISCHR(status.st_mode)
     hint = ("run:", f"chmod go-w {shlex.quote(place)}")
-    if not own:
+    if not named or status.st_uid != os.geteuid():
         look = "see who may write to it; take that permission away, or choose another place:"
         hint = (look, f"ls -ld {shlex.quote(place)}")
     return OffsyncError(f"{who} may write to {quote_text(place)} (mode {mode:04o})", hint)
@@ -3688,7 +3714,7 @@ def check_private(path: str) -> str:
 def home_directory() -> str:
     """Return the home directory. Raises OffsyncError where HOME is another account's.
 
-    "sudo -u" (where it keeps HOME) and su without "-" leave it so. Any that we own is fine.
+    "sudo -u" (where it keeps HOME) and "su -m" leave it so. Any that we own is fine.
     """
     home = os.path.expanduser("~")
     user = user_name(os.geteuid())
@@ -3736,7 +3762,8 @@ class StateDirectory:
     def check_writers(self) -> None:
         """Raise OffsyncError where others could change the directory or a file in it.
 
-        Also where this account cannot read one: it must not be taken for absent.
+        It raises, too, where this account cannot read one of them: an unreadable file must not be
+        taken for an absent one.
         """
         files = (self.config, self.key, self.known_hosts, self.log, self.lock_file)
         for path in (self.named, *files, self.plans, self.last):
@@ -3828,7 +3855,7 @@ class StateDirectory:
             why = str(error.strerror)
             if is_id and isinstance(error, FileNotFoundError):
                 why = "no plan with this ID is kept"
-            if re.fullmatch("[0-9a-f]{6,63}", named):
+            if isinstance(error, FileNotFoundError) and re.fullmatch("[0-9a-f]{6,63}", named):
                 why = f"{len(named)} of 64 digits"
                 kept = os.listdir(self.plans) if os.path.isdir(self.plans) else []
                 hints += [f"one that begins so is {n}" for n in sorted(kept) if n.startswith(named)]
@@ -3905,8 +3932,9 @@ FORCED_GUARD = (
 def format_forced_command(rrsync: str, path: str, munge: bool = False) -> str:
     """Return the forced command: the guard, then rrsync, write-only, below path.
 
-    Every login shell reads it alike: /bin/sh -c, and one word in apostrophes. A blank in a path has
-    a backslash, since dropbear's sshd leaves a quoted double quote as it is.
+    Every login shell reads it alike: /bin/sh -c, and one word in apostrophes. What is special in a
+    path gets a backslash. Double quotes around the path would not do: in authorized_keys they are
+    written as \", and dropbear's sshd does not take that backslash away.
     """
     words = [rrsync, "-wo", *(["-munge"] if munge else []), path]
     escaped = (re.sub(r"(?![A-Za-z0-9@%+=:,./_-])[ -~]", r"\\\g<0>", word) for word in words)
@@ -3926,9 +3954,10 @@ def written_path(line: re.Match[str]) -> str:
 
 
 def edit_authorized_keys(text: bytes, key: PublicKey, new_line: str | None) -> tuple[bytes, str]:
-    """Return (the file with offsync's line for this key set, or removed for None; that line or "").
+    """Return (the new text; the old line of offsync's for this key, "" if there was none).
 
-    Other lines stay byte for byte. Raises ValueError(line number) for a foreign line with the key.
+    new_line takes the place of the old line, or is appended; None removes the old line. Other lines
+    stay byte for byte. Raises ValueError(line number) for a foreign line with the key.
     """
     kept = []
     was = ""
@@ -3940,7 +3969,7 @@ def edit_authorized_keys(text: bytes, key: PublicKey, new_line: str | None) -> t
             kept.append(line)
         elif not written:
             raise ValueError(number)
-        # A line of ours for another key: this one stands in its comment.
+        # A line of ours for another key, whose comment happens to hold the text of this key.
         elif written["blob"] != key.blob:
             kept.append(line)
         # The first line with this key is replaced; any further one goes.
@@ -4016,18 +4045,19 @@ def find_rrsync(wanted: str | None) -> str:
             make = "gunzip -c %s > /usr/local/bin/rrsync && chmod 755 /usr/local/bin/rrsync"
         hints: list[Hint] = [("as root, run:", make % shlex.quote(files[0]))]
         if wanted:
-            hints.append(("then:", "offsync link --rrsync /usr/local/bin/rrsync"))
+            hints.append(("then:", typed_again("--rrsync", "/usr/local/bin/rrsync")))
         raise OffsyncError(f"rrsync {files[0]}: not executable, or compressed", *hints)
     if wanted:
         raise UsageError(
-            f"rrsync {quote_text(wanted)}: does not exist",
+            f"rrsync {quote_text(wanted)}: does not exist, or is no file",
             "name its place, or leave --rrsync away to look in the known ones",
         )
     raise OffsyncError(
         "rrsync: in none of the known places",
         ("install it:", "offsync install-deps --role target"),
         (
-            "images of EL 8 and 9 without documentation lack it; on one, as root, run:",
+            "container images of EL 8 and 9 leave out documentation, and rrsync with it; there, as "
+            "root, run:",
             "dnf -y --setopt=tsflags= reinstall rsync",
         ),
     )
@@ -4044,9 +4074,9 @@ def probe_rrsync(rrsync: str, munge: bool) -> None:
     """Try what a thief of the key would do; raise OffsyncError if a file lands outside the path.
 
     A symlink is sent; then a file through it (before rsync 3.5.0 that writes anywhere); then a
-    delivered file is moved through it, as a backup (rrsync 3.2.7 to 3.4.4 beside rsync 3.5.0). The
-    version would prove nothing, since distributions back-port fixes. Raises OffsyncError, too, if
-    rrsync does not work.
+    delivered file is moved through it, as a backup (that works with rsync 3.5.0, too, if rrsync is
+    one of 3.2.7 to 3.4.4). The version would prove nothing, since distributions back-port fixes.
+    Raises OffsyncError, too, if rrsync does not work.
     """
     with scratch_directory() as scratch:
         inside_it, outside, plant, through = (
@@ -4171,7 +4201,7 @@ def check_link_risks(real: str) -> None:
         owner = user_name(os.stat(real).st_uid)
         user = user_name(os.geteuid())
         # Root may write anywhere.
-        if not os.access(real, os.W_OK | os.X_OK) or user == "root" != owner:
+        if not os.access(real, os.W_OK | os.X_OK) or (user == "root" and owner != "root"):
             hint: Hint = (f"link it as {owner}:", typed_again(user=owner))
             if owner in ("root", user):
                 look = f"see what it is for; if only for this, root can give it to {user}:"
@@ -4195,7 +4225,7 @@ def read_key_argument(args: argparse.Namespace) -> str | None:
         return str(args.key)
     if args.key_file is not None:
         data = read_file(args.key_file, "key file", "name the file of the public key")
-    # A terminal and /dev/null name no key, nor does this program on stdin.
+    # No key comes from a terminal or /dev/null, nor where python reads this program from stdin.
     elif sys.argv[0] in ("-", "") or stat.S_ISCHR(os.fstat(0).st_mode):
         return None
     else:
@@ -4225,7 +4255,8 @@ def sshd_settings(user: str) -> dict[str, list[str]]:
     It is given a host key made for this, since an ordinary user may not read the real ones.
     """
     settings: dict[str, list[str]] = {}
-    # Errors are ignored: the key is linked already, and this only serves warnings.
+    # Errors are ignored: the key is linked already. Without the settings, link warns of less, and
+    # guesses port and host keys.
     with contextlib.suppress(OffsyncError), scratch_directory() as scratch:
         key = os.path.join(scratch, "key")
         make_key(key, "")
@@ -4304,7 +4335,7 @@ def advertised_address(settings: dict[str, list[str]]) -> tuple[int | None, list
     no fingerprints, since these settings are not its own.
     """
     ports = settings.get("port") or ["22"]
-    # CLIENT PORT SERVER PORT
+    # SSH_CONNECTION: the client's address and port, the server's address and port.
     answering = (os.environ.get("SSH_CONNECTION", "").split() or ports[:1])[-1]
     found: list[str] = []
     if answering in ports:
@@ -4322,7 +4353,7 @@ def cmd_link(args: argparse.Namespace) -> int:
     account = current_account()
     risks = args.accept_risk
     munge = not args.symlinks
-    # "target add" takes no other login, and ssh takes few of them.
+    # "target add" refuses any other name of an account, and ssh refuses most of them, too.
     if not re.fullmatch(LOGIN_PATTERN, account.pw_name + "@host"):
         raise OffsyncError(
             f"account {quote_text(account.pw_name)}: ssh takes no login of that name",
@@ -4371,7 +4402,8 @@ def cmd_link(args: argparse.Namespace) -> int:
     set_authorized_key(key, line)
     if was and FORCED_GUARD not in was:
         emit(
-            "replaced a line without today's guard, with which the key could read files", error=True
+            "replaced a line without today's guard: the key could read files outside its path",
+            error=True,
         )
     written = re.fullmatch(OFFSYNC_KEY_LINE, was)
     if written and written_path(written) != path:
@@ -4379,6 +4411,8 @@ def cmd_link(args: argparse.Namespace) -> int:
         undo = ["link", "--path", old, "--key", f"{key.type} {key.blob}"]
         if written["path"].startswith("-munge "):
             undo.append("--no-symlinks")
+        for risk in risks:
+            undo += ["--accept-risk", risk]
         warn(
             f"this key could write below {quote_text(old)}; now it writes below {quote_text(path)} "
             "instead",
@@ -4459,6 +4493,7 @@ def describe_changed_key(state: StateDirectory, stderr: bytes) -> str:
     known = re.search(r"Offending \S+ key in (.+):(\d+)", text)
     facts = f"shown now {shown[2]} ({shown[1]})" if shown else "shown now another one"
     name, number = known.groups() if known else ("", "0")
+    # The name comes from stderr, where others' text may stand, too: no other file is opened.
     usual = ("known_hosts", "known_hosts2", "ssh_known_hosts", "ssh_known_hosts2")
     if name != state.known_hosts and os.path.basename(name) not in usual:
         return replace_unprintable(facts)
@@ -4520,7 +4555,7 @@ def trust_host_key(context: RunContext, host: str, line: str) -> str:
     old = b""
     if os.path.exists(context.state.known_hosts):
         shutil.copyfile(context.state.known_hosts, path)
-        # It knows hashed names, too.
+        # ssh-keygen -R finds hashed names, too.
         removed = run_program(
             [find_program("ssh-keygen"), "-R", host, "-f", path], limit=SESSION_DEADLINE
         )
@@ -4543,9 +4578,9 @@ def connect_trusted(
     """Return (an open connection, the known_hosts file to store; "" if the key is trusted already).
 
     Only one key is trusted: the one that ssh negotiates, once it was compared. A man in the middle
-    can show a key that is not his, but cannot log in with it: so the connection that follows proves
-    that the target has it. ssh reads the known_hosts files of the user and the system for it, too,
-    and refuses a key that is marked as revoked there.
+    can show a key that is not his, but without its private half no connection succeeds: so the one
+    that follows proves that the target has the key. It also reads the known_hosts files of the user
+    and the system, and refuses a key that they mark as revoked.
     """
     connection = Connection(context, target)
     if not wanted:
@@ -4564,7 +4599,7 @@ def connect_trusted(
             f"{target.login}: the target's host key is NOT the expected one: wrong --host-key, or "
             "someone is impersonating the target: expected "
             f"{' or '.join(wanted)}, got {shown} ({key_type})",
-            "compare with what 'offsync link' or 'ssh-keygen -lf' prints on its own console",
+            "compare with what 'offsync link' or 'ssh-keygen -lf' prints on the target's console",
         )
     if not wanted:
         confirm_host_key(target, f"{shown} ({key_type})")
@@ -4583,7 +4618,7 @@ class Proof(NamedTuple):
 
 
 def prove_forwarding(connection: Connection) -> list[Proof]:
-    """Try to reach the target's own network through a connection of its own; return what is told.
+    """Open another connection that asks for a port of the target; return what sshd allows.
 
     ssh -v shows what sshd says of the key's options when it authenticates (auth_debug in OpenSSH):
     nothing else tells the controller of agent forwarding. dropbear's sshd does not report it.
@@ -4620,6 +4655,7 @@ def prove_all(connection: Connection) -> list[Proof]:
     argv = [context.rsync_path, "-n", "-r", *shell, files, os.fsdecode(context.empty) + "/"]
     pulled = connection.run(argv, limit=SESSION_DEADLINE, env=child_environment(for_rsync=True))
     climbed = connection.rsync_with_retry(("-n", "-r"), path="../" + marker, **dry)
+    # rsync names in double quotes the directory that it tried to enter: then rrsync let .. pass.
     climbs = climbed.status == 0 or marker.encode() + b'"' in climbed.stderr
 
     def refused(what: str, result: Result, answer: str) -> Proof:
@@ -4639,11 +4675,11 @@ def prove_all(connection: Connection) -> list[Proof]:
         Proof("write to a path outside", True, prove_path(connection)),
         refused("write to .. of the path", climbed, "accepted" if climbs else ""),
     ]
-    # A terminal has one stream only, so in one the refusal of the command comes back on stdout.
+    # A terminal has one stream only: if the target gives one, the refusal comes back on stdout.
     terminal = connection.session(("-tt",), PROOF_COMMAND)
     passed: bool | None = not terminal.stdout.strip()
-    # An sshd that is not root's cannot make a terminal, and ends the connection. The last pass
-    # opens it once more.
+    # An sshd that is not root's cannot make a terminal, and ends the connection. The dry run below
+    # then connects again.
     if passed and check_refusal(connection.target, terminal):
         passed = None
     word = {True: "refused", False: "given", None: "the connection ended"}[passed]
@@ -4707,7 +4743,7 @@ def cmd_target_add(args: argparse.Namespace) -> int:
 
 # --- System packages ----------------------------------------------------------------------------
 
-# Packages of a controller (Fedora's family), and those of a target (its and Debian's).
+# Packages of a controller on Fedora and its like; packages of a target on these and on Debian.
 CLIENTS = "openssh-clients rsync"
 SERVER = "openssh-server rsync python3"
 # name: (how it installs a package, the packages of a controller, those of a target), in order of
@@ -4787,8 +4823,8 @@ def install_dependencies(role: str, assume_yes: bool = False) -> None:
             "install-deps: this account is not root, and there is no sudo",
             "have root run these commands without sudo",
         )
-    twin = "to be asked nothing, run:", f"offsync install-deps --role {role} -y"
-    if not assume_yes and ask("Run them now? Type y or n: ", twin) not in ("y", "yes"):
+    unasked = "to be asked nothing, run:", f"offsync install-deps --role {role} -y"
+    if not assume_yes and ask("Run them now? Type y or n: ", unasked) not in ("y", "yes"):
         raise OffsyncError(f"install-deps: nothing was installed; missing: {names}")
     # What is missing afterwards tells whether it worked.
     for words in commands:
@@ -4859,7 +4895,7 @@ YAML_WORDS = "y n yes no on off true false null".split()
 def parse_yaml_value(text: str, line: int, key: str | None) -> Any:
     """Return the value of one token: a scalar, or a list of (line, text).
 
-    key: whose value it is, for the message where it is none. Raises UsageError.
+    key: that of the value, for the message of the UsageError that this raises; None in a list.
     """
     if text[0] == '"':
         return json.loads(text)
@@ -4873,8 +4909,9 @@ def parse_yaml_value(text: str, line: int, key: str | None) -> Any:
         return int(text)
     if text[0].isdigit() or text.lower() in YAML_WORDS:
         rule = {**TOP_KEYS, **TARGET_KEYS}.get(key or "")
-        expected = rule.expected if rule else "text in double quotes"
-        raise UsageError(f"{text} is not supported; {key or 'the item'} must be {expected}")
+        if not rule or rule.type is str:
+            raise UsageError(f'{text} needs double quotes: "{text}"')
+        raise UsageError(f"{text} is not supported; {key} must be {rule.expected}")
     return text
 
 
@@ -4895,7 +4932,10 @@ def format_yaml(value: Any) -> str:
 
 
 def format_targets(targets: Sequence[Target]) -> list[str]:
-    """Return the lines of "targets" in config.yaml: keys that are text, or not the default."""
+    """Return the lines of "targets" in config.yaml.
+
+    Of a target, they have all keys whose value is text, and others that differ from the default.
+    """
     lines = ["targets:"] if targets else ["targets: []"]
     for target in targets:
         mark = "-"
@@ -4917,8 +4957,8 @@ def format_new_config(source: str) -> str:
 def replace_block(text: str, key: str, block: Sequence[str]) -> str:
     """Return config text with one top-level key's lines replaced; all else stays.
 
-    Its lines are the key's, and the indented or dashed ones that follow. Comments and blank lines
-    after the last of them are kept.
+    These reach from the key to its last indented or dashed line. Comments among them are lost; what
+    follows them stays.
     """
     lines = rf"(?m)^{key}:.*(?:(?:\n *(?:#.*)?\r?)*\n(?:-| +[^ #\r\n]).*)*"
 
@@ -4947,12 +4987,12 @@ def validate_login(login: str) -> str:
 
 
 def validate_absolute_path(path: str, what: str) -> str:
-    """Return the path normalised; absolute, without control characters and undecodable bytes."""
+    """Return the path normalised. Raises UsageError unless it is absolute, short and plain text."""
     if not path.startswith("/") or re.search(CONTROL_CHARS, path) or len(os.fsencode(path)) > 4000:
-        raise UsageError(
-            f"{what} {quote_text(path)}: not an absolute path in UTF-8, of at most 4000 bytes, "
-            "without control characters"
-        )
+        why = "not an absolute path"
+        if path.startswith("/"):
+            why = "longer than 4000 bytes, or with control characters, or not UTF-8"
+        raise UsageError(f"{what} {quote_text(path)}: {why}")
     return posixpath.normpath("/" + path.lstrip("/"))
 
 
@@ -4969,8 +5009,9 @@ def value_option(metavar: str, text: str, **more: Any) -> dict[str, Any]:
 class KeySpec(NamedTuple):
     """What a key of config.yaml must be.
 
-    normalize: returns the value unchanged, or it is refused; so it is where this raises UsageError.
-    option: of "target add", with its keyword arguments for add_argument(); "" if there is none.
+    normalize: config.yaml may have a value only if this returns it unchanged; if not, or if this
+    raises UsageError, the value is refused. ("target add" uses what it returns.) option and
+    argparse_kwargs: the argument of "target add" for this key, and how add_argument() defines it.
     """
 
     expected: str
@@ -5002,6 +5043,7 @@ PATH_RULE = "an absolute path without ~, .. and double or trailing slashes"
 TOP_KEYS = {
     "version": KeySpec("the number 1", int, ..., in_range(1, 1)),
     "source": KeySpec(
+        # The path stays as it was typed, even with .. or a final slash.
         "an absolute path; ~ is not expanded",
         str,
         ...,
@@ -5111,7 +5153,8 @@ def put(mapping: dict[str, Any], rules: dict[str, KeySpec], key: str, given: Any
     if key not in rules:
         raise UsageError(f"unknown key {key}", *did_you_mean(key, rules))
     if key in mapping:
-        raise UsageError(f'the key {key} is there twice; each target begins with "- login:"')
+        why = '; each target begins with "- login:"' if rules is TARGET_KEYS else ""
+        raise UsageError(f"the key {key} is there twice{why}")
     fine = False
     with contextlib.suppress(UsageError):
         typed = rules[key].type in (object, type(given))
@@ -5154,7 +5197,9 @@ def validate_config(text: str, filename: str, source: str | None = None) -> Conf
             value = match["value"] and parse_yaml_value(match["value"], number, key)
             if match["dash"]:
                 if opened is None or (opened and indent != dash):
-                    raise UsageError("a list item where none is expected; indent all items alike")
+                    raise UsageError(
+                        "a list item where none is expected; remove it, or indent all items alike"
+                    )
                 if value is None:
                     raise UsageError("an empty list item; remove it")
                 dash = indent
@@ -5288,7 +5333,8 @@ def terminal_size(stream: Any) -> tuple[int, int]:
 def fold(text: str, columns: int) -> str:
     """Return a text for a terminal, with each line broken between words, except for commands.
 
-    A command is a line that is indented by four blanks or more. Colours have no width.
+    A command is a line that is indented by four blanks or more, and is no hint. Colours have no
+    width.
     """
     lines: list[str] = []
     for line in text.split("\n"):
@@ -5310,9 +5356,10 @@ def fold(text: str, columns: int) -> str:
 
 
 def emit(text: str | bytes, error: bool = False, prose: bool = False) -> None:
-    """Print a line, or bytes: a result on stdout, with error on stderr. A closed pipe is no error.
+    """Print a line, or bytes, on stdout; on stderr if error is set. A closed pipe is no error.
 
-    On a terminal, prose is folded, and so is all on stderr; in a pipe, lines stay as they are.
+    On a terminal, prose is folded, and so is all on stderr but the commands that -v shows. In a
+    pipe, lines stay as they are.
     """
     stream = sys.stderr if error else sys.stdout
     try:
@@ -5424,7 +5471,7 @@ def draws(stream: Any) -> bool:
 
 
 def ask(question: str, *hints: Hint) -> str:
-    """Return the answer typed on the terminal; without one, an error with these hints.
+    """Return the answer typed on the terminal. Without a terminal, raise OffsyncError with hints.
 
     What was typed before the question is discarded. Under "su -c" only stdin leads to the
     terminal.
@@ -5543,17 +5590,18 @@ def cmd_init(args: argparse.Namespace) -> int:
             )
         state.replace_in_config("source", ["source: " + format_yaml(source)])
     comment = "offsync@" + re.sub(r"[^A-Za-z0-9.-]", "", os.uname().nodename)
+    public = state.key + ".pub"
     if not os.path.lexists(state.key):
-        if os.path.exists(state.key + ".pub"):
+        if os.path.exists(public):
             warn("the private key was missing; a new one was created", "link it on every target")
+            os.rename(public, public + ".old")
         make_key(state.key, comment)
     check_private(state.key)
     # ssh-keygen before OpenSSH 8.2 prints no comment.
     words = [*read_public_key(state.key).decode("utf-8", "replace").split(None, 2), comment]
     key = " ".join(words[:3]).strip()
-    public = state.key + ".pub"
+    # An old line is kept: it may be linked on targets, where "unlink" needs it.
     if os.path.exists(public) and read_file(public, "key").split()[:2] != key.encode().split()[:2]:
-        # That line may be linked on targets, where "unlink" needs it.
         os.rename(public, public + ".old")
     write_atomically(public, [key.encode() + b"\n"], 0o644)
     emit(f"source {quote_text(state.load().source)}, config {quote_text(state.config)}", True)
@@ -5567,7 +5615,7 @@ def cmd_init(args: argparse.Namespace) -> int:
 
 
 def read_record(line: bytes) -> Record | None:
-    """Return the record of a line that offsync wrote; None for what is none."""
+    """Return the record in a line of the log, or of a status; None if offsync did not write it."""
     try:
         record = Record(**json.loads(line))
         names = (*(record.files_changed or ()), *(record.files_deleted or ()))
@@ -5591,7 +5639,7 @@ def read_statuses(state: StateDirectory) -> dict[str, Record]:
 
 
 def read_log(state: StateDirectory) -> Iterator[tuple[bytes, Record]]:
-    """Yield (line, record) of operations.log; what is half written, or none, is passed over."""
+    """Yield (line, record) of operations.log. Lines that are no records are passed over."""
     if os.path.isfile(state.log):
         with open(state.log, "rb") as stream:
             for line in stream:
@@ -5801,6 +5849,7 @@ def print_plans(
         return
     groups: dict[Any, list[TargetPlan]] = {}
     for plan in plans:
+        # Equal plans share one object (RunContext.equal_changes).
         key = (plan.error.why, plan.error.hints) if plan.error else id(plan.changes)
         groups.setdefault(key, []).append(plan)
     # Targets with changes come last, next to the prompt.
@@ -5945,7 +5994,7 @@ class Report:
             emit(f"{plural(total, 'target')}: {', '.join(counts)}", prose=True)
 
     def print(self, login: str, quiet: bool = False) -> None:
-        """Print one record, once; an equal failure is counted, and named at the end."""
+        """Print one record, once. Of equal failures, the first; __exit__ names the other logins."""
         record, failed = self.log.unreported.pop(login)
         self.results.setdefault(record.result, []).append(login)
         text = describe_record(record)
@@ -5973,7 +6022,7 @@ def cmd_apply(args: argparse.Namespace) -> int:
         os.close(open_log(state, "; nothing was sent"))
         take_lock(state, "apply")
         log.locked = True
-        if load_targets(state, args) != (config, targets, typed):
+        if state.load() != typed.configured:
             raise OffsyncError(
                 f"config {state.config}: it changed while apply was starting", "try again"
             )
@@ -6218,7 +6267,10 @@ def check_target(context: RunContext, target: Target) -> list[Proof] | OffsyncEr
 
 
 def print_examined(target: Target, found: list[Proof] | OffsyncError, short: bool) -> bool:
-    """Print what was found out on a target; return whether all is right. short: then one line."""
+    """Print what was found out on a target; return whether all is right.
+
+    short: print one line for a healthy target.
+    """
     if isinstance(found, OffsyncError):
         emit(target.where)
         text = f"{colour('failed', 'PROBLEM')}  {getattr(found, 'why', found.message)}"
@@ -6300,7 +6352,7 @@ def cmd_completion(args: argparse.Namespace) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but wrong usage is one line on stderr, and options are not abbreviated."""
+    """argparse, but wrong usage raises UsageError, and options are not abbreviated."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(
@@ -6331,7 +6383,7 @@ def given_source(named: str) -> str:
 
 # Arguments of several commands, with their keyword arguments for add_argument().
 KEY_OPTIONS = {
-    "--key": value_option("TEXT", "the public key line (default: from a pipe; link asks for it)"),
+    "--key": value_option("TEXT", "the public key line (default: from a pipe)"),
     "--key-file": value_option("FILE", "a file with the public key line"),
 }
 JSON = {"--json": flag_option("print JSON")}
@@ -6536,7 +6588,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--contract", **flag_option("print what it reads, writes, runs and never does")
     )
-    verbose = flag_option("print every program before it starts")
+    verbose = flag_option("print each program before it starts")
     parser.add_argument("-v", "--verbose", **verbose)
     parser.set_defaults(function=None, prog="offsync", command=None)
     commands = parser.add_subparsers(
@@ -6581,10 +6633,13 @@ def run_command(argv: Sequence[str]) -> int:
     args, unknown = build_parser().parse_known_args(argv)
     if unknown:
         arguments = COMMANDS[args.command][3] if args.command else {}
-        options = [option for name in arguments for option in name.split()]
+        options = [word for name in arguments for word in name.split() if word[0] == "-"]
+        hints = did_you_mean(unknown[0], options, listed=False)
+        if not unknown[0].startswith("-"):
+            hints.append("put what has blanks, such as a key, into quotes")
         raise UsageError(
             f"unrecognized arguments: {quote_text(' '.join(unknown))}",
-            *did_you_mean(unknown[0], options, listed=False),
+            *hints,
             ("see:", f"{args.prog} --help"),
         )
     if args.verbose:
@@ -6644,7 +6699,7 @@ def report_errors(argv: Sequence[str]) -> int:
         status = run_command(argv)
     except SystemExit:  # --help
         status = 0
-    except (OffsyncError, OSError, MemoryError) as problem:
+    except (OffsyncError, OSError, MemoryError, RecursionError) as problem:
         error = as_offsync_error(problem)
         emit_error("offsync: error: " + error.message, error)
         status = error.status

@@ -27,7 +27,7 @@ class Deleting(OneTargetCase):
             self.lab.offsync("apply --delete"),
             1,
             "nothing was sent",
-            "31 now, 1 afterwards",
+            "31 entries now, 1 afterwards",
             "max_delete",
             "by its ID",
             "mounted",

@@ -30,7 +30,7 @@ from lab import (
 )
 
 # Commands that only look, on the target's side, with how they end where there is nothing to see.
-LOOKS = {"pgrep": 1, "getent": 0, "chage": 0, "findmnt": 0, "df": 0, "find": 0}
+LOOKS = {"pgrep": 1, "getent": 0, "chage": 0, "findmnt": 0, "df": 0, "cat": 0, "find": 0}
 # Commands in hints of failures that are typed in no test here, and why.
 ELSEWHERE = {
     "ssh-keygen -lf": "on the target's own console: it reads the host key of the system's sshd",
@@ -203,6 +203,11 @@ class OneTarget(Typing):
         self.lab.offsync("init", check=0)
         self.assertEqual(read(self.key + ".pub.old"), public)
         self.assertEqual(read(self.key + ".pub").split()[:2], read(other + ".pub").split()[:2])
+        # Also where init makes a new key in place of one that is lost.
+        public = read(self.key + ".pub")
+        os.unlink(self.key)
+        self.lab.offsync("init", check=0)
+        self.assertEqual(read(self.key + ".pub.old"), public)
 
     def test_a_target_that_is_removed(self) -> None:
         done = self.type("offsync target remove " + self.one.login)

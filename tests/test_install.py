@@ -406,6 +406,12 @@ class Asking(InstallDeps):
         self.assertIn("apt-get: cannot be started", done.err)
         self.assertNotIn("offsync install-deps", done.err)
 
+    def test_a_program_whose_words_hold_a_percent_sign(self) -> None:
+        odd = self.bin + "/100%x"
+        write(odd, "#!/bin/sh\necho 100% broken >&2; exit 3\n", 0o755)
+        done = self.lab.offsync("manifest", self.lab.source, env={"OFFSYNC_RSYNC": odd})
+        self.assert_refused(done, 1, "100%x is a program that fails: 100% broken", "3.1.2 or newer")
+
     def test_a_variable_that_names_no_program(self) -> None:
         env = {"OFFSYNC_RSYNC": "/nowhere/rsync"}
         for args in (["init", "--source", self.lab.source], ["plan"]):

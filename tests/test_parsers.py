@@ -385,6 +385,10 @@ class Limits(unittest.TestCase):
                 output.feed(chunk)
         with self.assertRaisesRegex(offsync.EndlessOutput, "printed more than offsync reads"):
             offsync.Output(None).feed_stderr(b"x" * (offsync.OUTPUT_LIMIT + 1))
+        # A pass that sends for days prints a line of progress a second: its room grows with time.
+        days = offsync.Output(lambda line: None, 1000)
+        days.started -= 10 * 86400
+        days.feed(b"\r  1,000,000  10%  250.00kB/s    1:00:00".ljust(75) * 20_000)
         lines: list = []
         output = offsync.Output(lines.append)
         for _ in range(3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import random
 import shutil
 import socket
@@ -97,6 +98,17 @@ class Scope(OneTargetCase):
 
 
 class Reasons(OneTargetCase):
+    def test_a_mode_is_shown_where_others_may_write(self) -> None:
+        """Or where it has setuid or setgid: what is added needs a look then."""
+        for name, mode in (("open", 0o666), ("group", 0o664), ("setgid", 0o2755), ("plain", 0o644)):
+            write(self.source + "/" + name, "x", mode)
+        shown = re.findall(
+            r"added +not on target +([0-7]*) +1 B +(\S+)", self.lab.offsync("plan").out
+        )
+        self.assertEqual(
+            shown, [("", "group"), ("0666", "open"), ("", "plain"), ("2755", "setgid")]
+        )
+
     def test_every_reason(self) -> None:
         when = 1_600_000_000
         for name, ours, theirs in (

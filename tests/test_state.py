@@ -655,7 +655,7 @@ class Surroundings(WrappedRsyncCase):
         for number in range(30):
             write(self.there + "/d%d" % number, "x")
         done = self.lab.offsync("plan --delete", program=quick, check=0)
-        self.assertIn("would lose more than max_delete", done.out)
+        self.assertIn("would shrink by more than max_delete", done.out)
         self.assertNotIn("apply --delete", done.out)
         kept = self.lab.offsync("plan --delete", check=0).out
         self.assertIn("apply --delete --plan " + kept.split()[-1], kept)

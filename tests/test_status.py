@@ -67,6 +67,10 @@ class Status(ThreeTargetsCase):
             write(names, text)
             self.assert_refused(self.lab.offsync("plan", "@" + names), 2, said)
         self.assert_refused(self.lab.offsync("plan", "@" + names + "x"), 2, "does not exist")
+        # A pipe can be read only once.
+        piped = self.targets[0].login.encode()
+        out = self.lab.offsync("apply", "@/dev/stdin", input=piped, check=0).out
+        self.assertEqual([t.login in out for t in self.targets], [True, False, False])
 
     def test_verify_beside_an_apply_says_so_and_ends(self) -> None:
         write(self.source + "/f", "x")
