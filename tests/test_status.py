@@ -158,6 +158,7 @@ class OperationsLog(ThreeTargetsCase):
     def test_what_reached_whom(self) -> None:
         write(self.source + "/app.conf", "1")
         write(self.source + "/d/new\nline.conf", "1")
+        write(self.source + "/d/deep.txt", "1")
         one = self.targets[0].login
         self.lab.offsync("apply", one, check=0, env={"SUDO_USER": "anna"})
         self.lab.offsync("apply", check=0)
@@ -185,7 +186,13 @@ class OperationsLog(ThreeTargetsCase):
         )
         self.assertEqual(len(self.log("--name", "app.conf")), 1 + 4)
         # A name that is quoted is matched as the log has it.
-        for pattern, count in (("*.conf", 4), ('"d/*', 3), ("*new*line.conf*", 3), ("nothing", 0)):
+        for pattern, count in (
+            ("*.conf", 4),
+            ('"d/*', 3),
+            ("*new*line.conf*", 3),
+            ("deep.*", 3),
+            ("nothing", 0),
+        ):
             self.assertEqual(len(self.log("--name", pattern)[1:]), count, pattern)
         lines = self.log(one, "--json")
         self.assertEqual(
