@@ -172,6 +172,11 @@ class LabTarget:
         self.process = None
         self.start()
 
+    @property
+    def words(self) -> list:
+        """Return what names this target to target add: login, path and port."""
+        return [self.login, "--path", self.path, "--port", str(self.port)]
+
     def new_host_key(self) -> None:
         """Give the host a new ed25519 key; a running sshd must be restarted."""
         for path in (self.host_key, self.host_key + ".pub"):
@@ -376,12 +381,12 @@ class Lab:
             raise AssertionError("a traceback: " + done.err)
         return done
 
-    def start(self, *args, **more) -> subprocess.Popen:
+    def start(self, *args, program: str = OFFSYNC, **more) -> subprocess.Popen:
         """Start offsync.py in the background, as a terminal would: signals that we ourselves
         ignore (nohup) are not passed on.
         """
         return subprocess.Popen(
-            [sys.executable, OFFSYNC, *words(args)],
+            [sys.executable, program, *words(args)],
             env=dict(self.env, **more.pop("env", {})),
             preexec_fn=lambda: [
                 signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)
@@ -417,8 +422,8 @@ class Lab:
 
     def add(self, target: LabTarget, *args, check=0):
         """Run target add with the target's real fingerprint."""
-        words = ["target add", target.login, "--path", target.path, "--port", str(target.port)]
-        return self.offsync(*words, "--host-key", target.fingerprint, *args, check=check)
+        words = ("target add", *target.words, "--host-key", target.fingerprint)
+        return self.offsync(*words, *args, check=check)
 
     def linked_target(self, name: str, options: str = "") -> LabTarget:
         """Return a new target, linked and added."""
@@ -659,8 +664,10 @@ class ThreeTargetsCase(LabTestCase):
 class WrappedRsyncCase(OneTargetCase):
     """Wrappers of the controller's rsync and the target's rrsync that act at one step."""
 
-    def wrap_target_rrsync(self, script: str) -> None:
-        """Replace the target's rrsync by a script, in which "real" is the real one."""
+    def wrap_target_rrsync(self, script: str) -> str:
+        """Replace the target's rrsync by a script, in which "real" is the real one, and which runs
+        in the delivery path; return the line of authorized_keys as it was.
+        """
         path = self.lab.base + "/standing-rrsync"
         write(
             path,
@@ -671,6 +678,7 @@ class WrappedRsyncCase(OneTargetCase):
         line = read(self.target.keys)
         self.addCleanup(write, self.target.keys, line)
         write(self.target.keys, line.replace("/usr/bin/rrsync", path))
+        return line
 
     def wrap_local_rsync(self, script: str) -> dict:
         """Return the environment in which a script is rsync, in which "real" is the real one."""

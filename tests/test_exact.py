@@ -412,14 +412,7 @@ class Timeouts(WrappedRsyncCase):
         write(self.source + "/big", os.urandom(3 << 20))
         write(self.there + "/big", os.urandom(3 << 20))
         self.lab.configure(bwlimit="1000")
-        process = subprocess.Popen(
-            [sys.executable, quick, "apply"],
-            env=self.lab.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        process = self.lab.start("apply", program=quick)
         wait_for(
             lambda: any(name.startswith(".big") for name in os.listdir(self.there)), "the transfer"
         )

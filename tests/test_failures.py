@@ -20,6 +20,7 @@ from lab import (
     OFFSYNC,
     LabTestCase,
     OneTargetCase,
+    WrappedRsyncCase,
     comm,
     descendants,
     mentions,
@@ -265,7 +266,14 @@ class Kills(OneTargetCase):
             self.assertIn(process.returncode, (130, 143))
 
 
-class Trouble(OneTargetCase):
+# For wrap_target_rrsync(): an rrsync that delivers, and then loses this file.
+DISCARD = (
+    'real; s=$?; case "$SSH_ORIGINAL_COMMAND" in *--delay-updates*) rm -f %s; exit 0;; esac;'
+    " exit $s"
+)
+
+
+class Trouble(WrappedRsyncCase):
     def failing(self, *words: str) -> None:
         """apply fails with these words, logs it, and works again when the trouble is over (the
         caller mends it).
@@ -339,15 +347,10 @@ class Trouble(OneTargetCase):
         write(self.source + "/g", "good")
         write(self.there + "/g", "good")
         write(self.there + "/old", "old")
-        keys, script = read(self.target.keys), self.lab.base + "/spoiling-rrsync"
-        write(
-            script,
-            '#!/bin/sh\nset -- "$@" $SSH_ORIGINAL_COMMAND\n/usr/bin/rrsync "$1"'
-            ' "$2"\nstatus=$?\ncase "$5" in *n*) ;; *) echo spoiled > %s/g;; esac\nexit $status\n'
-            % self.there,
-            0o755,
+        keys = self.wrap_target_rrsync(
+            "real; s=$?; set -- $SSH_ORIGINAL_COMMAND\n"
+            'case "$3" in *n*) ;; *) echo spoiled > g;; esac; exit $s'
         )
-        write(self.target.keys, keys.replace("/usr/bin/rrsync", script))
         done = self.lab.offsync("apply --delete", check=1)
         self.assertEqual(read(self.there + "/f"), "new", done.err)
         self.assertEqual(read(self.there + "/g"), "spoiled\n", done.err)
@@ -359,16 +362,10 @@ class Trouble(OneTargetCase):
     def test_source_changes_under_the_run(self) -> None:
         """The target's rrsync is wrapped: the source file changes after the transfer."""
         write(self.source + "/f", "planned")
-        rrsync = self.lab.base + "/changing-rrsync"
-        write(
-            rrsync,
-            '#!/bin/sh\ncase "$SSH_ORIGINAL_COMMAND" in *--delay-updates*) echo changed > %s/f;;'
-            ' esac\nexec /usr/bin/rrsync "$@"\n' % self.source,
-            0o755,
+        self.wrap_target_rrsync(
+            'case "$SSH_ORIGINAL_COMMAND" in *--delay-updates*) echo changed > %s/f;; esac; real'
+            % self.source
         )
-        line = read(self.target.keys)
-        self.addCleanup(write, self.target.keys, line)
-        write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
         done = self.lab.offsync("apply", check=1)
         self.assertRegex(done.err, "the source changed after it was planned.*: f;")
         self.assertEqual(self.lab.records()[-1]["result"], "failed")
@@ -376,16 +373,7 @@ class Trouble(OneTargetCase):
     def test_a_target_that_discards_what_it_gets(self) -> None:
         """Exit status 0 proves nothing."""
         write(self.source + "/f", "content")
-        rrsync = self.lab.base + "/discarding-rrsync"
-        write(
-            rrsync,
-            '#!/bin/sh\n/usr/bin/rrsync "$@"\nstatus=$?\ncase "$SSH_ORIGINAL_COMMAND" in'
-            " *--delay-updates*) rm -f %s/f; exit 0;; esac\nexit $status\n" % self.there,
-            0o755,
-        )
-        line = read(self.target.keys)
-        self.addCleanup(write, self.target.keys, line)
-        write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
+        self.wrap_target_rrsync(DISCARD % "f")
         self.failing("verification found differences:", ": f; nothing was delivered")
         self.assertEqual(
             (self.lab.records()[-1]["result"], self.lab.records()[-1]["files_changed"]),
@@ -394,21 +382,13 @@ class Trouble(OneTargetCase):
 
     def test_a_target_that_changes_what_it_gets(self) -> None:
         """Same size, same time stamp: only hashes tell, in a first delivery as in a later one."""
-        rrsync = self.lab.base + "/corrupting-rrsync"
-        write(
-            rrsync,
-            '#!/bin/sh\n/usr/bin/rrsync "$@"\nstatus=$?\ncase "$SSH_ORIGINAL_COMMAND" in'
-            " *--delay-updates*)\ntouch -r %s/f %s/time; echo evil > %s/f; touch -r %s/time %s/f;;"
-            " esac\nexit $status\n"
-            % (self.there, self.lab.base, self.there, self.lab.base, self.there),
-            0o755,
-        )
-        line = read(self.target.keys)
-        self.addCleanup(write, self.target.keys, line)
         write(self.source + "/unchanging")
         for content in ("good", "fine"):
             write(self.source + "/f", content + "\n")
-            write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
+            line = self.wrap_target_rrsync(
+                'real; s=$?; case "$SSH_ORIGINAL_COMMAND" in *--delay-updates*) touch -r f ../time;'
+                " echo evil > f; touch -r ../time f;; esac; exit $s"
+            )
             self.failing("verification found differences:", ": f; ")
             self.assertEqual(
                 self.lab.records()[-1]["files_changed"], [] if content == "fine" else ["unchanging"]
@@ -421,16 +401,7 @@ class Trouble(OneTargetCase):
         write(self.source + "/new.conf", "content")
         write(self.there + "/old.conf", "content")
         self.lab.configure(delete="true")
-        rrsync = self.lab.base + "/discarding-rrsync"
-        write(
-            rrsync,
-            '#!/bin/sh\n/usr/bin/rrsync "$@"\nstatus=$?\ncase "$SSH_ORIGINAL_COMMAND" in'
-            " *--delay-updates*) rm -f %s/new.conf; exit 0;; esac\nexit $status\n" % self.there,
-            0o755,
-        )
-        line = read(self.target.keys)
-        self.addCleanup(write, self.target.keys, line)
-        write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
+        line = self.wrap_target_rrsync(DISCARD % "new.conf")
         self.failing("verification found differences:", ": new.conf; nothing was delivered")
         self.assertEqual(read(self.there + "/old.conf"), "content")
         write(self.target.keys, line)
@@ -489,14 +460,7 @@ class Trouble(OneTargetCase):
             % (sys.executable, os.path.join(os.path.dirname(OFFSYNC), "tests", "delay.py")),
         )
         self.addCleanup(write, self.lab.ssh_config, "")
-        process = subprocess.Popen(
-            [sys.executable, quick, "apply"],
-            env=self.lab.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        process = self.lab.start("apply", program=quick)
         wait_for(
             lambda: (
                 any(
@@ -651,18 +615,8 @@ class BadSurroundings(LabTestCase):
             home=target.home,
             check=0,
         )
-        self.lab.offsync(
-            "target add",
-            target.login,
-            "--path",
-            target.path,
-            "--port",
-            str(target.port),
-            "--host-key",
-            target.fingerprint,
-            env={"OFFSYNC_HOME": spaced},
-            check=0,
-        )
+        words = ("target add", *target.words, "--host-key", target.fingerprint)
+        self.lab.offsync(*words, env={"OFFSYNC_HOME": spaced}, check=0)
         write(self.lab.source + "/f")
         long = self.lab.base + "/" + "t" * 100
         os.mkdir(long)

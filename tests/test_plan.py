@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import random
+import re
 import shutil
 import socket
 import stat
 import subprocess
 import unittest
 
-from lab import OneTargetCase, read, snapshot, write
+from lab import OneTargetCase, WrappedRsyncCase, read, snapshot, write
 
 
 class Scope(OneTargetCase):
@@ -274,7 +274,7 @@ class Reasons(OneTargetCase):
         self.assertEqual(snapshot(self.there), snapshot(self.source))
 
 
-class Policies(OneTargetCase):
+class Policies(WrappedRsyncCase):
     def test_delete_false_and_overwrite_false_refuse_the_whole_run(self) -> None:
         other = self.lab.configured_target("other")
         self.addCleanup(lambda: self.lab.offsync("target remove", other.login, check=0))
@@ -329,16 +329,10 @@ class Policies(OneTargetCase):
         write(self.source + "/f", b"new")
         write(self.there + "/old")
         self.lab.configure(delete="true")
-        rrsync = self.lab.base + "/racing-rrsync"
-        write(
-            rrsync,
-            '#!/bin/sh\n/usr/bin/rrsync "$@"\nstatus=$?\ncase "$SSH_ORIGINAL_COMMAND" in'
-            " *--delay-updates*) echo mine > %s/appeared;; esac\nexit $status\n" % self.there,
-            0o755,
+        self.wrap_target_rrsync(
+            'real; s=$?; case "$SSH_ORIGINAL_COMMAND" in *--delay-updates*) echo mine > appeared;;'
+            " esac; exit $s"
         )
-        line = read(self.target.keys)
-        self.addCleanup(write, self.target.keys, line)
-        write(self.target.keys, line.replace("/usr/bin/rrsync", rrsync))
         done = self.lab.offsync("apply", check=1)
         self.assertIn("nothing was deleted", done.err)
         self.assertIn("appeared", done.err)

@@ -689,14 +689,7 @@ class Surroundings(WrappedRsyncCase):
         self.assertIn("the key is restricted to a different path", done.out + done.err)
         write(self.target.keys, line)
         before = self.target.read_log().count("Starting session")
-        process = subprocess.Popen(
-            [sys.executable, slow, "plan"],
-            env=self.lab.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        process = self.lab.start("plan", program=slow)
         wait_for(
             lambda: self.target.read_log().count("Starting session") >= before + 3,
             "the pass and both proofs",

@@ -35,37 +35,15 @@ class HostKeys(LabTestCase):
         self.lab.link(self.target)
 
     def add(self, *args, check=None):
-        return self.lab.offsync(
-            "target add",
-            self.target.login,
-            "--path",
-            self.target.path,
-            "--port",
-            str(self.target.port),
-            *args,
-            check=check,
-        )
+        return self.lab.offsync("target add", *self.target.words, *args, check=check)
 
     def configured(self) -> bool:
         return self.target.login in read(self.lab.state + "/config.yaml")
 
     def on_terminal(self, answer: str) -> tuple:
         """Run target add on a terminal of its own; return (exit status, what was shown)."""
-        return type_on_terminal(
-            [
-                sys.executable,
-                OFFSYNC,
-                "target",
-                "add",
-                self.target.login,
-                "--path",
-                self.target.path,
-                "--port",
-                str(self.target.port),
-            ],
-            self.lab.env,
-            (b"yes or no: ", answer + "\n"),
-        )
+        argv = [sys.executable, OFFSYNC, "target", "add", *self.target.words]
+        return type_on_terminal(argv, self.lab.env, (b"yes or no: ", answer + "\n"))
 
     def test_yes_typed_in_full_stores_what_was_shown(self) -> None:
         for answer in ("y", "no", ""):
@@ -588,17 +566,8 @@ class ManInTheMiddle(LabTestCase):
         self.lab.link(target)
         write(self.lab.ssh_config, "SendEnv *\nSetEnv SECRET=abc\n")
         for args in ((), ("--host-key", "SHA256:" + "A" * 43)):
-            self.lab.offsync(
-                "target add",
-                target.login,
-                "--path",
-                target.path,
-                "--port",
-                str(target.port),
-                *args,
-                env={"LC_SECRET": "x"},
-                check=1,
-            )
+            words = ("target add", *target.words, *args)
+            self.lab.offsync(*words, env={"LC_SECRET": "x"}, check=1)
         self.assertFalse(os.path.exists(seen))
         self.assertEqual(target.read_log().count("Starting session"), 0)
 
