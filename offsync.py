@@ -35,7 +35,7 @@ never   deletes without "delete: true" or --delete, overwrites where the config
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 354 to 3390, in the order in
+To audit it, read the trust core first: lines 354 to 3425, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -149,7 +149,7 @@ def as_offsync_error(problem: BaseException) -> OffsyncError:
     """Return an error that has a message and hints, whatever was raised."""
     if isinstance(problem, OffsyncError):
         return problem
-    # A MemoryError has no text; of FileNotFoundError, only os.getcwd()'s has no file name.
+    # A MemoryError has no text. A FileNotFoundError without a file name is that of os.getcwd().
     why = getattr(problem, "strerror", None) or str(problem) or "not enough memory"
     name = getattr(problem, "filename", None)
     if name:
@@ -387,10 +387,10 @@ STDERR_KEPT = 1 << 14  # bytes
 OUTPUT_LIMIT = 1 << 22  # bytes that a program may print, except rsync
 MAX_LINE = 1 << 16  # bytes; a path has at most 4096, and rsync writes up to 5 for each
 LINE_COST = 150  # bytes of memory that a line takes beside its text
-# After an error the target's rsync sleeps for 0.1 s (cleanup.c) before it releases rrsync's lock.
-# Only then does our ssh end. It has inherited our rsync's stderr, which therefore reaches its end
-# when the lock is free. After our rsync has ended, we wait for that, at most:
-SESSION_END = 0.5  # seconds
+# Seconds in which we go on reading, at most, once our rsync has ended. After an error the target's
+# rsync sleeps for 0.1 s (cleanup.c) before it releases rrsync's lock; our ssh ends only then. It
+# writes to the same pipe as our rsync (stderr): the end of that pipe shows that the lock is free.
+SESSION_END = 0.5
 # Bytes a second that a program may print beyond its room: rsync shows a line of progress a second.
 PROGRESS_RATE = 1000
 Argv = Sequence[Union[str, bytes]]
@@ -458,10 +458,11 @@ def run_program(
 ) -> Result:
     """Run a program and return how it ended. Every program but those of clean_up() starts here.
 
-    No shell is used. stdin: PIPE stays open and silent. stderr: an open file instead of a
-    pipe. stdout is returned, or given to on_line line by line (\\r ends a line, too).
-    limit: seconds for the whole run. With silence, limit is the time until something comes on
-    stdout, which from then on may be silent for so many seconds. room: bytes that it may print.
+    No shell is used. stdin: with PIPE, a pipe into which nothing is written, and which stays open.
+    stderr: an open file instead of a pipe. stdout is returned, or given to on_line line by line
+    (\\r ends a line, too). limit: seconds for the whole run. If silence is given, limit holds until
+    the first output on stdout; from then on, stdout may be silent for that many seconds (silence).
+    room: bytes that it may print.
     attach_terminal: a package manager: it writes to our stderr, and no signal of ours ends it.
     The working directory is /, since ours may be gone.
     Raises Cancelled where the run is over, EndlessOutput, and OffsyncError if it cannot be started.
@@ -635,11 +636,11 @@ class Output:
 
 
 def retry_attempts() -> Iterator[bool]:
-    """Yield whether this attempt is the last one, and wait between them; the only loop of retries.
+    """Yield once for each attempt, True for the last one; wait between the attempts.
 
-    They are for connections that sshd drops (MaxStartups), for rrsync's lock, and for sessions
-    beyond MaxSessions. The delays add up to 24 s, more than the penalty of sshd 9.8 for two failed
-    logins (PerSourcePenalties: 16 s).
+    All retries use this. They are for connections that sshd drops (MaxStartups), for rrsync's lock,
+    and for sessions beyond MaxSessions. The delays add up to 24 s, more than the penalty of sshd
+    9.8 for two failed logins (PerSourcePenalties: 16 s).
     """
     for delay in (0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0):
         yield False
@@ -648,10 +649,7 @@ def retry_attempts() -> Iterator[bool]:
 
 
 class ThreadPool:
-    """Threads that carry out functions; the only helper for that.
-
-    Data that a function shares with other threads has a comment at its definition.
-    """
+    """Threads that carry out functions; the only helper for that."""
 
     def __init__(self, threads: int) -> None:
         # Imported on first use, since it is slow to import.
@@ -697,13 +695,15 @@ INVISIBLE = re.compile(
     "\U0001d159\U000e0100-\U000e01ef]"
 )
 C_ESCAPES = {7: "a", 8: "b", 9: "t", 10: "n", 11: "v", 12: "f", 13: "r", 34: '"', 92: "\\"}
+# Quotes and backslashes mark a quoted name. The others are blanks at an end, what looks like the
+# gap between columns, and the arrow before the target of a symlink.
 MISLEADING = re.compile(r'["\\]|^ | $| {3}| -> ')
 
 
 def quote_name(name: bytes, quoted: bool = False) -> str:
     """Return a name for people and logs: as it is, or quoted as git does where it could mislead.
 
-    An unquoted result holds no quote and no backslash, and nothing in a result moves a cursor.
+    An unquoted result holds no double quote and no backslash; nothing in a result moves a cursor.
     quoted: quote it in any case, since a similar name stands beside it.
     """
     try:
@@ -902,8 +902,8 @@ locked (retry)
   why: another rsync session holds the lock on {path}
   hint: try again when it has ended
   hint: a lost connection can hold it until "timeout" of the config has passed; on the target,
-    see which rsync it is, then end that one with kill:
-    $ pgrep -u {user} -fl rsync
+    see which rsync works below this path, and only if you are sure end that one with kill:
+    $ pgrep -u {user} -fa rsync
 
 session-refused (retry)
   if: ession open refused
@@ -925,19 +925,18 @@ busy-sshd (retry)
   if: Not allowed at this time
   why: the target closed the connection before login: too many connections (MaxStartups), a
     penalty for failed logins (PerSourcePenalties), or this address is blocked
-  hint: wait a minute, then try again
   hint: check the port: what answers on it may not be sshd
+  hint: wait a minute, then try again
   hint: see sshd's log on the target
 
 # What only offsync finds
 
 not-restricted
   why: the key is NOT restricted on the target, so nothing was sent
-  hint: on the target, remove every line of ~/.ssh/authorized_keys that has the key without
-    command=
+  hint: on the target, as {user}, remove every line of ~/.ssh/authorized_keys that has the key,
+    then link it:
+    $ {link}
   hint: on this controller, look for an IdentityFile in ~/.ssh/config that opens a shell
-  hint: then, on the target, as {user}, link the key:
-    $ offsync link --path {path}
 
 no-key-asked
   why: the target's sshd lets anybody log in as {user} without a key, so nothing was sent
@@ -952,11 +951,12 @@ other-path
   hint: to deliver a second tree, use a second OFFSYNC_HOME, with its own key
 
 not-rrsync
-  why: the forced command of the key is not rrsync: it accepts any command and does nothing;
+  why: what the target runs for this key is not rrsync: it accepts any command and does nothing;
     nothing was sent
   hint: on the target, as {user}, remove the line of this key from ~/.ssh/authorized_keys, then
     link the key:
-    $ offsync link --path {path}
+    $ {link}
+  hint: or look for a ForceCommand for {user} in its sshd_config: it wins over the key's
 
 no-response
   why: the target accepted the login but did not answer in time, or rsync printed nothing for
@@ -977,7 +977,7 @@ shell-output
     at their top: case $- in *i*) ;; *) return;; esac
   hint: look at /etc/ssh/sshrc, and for a ForceCommand for {user} in its sshd_config
   hint: if the text is the forced command's own, remove the line of this key, then link the key:
-    $ offsync link --path {path}
+    $ {link}
 
 path-unknown
   why: cannot determine where the key writes, so nothing was sent
@@ -1028,7 +1028,7 @@ unexpected-report
 proxy-failed
   why: the jump host or ProxyCommand failed before the target's sshd answered
   hint: test the way there by itself:
-    $ ssh -v {login}
+    $ {ssh}
 
 not-reviewed
   why: this target is not covered by the reviewed plan: it is not listed with this address and
@@ -1077,7 +1077,7 @@ unresolved-host
 connection-refused
   if: Connection refused
   why: the connection was refused
-  hint: check that sshd runs on the target, on this port
+  hint: check that sshd runs on the target, and on this port (--port of target add; 22 without)
 
 second-factor
   if: Permission denied (keyboard-interactive
@@ -1093,9 +1093,9 @@ key-refused
   if: Too many authentication failures
   why: the target refused this controller's key
   hint: on the target, as {user}, run:
-    $ offsync link --path {path} --key {key}
+    $ {link}
   hint: if that says "already linked", sshd's log on the target says why it refuses (--from,
-    AuthorizedKeysFile, AllowUsers, StrictModes, a locked account); as root:
+    AuthorizedKeysFile, AllowUsers, StrictModes, a locked account, none of that name); as root:
     $ journalctl -u ssh -n 20
   hint: to drop a wrong --from, unlink the key, then link it
 
@@ -1180,11 +1180,11 @@ no-rrsync
   if: rrsync: cannot execute
   if: Unknown command&rrsync
   if: rrsync: inaccessible
-  why: rrsync, or its interpreter, is not at {rrsync} on the target
+  why: rrsync, or its interpreter, is missing on the target, or cannot be started
   hint: on the target, run:
     $ offsync install-deps --role target
-  hint: then, as {user}:
-    $ offsync link --path {path}
+  hint: then, as {user}, link the key again, with the rrsync that there is:
+    $ {link}
 
 read-only-key
   if: sending to read-only server
@@ -1192,10 +1192,11 @@ read-only-key
   why: the key is for reading only (rrsync -ro)
   hint: on the target, as {user}, remove the line of this key from ~/.ssh/authorized_keys, then
     link the key:
-    $ offsync link --path {path}
+    $ {link}
 
 no-rsync
   if: No such file or directory: '&/rsync'
+  if: Permission denied: '&/rsync'
   if: rsync: not found
   if: rsync: command not found
   if: /rsync&No such file
@@ -1203,7 +1204,7 @@ no-rsync
   if: openrsync
   if: rsync 2.6.9 compatible
   if: : too large
-  why: the real rsync is missing on the target (or openrsync answers instead)
+  why: the real rsync is missing on the target, or cannot be started (or openrsync answers)
   hint: on the target, run:
     $ offsync install-deps --role target
 
@@ -1259,9 +1260,12 @@ space
   if: No space left on device
   if: Disk quota exceeded
   why: the target's disk is full, or a quota is used up
-  hint: free some space, or delete files where the inodes are used up, then apply again; see
-    which, on the target:
+  hint: free some space, then apply again; see how much there is, on the target:
+    $ df -h {path}
+  hint: or delete files, if the inodes are used up:
     $ df -i {path}
+  hint: what interrupted runs left in .~tmp~ may be removed, too; see it, on the target:
+    $ find {path} -name .~tmp~ -ls
 
 source-unreadable
   if: [sender]&Permission denied
@@ -1329,7 +1333,8 @@ permission
   if: Operation not permitted (1)
   if: Permission denied (13)
   why: {user} may not change everything below {path} on the target
-  hint: look at owner, mode and attributes (ls -ld, lsattr) of what it names, then apply again
+  hint: look at owner, mode and attributes (ls -ld, lsattr) of what it names, and of the directory
+    that this lies in: {user} must be able to write there; then apply again
 
 file-error
   if: error in file IO
@@ -1370,7 +1375,7 @@ connection-lost
 other
   why: unrecognised failure
   hint: test the login by itself:
-    $ ssh -v {login}
+    $ {ssh}
   hint: see sshd's log on the target
 """
 
@@ -1401,17 +1406,23 @@ def failure(
     facts: str = "",
     names: Iterable[bytes] = (),
     said: str = "",
-    key: str = "...",
 ) -> TargetError:
-    """Return the error for a target. facts and names describe what happened; key is for a hint."""
+    """Return the error for a target. facts and names describe what happened."""
+    state = StateDirectory()
+    key = "..."
+    with contextlib.suppress(OffsyncError):
+        key = read_file(state.key + ".pub", "key").decode("utf-8", "replace").strip()
+    link = ["offsync", "link", "--path", target.remote_path, "--key", key]
+    ssh = [*"ssh -v -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes -i".split(), state.key]
+    ssh += ["-o", f'UserKnownHostsFile="{state.known_hosts}" ~/.ssh/known_hosts']
+    ssh += ["-p", str(target.port)] if target.port else []
     words = {
         "host": target.host,
         "user": shlex.quote(target.user),
-        "rrsync": target.rrsync,
-        "add": f"{offsync_command('target', 'add')} {target_add_args(target)}",
         "path": shlex.quote(target.remote_path),
-        "login": (f"-p {target.port} " if target.port else "") + shlex.quote(target.login),
-        "key": shlex.quote(key),
+        "add": f"{offsync_command('target', 'add')} {target_add_args(target)}",
+        "link": shlex.join(link if target.symlinks else [*link, "--no-symlinks"]),
+        "ssh": shlex.join([*ssh, "-l", target.user, "--", target.host]),
     }
     # For "other-path", the path is one that the target sent.
     words = {name: replace_unprintable(word) for name, word in words.items()}
@@ -1502,8 +1513,9 @@ def hash_file(path: bytes, with_md5: bool = False, parent: int | None = None) ->
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file any more", path)
-        # A byte more than the size is asked for: if a small file has grown, size and hash include
-        # it, and so match nothing. (The report of the transfer notices every change.)
+        # A byte more than the size is asked for: if a small file has grown since fstat(), then its
+        # size and hash differ from what was planned. (A large one may escape this; the report of
+        # the transfer notices it.)
         while size < status.st_size:
             chunk = os.read(descriptor, min(status.st_size + 1, 1 << 18))
             if STOPPING.is_set():
@@ -1553,7 +1565,7 @@ class Source:
         self.exclude = exclude
         self.with_md5 = with_md5
         self.entry_count = 0  # of entries, excluded ones too, once it is scanned
-        self.symlinks: list[bytes] = []  # not excluded; for targets that take none
+        self.symlinks: list[bytes] = []  # not excluded: a target that takes none fails with them
         self.accepted = threading.Event()  # it is scanned, and all of it can be delivered
         self.entries: dict[bytes, Entry | None] = {}  # None until it is described
         self.errors: dict[bytes, str] = {}
@@ -1656,6 +1668,8 @@ def symlink_problem(root: bytes, real_root: bytes, path: bytes) -> str:
     try:
         link = os.readlink(place)
         real = os.path.realpath(place)
+    except FileNotFoundError:
+        return ""
     except OSError as error:
         return f"it is a symlink that cannot be read: {error.strerror}"
     if link.startswith(b"/"):
@@ -1674,14 +1688,16 @@ def entry_problem(entry: os.DirEntry[bytes]) -> str:
         access = os.R_OK
     else:
         return "it is a device, socket or fifo"
-    # What has vanished meanwhile is no offence.
     if not os.access(entry.path, access) and os.path.lexists(entry.path):
         return "it cannot be read"
     return ""
 
 
 def scan(source: Source) -> dict[bytes, str]:
-    """Walk the source once, count it, note its symlinks; return {path: why it is undeliverable}."""
+    """Walk the source once, count it, note its symlinks; return {path: why it is undeliverable}.
+
+    What has vanished meanwhile is no offence.
+    """
     offences: dict[bytes, str] = {}
     real_root = os.path.realpath(source.root)
     pending = [b""]
@@ -1713,7 +1729,8 @@ def scan(source: Source) -> dict[bytes, str]:
                     f"source {quote_name(source.root)}: {error.strerror}",
                     "name a readable directory",
                 ) from None
-            offences.setdefault(directory, "it cannot be read")
+            if not isinstance(error, FileNotFoundError):
+                offences.setdefault(directory, "it cannot be read")
     PROGRESS.update("source", None)
     return offences
 
@@ -1744,7 +1761,10 @@ def check_source_location(root: bytes, private: Iterable[str]) -> None:
 
 
 def check_source(source: Source, rsync: str, targets: Sequence[Target]) -> None:
-    """Scan the source. Raises unless all that is not excluded can be delivered to these targets."""
+    """Scan the source. Raises OffsyncError unless all that is not excluded can be delivered.
+
+    A target that takes no symlinks fails alone, in plan_target().
+    """
     offences = scan(source)
     if all(target.symlinks for target in targets):
         source.symlinks = []
@@ -1847,7 +1867,7 @@ class RunContext:
         self.config = config
         self.typed = typed
         self.ssh = find_program("ssh")
-        self.target_count = 1  # how many are planned
+        self.target_count = 1  # targets of this run, which share LISTING_ROOM
         # Equal plans are one object. Written by the threads of all targets.
         self.equal_changes: dict[tuple[Change, ...], tuple[Change, ...]] = {}
         self.numbers = itertools.count()
@@ -1942,7 +1962,7 @@ class Connection:
             error = diagnose_login(self, result)
             if last or not error.retry:
                 raise error
-        # A banner could imitate this line: then that host alone is refused.
+        # A host can imitate this line in its banner. That harms only the host: it is refused.
         if re.search(rb'(?m)^Authenticated to .* using "none"\.\r?$', result.stderr):
             raise failure(self.target, "no-key-asked")
 
@@ -1986,8 +2006,8 @@ class Connection:
         """Run one rsync to the target; give each itemized line to on_item.
 
         stdin is an open file, read from its beginning. sends: it is a pass that sends, and reports
-        MD5 sums. limit: seconds for all of it; without one, the server must answer in time, and
-        then may stay silent for "timeout" of the config, in seconds.
+        MD5 sums. limit: seconds for all of it; without one, the server must answer within
+        SESSION_DEADLINE, and then may stay silent for "timeout" of the config, in seconds.
         """
         context = self.context
         config = self.context.config
@@ -2082,9 +2102,6 @@ def diagnose_login(connection: Connection, result: Result) -> TargetError:
             error = judge(said[-2:], LOGIN_FAILURES)
     if error.kind == "key-refused" or b"Load key" in result.stderr:
         check_own_key(connection.context.state.key)
-    if error.kind == "key-refused":
-        public = read_file(connection.context.state.key + ".pub", "key").decode("utf-8", "replace")
-        return failure(target, error.kind, said=error.said, key=public.strip())
     if error.kind == "host-key-changed":
         facts = describe_changed_key(connection.context.state, result.stderr)
         return failure(target, "host-key-changed", facts)
@@ -2103,8 +2120,8 @@ PERL_REFUSAL = b"SSH_ORIGINAL_COMMAND='%s' is not rsync" % PROOF_COMMAND.encode(
 def check_refusal(target: Target, result: Result) -> TargetError | None:
     """Judge the answer to PROOF_COMMAND.
 
-    Returns None if it was refused as rrsync refuses; an error if the answer proves nothing. Raises
-    TargetError if it proves that rrsync did not refuse the command.
+    Returns None if it was refused, as rrsync refuses it; an error if the answer proves nothing.
+    Raises TargetError if rrsync did not refuse the command, and if there was no answer in time.
     """
     if PROOF_OUTPUT in result.stdout:
         raise failure(target, "not-restricted", "a shell command ran")
@@ -2273,7 +2290,10 @@ class TransferReport:
         expected = endings.get(entry.type, (b"L", b" -> " + entry.link))
         as_planned = (code[1:2], rest) == expected
         # No symlink has a mode.
-        if rest[:1] != b" " and mode != stat.filemode(stat.S_IFREG | entry.mode)[1:].encode():
+        if (
+            entry.type != "symlink"
+            and mode != stat.filemode(stat.S_IFREG | entry.mode)[1:].encode()
+        ):
             as_planned = False
         # "<": content went, also where only a mode was planned.
         sent = change.sends_content or code[:1] == b"<"
@@ -2285,8 +2305,9 @@ class TransferReport:
 def is_leftover(source: Source, change: Change) -> bool:
     """Return whether an entry that exists only on the target has a temporary name of rsync's.
 
-    These are .~tmp~ and all in it, and .NAME.XXXXXX where NAME is in the source. It may be a user's
-    file after all: so it never stops an apply, and is deleted only where the policy allows that.
+    These are .~tmp~ and all in it, and .NAME.XXXXXX where NAME is in the source. It is most likely
+    rsync's, so it never stops an apply. It may still be a user's file, so it is deleted only where
+    the policy allows deletions.
     """
     directory, name = os.path.split(change.path)
     if STAGING_DIR in change.path.split(b"/"):
@@ -2300,9 +2321,9 @@ def is_leftover(source: Source, change: Change) -> bool:
 
 # --- Trust core: the plan -----------------------------------------------------------------------
 
-# One pass shows additions, changes and deletions. -t is for the quick check, to which another time
-# is another content; the others report no difference of time alone. strong is hash with MD5 (see
-# child_environment()).
+# One pass shows additions, changes and deletions. "strong" is "hash" with MD5
+# (child_environment()). -t: the quick check takes a file with another time for changed. With -c,
+# rsync reports that only the time differs, which parse_itemized() ignores.
 RSYNC_HASH = ("-n", "-rlptc", "--delete")
 RSYNC_PLAN = {"hash": RSYNC_HASH, "strong": RSYNC_HASH, "quick": ("-n", "-rlpt", "--delete")}
 # Of the listed entries, those that do not exist at all on the target.
@@ -2320,6 +2341,7 @@ class TargetPlan(NamedTuple):
     connection: Connection
     changes: tuple[Change, ...] = ()  # sorted by path
     error: TargetError | None = None
+    staged: frozenset[bytes] = frozenset()  # leftovers in .~tmp~, reviewed or not
 
     def changes_of(self, *kinds: str) -> list[Change]:
         return [change for change in self.changes if change.kind in kinds]
@@ -2371,9 +2393,9 @@ def compare_with_proof(connection: Connection) -> dict[bytes, Change]:
     """Return what the plan's pass itemizes, once it is proved that the key runs no command.
 
     The proof runs beside the pass, on the same connection. It begins when the server has answered
-    the pass, which has rrsync's lock by then. Where the proof tells nothing (MaxSessions of sshd
-    may be 1), it is tried again after the pass. A pass sends names and checksums of the source, no
-    content.
+    the pass: by then the pass holds rrsync's lock, which the proof cannot take from it. Where the
+    proof tells nothing (MaxSessions of sshd may be 1), it is tried again after the pass. A pass
+    sends names and checksums of the source, no content.
     """
     context = connection.context
     failed = None
@@ -2418,9 +2440,9 @@ def classify(connection: Connection, found: dict[bytes, Change]) -> list[Change]
     for path in replaced:
         found[path] = found[path]._replace(kind="modified", reasons=("type",))
     delete = connection.context.config.delete
-    # Where a file or symlink replaces a directory, the contents of the directory cannot stay. So
-    # what would be kept there stays "missing", and so does a leftover unless deletions are allowed:
-    # then the policy refuses the run.
+    # Where a file or symlink replaces a directory, the contents of the directory cannot stay. An
+    # entry there is never "kept", and it is a "leftover" only where deletions are allowed. Else it
+    # stays "missing", for which policy_violation() refuses the run.
     in_place = {path for path in replaced if not found[path].directory}
     for path, change in found.items():
         if change.kind != "missing":
@@ -2453,13 +2475,15 @@ def plan_target(context: RunContext, target: Target) -> TargetPlan:
             raise failure(target, "symlinks", names=source.symlinks)
         PROGRESS.update(target.login, "comparing")
         changes = classify(connection, compare_with_proof(connection))
+        # What vanished from the source does not concern a target that is equal to it.
         if changes:
             prove_path(connection)
-        source.wait()
+            source.wait()
         for index, change in enumerate(changes):
             if change.kind in ("added", "modified"):
                 changes[index] = change._replace(entry=source.entry(change.path))
-        plan = TargetPlan(target, connection, tuple(changes))
+        staged = {c.path for c in changes if c.kind == "leftover" and STAGING_DIR in c.path}
+        plan = TargetPlan(target, connection, tuple(changes), staged=frozenset(staged))
         if context.target_count > 1:
             plan = plan._replace(
                 changes=context.equal_changes.setdefault(plan.changes, plan.changes)
@@ -2501,6 +2525,7 @@ def json_line(fields: dict[str, Any]) -> bytes:
 
 def entry_line_parts(change: Change) -> tuple[bytes, bytes]:
     """Return an entry's line of a plan, in two pieces around its login."""
+    # That a kept entry stays is said by "delete" in the line of the policy.
     kind = "missing" if change.kind == "kept" else change.kind
     fields: dict[str, Any] = {"login": "", "kind": kind, **name_to_json(change.path)}
     entry = change.entry
@@ -2559,7 +2584,7 @@ def plan_lines(config: Config, plans: Sequence[TargetPlan]) -> Iterator[bytes]:
 
 
 def plan_id(config: Config, plans: Sequence[TargetPlan]) -> tuple[str, int]:
-    """Return (the plan ID, the sha256 of the plan's lines; their size in bytes)."""
+    """Return (the plan ID: the sha256 of the plan's lines, in hex; the size of these in bytes)."""
     digest = new_digest()
     size = 0
     for line in plan_lines(config, plans):
@@ -2623,9 +2648,10 @@ def approve(
 
     A target is reviewed if the reviewed plan compared it without an error; any other target fails
     alone. Each change of a reviewed target must be in the reviewed plan, byte for byte. A leftover
-    or kept entry that is not in it is not touched. A change that only the reviewed plan lists must
-    have been made already: the source must hold all that the plan adds or modifies, and lack all
-    that it deletes. Raises OffsyncError that names the differences, UsageError for what is no plan.
+    or kept entry that is not in it is not touched. With a change that only the reviewed plan lists
+    (it is made, or for a target that is not in this run) the source must still agree: it must hold
+    what was added or modified, and lack what was to be deleted. Raises OffsyncError that names the
+    differences, UsageError for what is no plan.
     """
     compared = [plan for plan in plans if not plan.error]
     replan = context.typed.again(command="plan", plan=None)
@@ -2637,7 +2663,9 @@ def approve(
         unapproved[new_digest(line).digest()] = plan.target, changed
     done: set[Change] = set()
     differing: list[str] = []
-    for number, line in enumerate(reviewed, 1):
+    lines = iter(reviewed)
+    # An empty file has no line of the policy.
+    for number, line in enumerate(itertools.chain([next(lines, b"")], lines), 1):
         try:
             if number == 1:
                 check_policy(context, line)
@@ -2692,7 +2720,7 @@ def approve(
 def check_policy(context: RunContext, reviewed: bytes) -> None:
     """Raise OffsyncError unless a reviewed plan's first line is the policy of this run.
 
-    The run never takes over the policy of a plan. Raises ValueError, KeyError, TypeError,
+    A run always has its own policy, never the plan's. Raises ValueError, KeyError, TypeError,
     AttributeError or UsageError for what is no such line.
     """
     now = json.loads(policy_line(context.config))
@@ -2761,7 +2789,8 @@ def policy_violation(context: RunContext, plans: Sequence[TargetPlan]) -> Offsyn
     config = context.config
     allowed = config.delete is Deletion.ALLOW
     gone = ("missing", "leftover") if allowed else ("missing",)
-    # context.included runs rsync: not needed where deletions are refused anyway.
+    # Where deletions are refused anyway, this only gives a better message: then rsync is not run
+    # for it (context.included), unless the scan found nothing at all.
     check_empty = config.delete is not Deletion.REFUSE or not context.source.entry_count
     if check_empty and any(plan.changes_of(*gone) for plan in plans) and not context.included:
         return OffsyncError(
@@ -2783,16 +2812,16 @@ def policy_violation(context: RunContext, plans: Sequence[TargetPlan]) -> Offsyn
 def review_required(
     context: RunContext, plans: Sequence[TargetPlan], name: str = ""
 ) -> OffsyncError | None:
-    """Return why these plans need a review, as far as policy_violation() allows them, or None.
+    """Return why these plans, which policy_violation() allows, need a review; None if they do not.
 
     name: the ID under which this plan was stored, if it was.
 
-    Many deletions need one, by which a target would shrink by more than max_delete: the source may
-    be an empty mount. So do deletions on a file system that takes two names for one. On a target
-    that ignores case and holds README, where the source has Readme, rsync reports README as only on
-    the target, and Readme as equal: deleting README deletes the only copy. If the plan adds the
-    name of the source, too, then the target tells the two apart. With delete: keep, a kept file
-    could be overwritten in the same way.
+    They need one if MANY_DELETIONS or more entries would be deleted, and a target would shrink by
+    more than max_delete percent: the source may be an empty mount. So do deletions on a file system
+    that takes two names for one. On a target that ignores case and holds README, where the source
+    has Readme, rsync reports README as only on the target, and Readme as equal: deleting README
+    deletes the only copy. If the plan adds the name of the source, too, then the target tells the
+    two apart. With delete: keep, a kept file could be overwritten in the same way.
     """
     allowed = context.config.delete is Deletion.ALLOW
     review = ("review the plan, then apply it by its ID:", context.typed.again(command="plan"))
@@ -2821,7 +2850,7 @@ def review_required(
                 "form), so that deleting or keeping one would delete or overwrite the other: "
                 + quote_first(names),
                 ("if it tells them apart, " + review[0], review[1]),
-                "else rename them in the source, apply, rename them back, and apply again",
+                "else rename the one in the source, apply, rename it back, and apply again",
             )
     return None
 
@@ -2833,13 +2862,15 @@ def describe_forbidden_changes(
     replaced = {
         change.path for plan in concerned for change in plan.changes if "type" in change.reasons
     }
+    # Whether each of these entries lies below one that the source replaces.
     in_the_way = all(
         not replaced.isdisjoint(above(change.path))
         for plan in concerned
         for change in plan.changes_of(kind)
     )
-    # These hints change the policy, so a reviewed plan would no longer fit.
-    typed = context.typed._replace(command="apply", plan=None)
+    typed = context.typed._replace(command="apply")
+    # With another policy, a reviewed plan would no longer fit.
+    unreviewed = typed._replace(plan=None)
     total = sum(len(plan.changes_of(kind)) for plan in concerned)
     fact = plural(total, "entry exists", "entries exist") + " only on a target"
     them = "it" if total == 1 else "them"
@@ -2854,10 +2885,10 @@ def describe_forbidden_changes(
     else:
         fact += ", and deleting is not allowed"
         hints.append(f"add {them} to the source, or exclude {them}")
-        kept = typed.again(deletion=Deletion.KEEP)
+        kept = unreviewed.again(deletion=Deletion.KEEP)
         hints.append((f"leave {them} on the target, for this run:", kept))
     if kind == "missing":
-        review = typed.again(command="plan", deletion=Deletion.ALLOW)
+        review = unreviewed.again(command="plan", deletion=Deletion.ALLOW)
         look = "see what would be deleted; to allow it, type apply instead of plan:"
         hints.append((look, review))
     if len(concerned) < len(plans):
@@ -2883,7 +2914,7 @@ def describe_forbidden_changes(
 RSYNC_SEND = ("-ii", "-lptO", "--from0", "--files-from=-", "--info=progress2")
 # -I: no quick check, which a file with a forged time stamp would pass.
 RSYNC_CONTENT = ("-I", "--delay-updates")
-RSYNC_UNSTAGED = ("-I",)  # for servers that do not put a staged file in place
+RSYNC_UNSTAGED = ("-I",)  # for a second attempt: see verify_sent()
 RSYNC_MODES = ("--size-only",)  # the plan found the content equal: only the mode is to be set
 RSYNC_SENT = b"%C %B %b %i %n//%L"
 # Deletes what the include rules name, and protects all else. The first filter hides every source
@@ -2920,7 +2951,7 @@ class Delivery:
         allowed = context.config.delete is Deletion.ALLOW
         gone = plan.changes_of("missing", "leftover") if allowed else ()
         self.to_delete = {change.path for change in gone}
-        # Entries of another type than on the target, where they may replace a directory.
+        # Files and symlinks that replace an entry of another type, which may be a directory.
         self.replacing = {c.path for c in self.to_send if "type" in c.reasons and not c.directory}
         self.bytes_sent: int | None = 0
         self.target_touched = False  # something may have changed on the target
@@ -3106,14 +3137,14 @@ class Delivery:
         paths = [change.path for change in sent]
         found = self.compare("hash", None if whole else paths)
         different = set(paths).intersection(found.differs)
-        # rsync 3.2.0 to 3.2.3 never puts a file in place that it finds in .~tmp~.
-        left = {change.path for change in self.plan.changes_of("leftover")}
+        # rsync 3.2.0 to 3.2.3 never puts a file in place that it finds in .~tmp~: such files are
+        # sent once more, without --delay-updates.
         stuck = [
             change
             for change in sent
             if change.path in different
             and change.sends_content
-            and staging_path(change.path) in left
+            and staging_path(change.path) in self.plan.staged
         ]
         if stuck:
             self.send(stuck, RSYNC_UNSTAGED)
@@ -3127,7 +3158,10 @@ class Delivery:
     def compare(
         self, how: str, paths: Sequence[bytes] | None = None, limit: float = 0
     ) -> Comparison:
-        """Return how the tree compares (how: "hash" or "quick"), or these paths, always by hash."""
+        """Return how the whole tree compares, by how ("hash" or "quick").
+
+        If paths are given, only these are compared, by hash.
+        """
         options = RSYNC_PLAN[how] if paths is None else RSYNC_COMPARE
         changes = itemize(self.connection, options, paths, limit=limit)
         extraneous = set()
@@ -3175,7 +3209,8 @@ class Delivery:
         # What the source has got again since the plan is no longer only on the target: it stays.
         paths = paths & extraneous
         PROGRESS.update(self.login, "deleting " + plural(len(paths), "entry", "entries"))
-        # A directory that an entry replaces may go with its contents.
+        # When all contents of a directory are deleted that an entry replaces, rsync may delete the
+        # directory itself, too: the rules let rsync into it.
         may_go = paths | self.replacing
 
         def judge(line: bytes) -> None:
@@ -3187,12 +3222,8 @@ class Delivery:
             if not gone and not code.startswith(b".d"):
                 raise failure(self.plan.target, "unexpected-report", "in a deletion", [name])
 
-        # rsync must be let into the directories above. Their rules end with a slash, so that they
-        # match directories only: else a file that has just been delivered in place of such a
-        # directory, and under its name, might be deleted.
-        rules = {exact_filter_pattern(path) for path in paths}
-        for path in paths:
-            rules.update(exact_filter_pattern(directory) + b"/" for directory in above(path))
+        # rsync must be let into the directories above, too.
+        rules = {exact_filter_pattern(place) for path in paths for place in (path, *above(path))}
         self.target_touched = True
         self.tried_to_delete |= paths
         with scratch_file(self.context.scratch, rules) as stream:
@@ -3212,8 +3243,8 @@ def staging_path(path: bytes) -> bytes:
 def take_lock(state: StateDirectory, what: str, shared: bool = False) -> None:
     """Hold the lock until the process ends: writers one at a time, readers (shared) side by side.
 
-    Raises OffsyncError that names the holder where it is taken. A writer logs the runs that were
-    killed. The descriptor is never closed, on purpose.
+    Raises OffsyncError if it is taken. A writer logs the runs that were killed. The descriptor is
+    never closed, on purpose.
     """
     flags = os.O_RDWR | os.O_CREAT
     if shared and not os.access(state.path, os.W_OK):
@@ -3222,9 +3253,11 @@ def take_lock(state: StateDirectory, what: str, shared: bool = False) -> None:
         descriptor = os.open(state.lock_file, flags | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = quote_output(read_file(state.lock_file, "lock", "try again")) or "another offsync"
+        # Of several readers, the one that began last, which may have ended.
+        last = quote_output(read_file(state.lock_file, "lock", "try again"))
         raise OffsyncError(
-            f"{holder} is running and holds the lock {quote_text(state.lock_file)}",
+            f"another offsync is running and holds the lock {quote_text(state.lock_file)}; last, "
+            f"it was taken by {last or 'an unknown one'}",
             "try again when it has finished",
         ) from None
     except OSError as error:
@@ -3303,7 +3336,7 @@ def log_killed_runs(state: StateDirectory) -> None:
             record = record._replace(result="interrupted", error=why)
             append_log(state, record)
             write_status(state, record)
-            warn(f"the last apply to {quote_text(name)} was killed; the next one will complete it")
+            warn(f"the last apply to {quote_text(name)} was killed; another apply completes it")
 
 
 class RunLog:
@@ -3337,7 +3370,7 @@ class RunLog:
             begun = record.files_changed is None
             result = "interrupted"
             why = OffsyncError("interrupted", "run apply again to finish")
-            if error and is_refusal(error) and not begun:
+            if error and ended_by_error(error) and not begun:
                 result = "refused"
                 why = as_offsync_error(error)
             self.finish(record._replace(result=result, error=why.message, seconds=0.0), why)
@@ -3363,21 +3396,23 @@ class RunLog:
         self.finish(record, failed)
 
     def finish(self, record: Record, failed: OffsyncError | None) -> None:
-        """Log what became of a target, and store its status. What cannot be logged has failed.
+        """Log what became of a target, and store its status. What cannot be recorded has failed.
 
         The status tells what a target has: a run that was refused leaves it alone. So does a run
         without the lock, since the status is the other run's.
         """
+        why = record.error or "verified, but not logged"
         try:
             append_log(self.state, record)
+            why = record.error or "verified and logged, but this outcome cannot be stored"
             if self.locked and record.result != "refused":
                 write_status(self.state, record)
         except OffsyncError as error:
             failed = error
-            why = record.error or "verified, but not logged"
             if error.message not in why:
                 record = record._replace(result="failed", error=f"{why}; {error.message}")
-            # Else the next run would take the status "started" for that of a killed run.
+            # If the log failed, the status is still "started", which the next run would take for
+            # that of a killed run.
             with contextlib.suppress(OffsyncError):
                 if self.locked and self.unfinished[record.login].files_changed is None:
                     write_status(self.state, record)
@@ -3385,8 +3420,8 @@ class RunLog:
         self.unfinished.pop(record.login)
 
 
-def is_refusal(error: BaseException | None) -> bool:
-    """Return whether a run ended by a refusal or a failure that concerns all of its targets."""
+def ended_by_error(error: BaseException | None) -> bool:
+    """Return whether an error ended a run, not a signal: a refusal, or a failure of all targets."""
     return isinstance(error, Exception) and not isinstance(error, Cancelled)
 
 
@@ -3453,9 +3488,9 @@ def find_rsync() -> tuple[str, tuple[int, int, int]]:
 def make_scratch() -> str:
     """Return a new private directory whose path is short and plain enough for control sockets.
 
-    The path of a socket has 104 bytes on macOS. Below the parent come up to 24 ("/offsync-", 8
-    random ones, "/" and a number), and ssh appends 17 while it binds the socket. Nobody else may be
-    able to put another directory in place of this one.
+    The path of a socket may have 104 bytes on macOS. Up to 24 bytes follow the parent ("/offsync-",
+    8 random characters, "/" and a number), and ssh appends 17 more while it binds the socket.
+    Nobody else may be able to put another directory in place of this one.
     """
     import tempfile
 
@@ -3506,7 +3541,9 @@ def start_reaper(scratch: str, ssh: str) -> tuple[int, int]:
 
 def clean_up(scratch: str, ssh: str) -> None:
     """End every ssh connection whose control socket lies in scratch, and remove scratch."""
-    sockets = [entry.path for entry in os.scandir(scratch) if stat.S_ISSOCK(entry.stat().st_mode)]
+    # One may vanish at any time, so none is looked at.
+    sockets = [e.path for e in os.scandir(scratch) if not e.is_file() and not e.is_dir()]
+    # ssh wants a host, "offsync", but the ControlPath, which follows -o, tells which connection.
     words = [ssh, *"-F /dev/null -O exit offsync -o".split()]
     for pid in [os.spawnv(os.P_NOWAIT, ssh, [*words, "ControlPath=" + path]) for path in sockets]:
         os.waitpid(pid, 0)
@@ -3523,7 +3560,7 @@ def scratch_directory() -> Iterator[str]:
 
 
 def scratch_file(scratch: str, names: Iterable[bytes] = ()) -> BinaryIO:
-    """Return an open file without a name that holds these names, each ended by a NUL byte."""
+    """Return an open, unnamed temporary file that holds these names, each ended by a NUL byte."""
     import tempfile
 
     stream = tempfile.TemporaryFile(dir=scratch)
@@ -3533,9 +3570,9 @@ def scratch_file(scratch: str, names: Iterable[bytes] = ()) -> BinaryIO:
 
 
 def read_file(path: str, what: str, *missing: Hint) -> bytes:
-    """Return what a small file or a pipe holds. missing: the hints if it does not exist.
+    """Return what a small file or a pipe holds. Raises OffsyncError.
 
-    Raises OffsyncError; what names the file's purpose in it.
+    what: the purpose of the file, for that error. missing: the hints if it does not exist.
     """
     try:
         # A FIFO that nobody writes to is empty, instead of waiting for a writer.
@@ -3573,7 +3610,10 @@ def write_atomically(path: str, data: Iterable[bytes], mode: int) -> None:
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 if old:
-                    os.fchown(descriptor, old.st_uid, old.st_gid)
+                    os.fchown(descriptor, old.st_uid, -1)
+                    # Not everybody may give a file a group that is not their own.
+                    with contextlib.suppress(PermissionError):
+                        os.fchown(descriptor, -1, old.st_gid)
                 os.fchmod(descriptor, mode)
                 stream.writelines(data)
                 stream.flush()
@@ -3668,11 +3708,11 @@ def judge_place(place: str, entry: str = "") -> OffsyncError | None:
     if not mode & 0o022:
         return None
     who = "everybody" if mode & 0o002 else "its group"
-    # chmod is suggested only for what is named itself, and ours: others may write to a directory
-    # above, such as /srv/www, or to /dev/null on purpose.
-    named = not entry and not stat.S_ISCHR(status.st_mode)
+    # chmod is suggested only for the path itself, and only if it is ours. A directory above it,
+    # such as /srv/www, or /dev/null, may be writable for others on purpose.
+    is_path_itself = not entry and not stat.S_ISCHR(status.st_mode)
     hint = ("run:", f"chmod go-w {shlex.quote(place)}")
-    if not named or status.st_uid != os.geteuid():
+    if not is_path_itself or status.st_uid != os.geteuid():
         look = "see who may write to it; take that permission away, or choose another place:"
         hint = (look, f"ls -ld {shlex.quote(place)}")
     return OffsyncError(f"{who} may write to {quote_text(place)} (mode {mode:04o})", hint)
@@ -3691,8 +3731,8 @@ def no_state_hints() -> list[Hint]:
     ]
 
 
-def check_private(path: str) -> str:
-    """Return the quoted path of a file of the state; raise unless it exists, and is private."""
+def check_private(path: str) -> None:
+    """Raise OffsyncError unless a file of the state exists, and nobody else may read it."""
     if not os.path.exists(path):
         raise OffsyncError(
             f"{quote_text(path)}: does not exist",
@@ -3703,18 +3743,18 @@ def check_private(path: str) -> str:
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
         hint: Hint = ("run:", f"chmod {mode & 0o700:o} {shlex.quote(path)}")
-        # Such as a volume of secrets, where a mode cannot be changed.
+        # Another account's, such as in a mounted volume of secrets: we cannot change its mode.
         if status.st_uid != os.geteuid():
             owner = user_name(status.st_uid)
             hint = f"it belongs to {owner}; put a copy in its place that only you can read"
         raise OffsyncError(f"{quote_text(path)}: others may read it (mode {mode:04o})", hint)
-    return quote_text(path)
 
 
 def home_directory() -> str:
     """Return the home directory. Raises OffsyncError where HOME is another account's.
 
-    "sudo -u" (where it keeps HOME) and "su -m" leave it so. Any that we own is fine.
+    After "sudo -u" (where it keeps HOME) and "su -m", HOME is still the caller's. Any HOME that
+    this account owns is accepted.
     """
     home = os.path.expanduser("~")
     user = user_name(os.geteuid())
@@ -3774,7 +3814,8 @@ class StateDirectory:
                     f"{user_name(os.geteuid())} could modify it: {strangers.message}",
                     *(self.owner_hints(path) or strangers.hints),
                 )
-            if os.path.exists(path) and not os.access(path, os.R_OK):
+            access = os.R_OK | os.X_OK if os.path.isdir(path) else os.R_OK
+            if os.path.exists(path) and not os.access(path, access):
                 read_it = ("run:", f"chmod u+rwX {shlex.quote(path)}")
                 hints = self.owner_hints(path) or [read_it]
                 raise OffsyncError(f"{quote_text(path)}: Permission denied", *hints)
@@ -3903,7 +3944,7 @@ NO_LOGIN_SHELLS = ("nologin", "false", "true", "sync")
 #   from="...",command="/bin/sh -c '...; exec /usr/bin/rrsync -wo /srv'",...,restrict TYPE BLOB
 # from=, the guard and "restrict" may be absent. In the path of rrsync, blanks are escaped.
 OFFSYNC_KEY_LINE = (
-    r'(?:from="[^"]*",)?command="(?:/bin/sh -c [^"]*; exec )?(?:\\.|[^\\\s;&|"])+'
+    r'(?:from="[^"]*",)?command="(?:/bin/sh -c [^"]*; exec )?(?P<rrsync>(?:\\.|[^\\\s;&|"])+)'
     r' -wo (?P<path>(?:\\"|[^"])*)",'
     + KEY_RESTRICTIONS.replace(",restrict", "(?:,restrict)?")
     + r" (?P<key>\S+ (?P<blob>\S+))(?: (?P<comment>.*))?"
@@ -3916,8 +3957,10 @@ OFFSYNC_KEY_LINE = (
 # similar name (--fuzzy, or "y" among short options), and backups (--backup-dir); a planted symlink
 # leads to the file outside. offsync uses none of these options, so the guard refuses them.
 #
-# rrsync accepts no option in quotes. But it splits the command at every kind of blank, and the
-# shell only at three: so the guard refuses all that is not printable ASCII, too.
+# The guard splits the command as the shell does: at blank, tab and newline. rrsync also splits it
+# at other blanks (vertical tab, U+00A0, ...), and an option behind one of these would escape the
+# guard: so every other character that is not printable ASCII is refused, too. rrsync accepts no
+# option in quotes.
 FORCED_GUARD = (
     "case $SSH_ORIGINAL_COMMAND in *--compare-dest*|*--copy-dest*|*--link-dest*)"
     " echo offsync: basis directories are refused >&2; exit 1;; esac; set -f; "
@@ -3950,6 +3993,7 @@ def format_authorized_key(command: str, key: PublicKey, from_pattern: str = "") 
 
 def written_path(line: re.Match[str]) -> str:
     """Return the path in a line that matches OFFSYNC_KEY_LINE."""
+    # The apostrophe that ends the word of /bin/sh -c is part of the match.
     return re.sub(r"\\(.)", r"\1", line["path"].removeprefix("-munge ").strip("'"))
 
 
@@ -3994,7 +4038,11 @@ def find_authorized_key(key: PublicKey) -> tuple[str, bytes, str]:
         raise OffsyncError(
             f"{path}:{error}: this key is in a line that offsync did not write, and sshd uses the "
             "first line that has it",
-            "remove that line, then try again",
+            ("look at that line:", f"sed -n {error}p {shlex.quote(path)}"),
+            (
+                "if it may go, remove it, then try again:",
+                f"sed -i.old {error}d {shlex.quote(path)}",
+            ),
         ) from None
 
 
@@ -4031,7 +4079,7 @@ def validate_public_key(text: str) -> PublicKey:
 
 
 def find_rrsync(wanted: str | None) -> str:
-    """Return the path of the wanted rrsync, or of the first one in the known places that runs."""
+    """Return the path of the wanted rrsync, or of the first executable one in the known places."""
     places = [path for place in RRSYNC_PLACES for path in sorted(glob.glob(place))]
     if wanted:
         places = [validate_absolute_path(wanted, "rrsync")]
@@ -4073,10 +4121,10 @@ FAKE_SSH_SCRIPT = (
 def probe_rrsync(rrsync: str, munge: bool) -> None:
     """Try what a thief of the key would do; raise OffsyncError if a file lands outside the path.
 
-    A symlink is sent; then a file through it (before rsync 3.5.0 that writes anywhere); then a
-    delivered file is moved through it, as a backup (that works with rsync 3.5.0, too, if rrsync is
-    one of 3.2.7 to 3.4.4). The version would prove nothing, since distributions back-port fixes.
-    Raises OffsyncError, too, if rrsync does not work.
+    A symlink is sent; then a file through it (before rsync 3.5.0 that writes anywhere); then rsync
+    is told to move a delivered file through it, as a backup (with rrsync 3.2.7 to 3.4.4, this
+    attack succeeds even beside rsync 3.5.0). The version would prove nothing, since distributions
+    back-port fixes. Raises OffsyncError, too, if rrsync does not work.
     """
     with scratch_directory() as scratch:
         inside_it, outside, plant, through = (
@@ -4168,7 +4216,7 @@ def login_homes() -> set[str]:
     return {os.path.expanduser("~")} | {
         account.pw_dir
         for account in pwd.getpwall()
-        if os.path.basename(account.pw_shell) not in NO_LOGIN_SHELLS
+        if account.pw_dir and os.path.basename(account.pw_shell) not in NO_LOGIN_SHELLS
     }
 
 
@@ -4271,7 +4319,7 @@ def sshd_settings(user: str) -> dict[str, list[str]]:
 
 
 def warn_of_link(account: pwd.struct_passwd, sshd: dict[str, list[str]], delivery: str) -> None:
-    """Warn of what makes sshd ignore the key, or undoes its restriction."""
+    """Warn of what makes sshd ignore the key, undoes its restriction, or spoils the delivery."""
     home = account.pw_dir
     user = account.pw_name
     if not os.access(delivery, os.W_OK):
@@ -4292,9 +4340,11 @@ def warn_of_link(account: pwd.struct_passwd, sshd: dict[str, list[str]], deliver
             "run link as the account itself",
         )
     files = sshd.get("authorizedkeysfile", [".ssh/authorized_keys"])
-    places = [os.path.join(home, f.replace("%h", home).replace("%u", user)) for f in files]
+    places = [
+        os.path.join(home, f.replace("%h", home).replace("%u", user)) for f in files if f != "none"
+    ]
     if os.path.join(home, ".ssh/authorized_keys") not in places:
-        where = ", ".join(places)
+        where = ", ".join(places) or "no file"
         warn(
             f"sshd reads keys from {where} (AuthorizedKeysFile), not from ~/.ssh/authorized_keys",
             "copy the line there",
@@ -4321,7 +4371,7 @@ def lets_code_in(pattern: str) -> bool:
     names = (
         "PATH HOME ENV BASH_ENV SHELLOPTS ZDOTDIR XDG_CONFIG_HOME XDG_DATA_HOME XDG_DATA_DIRS"
         " OPENSSL_CONF OPENSSL_MODULES OPENSSL_ENGINES PERLLIB PERL5LIB PERL5OPT PERL5DB"
-        " LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT DYLD_INSERT_LIBRARIES GCONV_PATH"
+        " LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT DYLD_INSERT_LIBRARIES GCONV_PATH BASH_FUNC_x%%"
         " PYTHONPATH PYTHONHOME PYTHONUSERBASE PYTHONSTARTUP PYTHONINSPECT PYTHONBREAKPOINT"
     ).split()
     families = ("PYTHON", "PERL", "LD_", "DYLD_", "OPENSSL_", "BASH_FUNC_")
@@ -4335,7 +4385,8 @@ def advertised_address(settings: dict[str, list[str]]) -> tuple[int | None, list
     no fingerprints, since these settings are not its own.
     """
     ports = settings.get("port") or ["22"]
-    # SSH_CONNECTION: the client's address and port, the server's address and port.
+    # SSH_CONNECTION: the client's address and port, the server's address and port. Its last word is
+    # the port of the sshd through which link runs.
     answering = (os.environ.get("SSH_CONNECTION", "").split() or ports[:1])[-1]
     found: list[str] = []
     if answering in ports:
@@ -4353,7 +4404,7 @@ def cmd_link(args: argparse.Namespace) -> int:
     account = current_account()
     risks = args.accept_risk
     munge = not args.symlinks
-    # "target add" refuses any other name of an account, and ssh refuses most of them, too.
+    # "target add" refuses an account name that does not match, and ssh refuses most of these, too.
     if not re.fullmatch(LOGIN_PATTERN, account.pw_name + "@host"):
         raise OffsyncError(
             f"account {quote_text(account.pw_name)}: ssh takes no login of that name",
@@ -4411,6 +4462,8 @@ def cmd_link(args: argparse.Namespace) -> int:
         undo = ["link", "--path", old, "--key", f"{key.type} {key.blob}"]
         if written["path"].startswith("-munge "):
             undo.append("--no-symlinks")
+        if args.rrsync is not None:
+            undo += ["--rrsync", re.sub(r"\\(.)", r"\1", written["rrsync"])]
         for risk in risks:
             undo += ["--accept-risk", risk]
         warn(
@@ -4432,7 +4485,7 @@ def cmd_link(args: argparse.Namespace) -> int:
     target = Target(f"{account.pw_name}@{os.uname().nodename}", path, rrsync, port, not munge)
     emit(
         "Now add this target on the controller (replace the host by the name that the controller "
-        "uses; port and fingerprints are those of the system's sshd):",
+        "uses; fingerprints are those of the system's sshd):",
         error=True,
     )
     words = [word for key in host_keys for word in ("--host-key", key)]
@@ -4493,7 +4546,8 @@ def describe_changed_key(state: StateDirectory, stderr: bytes) -> str:
     known = re.search(r"Offending \S+ key in (.+):(\d+)", text)
     facts = f"shown now {shown[2]} ({shown[1]})" if shown else "shown now another one"
     name, number = known.groups() if known else ("", "0")
-    # The name comes from stderr, where others' text may stand, too: no other file is opened.
+    # The target, or a jump host, writes to stderr, too, and may have forged this name: so only our
+    # known_hosts, or a file with one of these usual names, is opened.
     usual = ("known_hosts", "known_hosts2", "ssh_known_hosts", "ssh_known_hosts2")
     if name != state.known_hosts and os.path.basename(name) not in usual:
         return replace_unprintable(facts)
@@ -4578,9 +4632,9 @@ def connect_trusted(
     """Return (an open connection, the known_hosts file to store; "" if the key is trusted already).
 
     Only one key is trusted: the one that ssh negotiates, once it was compared. A man in the middle
-    can show a key that is not his, but without its private half no connection succeeds: so the one
-    that follows proves that the target has the key. It also reads the known_hosts files of the user
-    and the system, and refuses a key that they mark as revoked.
+    can show a key that is not his, but without its private half no connection succeeds. So the
+    connection that is made next proves that the target has it. ssh also reads the known_hosts files
+    of the user and the system then, and refuses a key that they mark as revoked.
     """
     connection = Connection(context, target)
     if not wanted:
@@ -4651,8 +4705,9 @@ def prove_all(connection: Connection) -> list[Proof]:
     marker = os.urandom(8).hex()
     dry: dict[str, Any] = {"source": context.empty, "limit": SESSION_DEADLINE}
     read = connection.session((), "cat /etc/passwd")
-    *shell, files = connection.rsync_remote_args(".")
-    argv = [context.rsync_path, "-n", "-r", *shell, files, os.fsdecode(context.empty) + "/"]
+    # Here LOGIN:PATH is the source.
+    *shell, remote = connection.rsync_remote_args(".")
+    argv = [context.rsync_path, "-n", "-r", *shell, remote, os.fsdecode(context.empty) + "/"]
     pulled = connection.run(argv, limit=SESSION_DEADLINE, env=child_environment(for_rsync=True))
     climbed = connection.rsync_with_retry(("-n", "-r"), path="../" + marker, **dry)
     # rsync names in double quotes the directory that it tried to enter: then rrsync let .. pass.
@@ -4668,6 +4723,7 @@ def prove_all(connection: Connection) -> list[Proof]:
             raise error
         return Proof(what, not answer, answer or "refused")
 
+    # prove_restricted() and prove_path() raise where these two do not hold.
     proofs = [
         Proof("run a command", True, "refused"),
         refused("read a file with cat", read, quote_output(read.stdout)),
@@ -4957,10 +5013,12 @@ def format_new_config(source: str) -> str:
 def replace_block(text: str, key: str, block: Sequence[str]) -> str:
     """Return config text with one top-level key's lines replaced; all else stays.
 
-    These reach from the key to its last indented or dashed line. Comments among them are lost; what
-    follows them stays.
+    The key's lines are those from the key to the last line below it that is indented or begins with
+    a dash. Comments between them are lost; comments after them stay.
     """
-    lines = rf"(?m)^{key}:.*(?:(?:\n *(?:#.*)?\r?)*\n(?:-| +[^ #\r\n]).*)*"
+    comment = r"\n *(?:#[^\r\n]*)?\r?"  # or a blank line
+    item = r"\n(?:-| +[^ #\r\n]).*"
+    lines = rf"(?m)^{key}:.*(?:(?:{comment})*{item})*"
 
     def replaced(match: re.Match[str]) -> str:
         end = "\r" if match[0].endswith("\r") else ""
@@ -5062,7 +5120,7 @@ TOP_KEYS = {
     "bwlimit": KeySpec("a number of KiB/s, such as 10240 for 10 MiB/s", int, 0),
     "compress": KeySpec(BOOLEAN, bool, False),
     # rsync is silent while it hashes a large file, which may take hours.
-    "timeout": KeySpec("a number of seconds, 60 or more", int, 10800, in_range(60, 10**9)),
+    "timeout": KeySpec("a number of seconds, 60 or more", int, 10800, in_range(60, 999_999_999)),
     "max_delete": KeySpec("a number of percent from 0 to 100", int, 50, in_range(0, 100)),
     "targets": KeySpec("a list of targets, or []", list, ...),
 }
@@ -5099,7 +5157,9 @@ TARGET_KEYS = {
         None,
         in_range(1, 65535),
         "--port",
-        value_option("N", "the port of sshd (default: ssh_config, else 22)"),
+        value_option(
+            "N", "the port of sshd (default: ssh_config, else 22)", type=in_range(1, 65535)
+        ),
     ),
     "symlinks": KeySpec(
         BOOLEAN,
@@ -5183,7 +5243,7 @@ def validate_config(text: str, filename: str, source: str | None = None) -> Conf
     opened: list[tuple[int, Any]] | None = None  # the list that is being read
     dash = keys = -1  # the columns of its dashes, and of the keys of its last item
     targets: dict[str, Target] = {}
-    number = 1
+    number = 1  # the line that an error names; 1 where none is to blame
     try:
         # CR before LF alone: elsewhere it would hide text.
         for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
@@ -5201,7 +5261,9 @@ def validate_config(text: str, filename: str, source: str | None = None) -> Conf
                         "a list item where none is expected; remove it, or indent all items alike"
                     )
                 if value is None:
-                    raise UsageError("an empty list item; remove it")
+                    raise UsageError(
+                        f"{key} has no value" if key else "an empty list item; remove it"
+                    )
                 dash = indent
                 keys = match.start("key") if key else -1
                 opened.append((number, {} if key else value))
@@ -5562,6 +5624,13 @@ def check_own_key(path: str) -> str:
     return public[0].decode()
 
 
+def keep_old_line(public: str) -> None:
+    """Append the line of a public key to a file beside it: "unlink" may need it on targets."""
+    old = public + ".old"
+    lines = read_file(old, "key") if os.path.exists(old) else b""
+    write_atomically(old, [lines, read_file(public, "key")], 0o644)
+
+
 def cmd_init(args: argparse.Namespace) -> int:
     require_programs("controller")
     state = StateDirectory()
@@ -5592,19 +5661,20 @@ def cmd_init(args: argparse.Namespace) -> int:
     comment = "offsync@" + re.sub(r"[^A-Za-z0-9.-]", "", os.uname().nodename)
     public = state.key + ".pub"
     if not os.path.lexists(state.key):
-        if os.path.exists(public):
-            warn("the private key was missing; a new one was created", "link it on every target")
-            os.rename(public, public + ".old")
+        lost = os.path.exists(public)
+        if lost:
+            keep_old_line(public)
         make_key(state.key, comment)
+        if lost:
+            warn("the private key was missing; a new one was created", "link it on every target")
     check_private(state.key)
     # ssh-keygen before OpenSSH 8.2 prints no comment.
     words = [*read_public_key(state.key).decode("utf-8", "replace").split(None, 2), comment]
     key = " ".join(words[:3]).strip()
-    # An old line is kept: it may be linked on targets, where "unlink" needs it.
     if os.path.exists(public) and read_file(public, "key").split()[:2] != key.encode().split()[:2]:
-        os.rename(public, public + ".old")
+        keep_old_line(public)
     write_atomically(public, [key.encode() + b"\n"], 0o644)
-    emit(f"source {quote_text(state.load().source)}, config {quote_text(state.config)}", True)
+    emit(f"source {quote_text(state.load().source)}, config {quote_text(state.config)}", error=True)
     emit(
         "Now run this on each target, as the account that receives, and paste the key that "
         "follows:\n    offsync link --path DIR",
@@ -5699,7 +5769,7 @@ def cmd_target_remove(args: argparse.Namespace) -> int:
     if len(named) != 1:
         known = sorted(target.login for target in targets)
         why = "several targets have this host; name the login" if named else "no such target"
-        # No nearest one is named: the wrong target would be removed.
+        # No "did you mean": whoever followed it without looking could remove the wrong target.
         raise UsageError(
             f"target {quote_text(args.login)}: {why}", f"known: {join_first(known) or 'none'}"
         )
@@ -5873,7 +5943,12 @@ def has_differences(plan: TargetPlan) -> bool:
     return any(change.kind not in ("leftover", "kept") for change in plan.changes)
 
 
-def raise_for_failed(plans: Sequence[TargetPlan], what: str, as_json: bool) -> None:
+def raise_for_failed(
+    plans: Sequence[TargetPlan],
+    what: str,
+    as_json: bool,
+    hint: Hint = "fix these, then try again",
+) -> None:
     """Raise OffsyncError if a target has no plan.
 
     For people the reasons were printed before; JSON has only their kinds.
@@ -5883,9 +5958,7 @@ def raise_for_failed(plans: Sequence[TargetPlan], what: str, as_json: bool) -> N
         logins = [plan.target.login for plan in plans if plan.error]
         named = join_first([str(error) for error in errors] if as_json else logins)
         count = f"{len(errors)} of {plural(len(plans), 'target')}"
-        raise OffsyncError(
-            f"{what}: {count} could not be compared: {named}", "fix these, then try again"
-        )
+        raise OffsyncError(f"{what}: {count} could not be compared: {named}", hint)
 
 
 def cmd_plan(args: argparse.Namespace) -> int:
@@ -5912,7 +5985,10 @@ def cmd_plan(args: argparse.Namespace) -> int:
         emit("plan " + name)
         if sys.stdout.isatty() and differs and stored and not refused:
             emit("Next:\n    " + typed.again(command="apply", plan=name), error=True)
-    raise_for_failed(plans, "plan", args.json)
+    hint: Hint = "fix these, then try again"
+    if args.summary:
+        hint = ("see why, and what to do:", typed.again(command="plan"))
+    raise_for_failed(plans, "plan", args.json, hint)
     return 3 if args.exit_code and differs else 0
 
 
@@ -5976,7 +6052,7 @@ class Report:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         # If all targets were refused, main() prints the reason once.
-        quiet = is_refusal(error) and not self.results
+        quiet = ended_by_error(error) and not self.results
         for login in sorted(self.log.unreported):
             self.print(login, quiet)
         for logins in self.said.values():
@@ -6003,7 +6079,7 @@ class Report:
         elif record.result == "ok":
             emit(f"{login}: {colour('ok', 'ok')}: {text}", prose=True)
         if record.result != "ok" and not (quiet and record.result == "refused"):
-            # A command that is to be typed for each target is shown for each.
+            # Equal failures are printed once. But a "target add" command differs for each target.
             hints = failed.hints if failed else ()
             commands = (hint[1] for hint in hints if isinstance(hint, tuple))
             each = [command for command in commands if "target add" in command]
@@ -6042,6 +6118,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
     take_lock(state, "verify", shared=True)
     with RunContext(state, config, typed, args.jobs) as context:
         plans = plan_all(context, targets)
+    # Those with an error, or with anything but kept entries: leftovers are shown, too.
     shown = [p for p in plans if p.error or len(p.changes_of("kept")) < len(p.changes)]
     if args.json:
         emit_lines(plan_lines(config, plans))
@@ -6094,7 +6171,7 @@ def cmd_log(args: argparse.Namespace) -> int:
             continue
         plan = (record.plan or "-")[:12]
         rows.append([record.timestamp, record.login, record.result, plan, record.operator])
-        # Names and errors stand on a line of their own, uncut.
+        # On a terminal, names and errors stand on a line of their own, uncut.
         source = "" if config and record.source == config.source else f"from {record.source}"
         below.append("; ".join(filter(None, (what, record.error, source))))
     if len(rows) > 1:
@@ -6102,7 +6179,8 @@ def cmd_log(args: argparse.Namespace) -> int:
     if not records:
         why = "no apply has run yet"
     elif args.name is not None and not found:
-        why = f"no run changed {quote_text(args.name)}"
+        to_these = " to these targets" if args.targets else ""
+        why = f"no run{to_these} changed {quote_text(args.name)}"
     else:
         why = "the log begins at " + records[0][1].timestamp
     lost = f"; what {plural(unknown, 'run')} changed is unknown" if unknown else ""
@@ -6131,7 +6209,10 @@ def parse_manifest(lines: Iterable[bytes]) -> dict[bytes, str]:
         name = match[3]
         if match[1]:
             name = re.sub(rb"\\([\\nr])", lambda escape: letters[escape[1]], name)
-        found[name[2:] if name.startswith(b"./") else name] = match[2].decode()
+        name = name[2:] if name.startswith(b"./") else name
+        # Two different sums for a file cannot both hold.
+        if found.setdefault(name, match[2].decode()) != match[2].decode():
+            raise ValueError(number)
     return found
 
 
@@ -6158,7 +6239,7 @@ def manifest_files(root: str, exclude: Sequence[str], manifest: str | None) -> d
 def print_manifest(found: dict[bytes, str]) -> None:
     manifest = b"".join(format_manifest_line(path, digest) for path, digest in found.items())
     digest = new_digest(manifest).hexdigest()
-    # Names must not write to the terminal.
+    # A file name may hold control sequences: on a terminal, they are replaced.
     if sys.stdout.isatty():
         lines = manifest.decode("utf-8", "replace").split("\n")
         manifest = "\n".join(map(replace_unprintable, lines)).encode()
@@ -6233,9 +6314,13 @@ def check_controller(state: StateDirectory) -> bool:
         check_source(scanned, find_rsync()[0], config.targets)
         return quote_text(config.source)
 
+    def private(path: str) -> str:
+        check_private(path)
+        return quote_text(path)
+
     def config() -> str:
         state.load()
-        return check_private(state.config)
+        return private(state.config)
 
     def ssh() -> str:
         asked = run_program([find_program("ssh"), "-V"], limit=SESSION_DEADLINE)
@@ -6249,8 +6334,8 @@ def check_controller(state: StateDirectory) -> bool:
     check("rsync", lambda: "%s %d.%d.%d" % (find_rsync()[0], *find_rsync()[1]))
     check("ssh", ssh)
     check("ssh-keygen", lambda: find_program("ssh-keygen"))
-    check("state", lambda: check_private(state.path))
-    check("key", lambda: f"{check_private(state.key)} {check_own_key(state.key)}")
+    check("state", lambda: private(state.path))
+    check("key", lambda: f"{private(state.key)} {check_own_key(state.key)}")
     check("config", config)
     check("source", source)
     return not problems

@@ -83,7 +83,7 @@ no plan without the proof
 
 * the path is proved
   test_trust.Restriction.test_another_directory
-  plan_target: if changes: prove_path(connection) => pass
+  plan_target: prove_path(connection) => None
 
 sessions go over the proved connection only
   test_trust.Restriction.test_a_session_has_nowhere_else_to_go
@@ -267,7 +267,7 @@ unknown is null
 
 stuck staged files are sent again
   test_exact.SecondRunIsEmpty
-  Delivery.verify_sent: staging_path(change.path) in left => False
+  Delivery.verify_sent: staging_path(change.path) in self.plan.staged => False
 
 two slashes
   test_exact.SecondRunIsEmpty
@@ -512,9 +512,9 @@ what is no regular file is not replaced
   test_link.Linking.test_what_is_no_regular_file_is_left_alone
   write_atomically: old and (not stat.S_ISREG(old.st_mode)) => False
 
-the rule of a directory above ends with a slash
+what the source has again is not deleted
   test_exact.Replaced
-  Delivery.delete: exact_filter_pattern(directory) + b'/' => exact_filter_pattern(directory)
+  Delivery.delete: paths & extraneous => paths
 
 leftovers may be the only copy, too
   test_filesystems.Case.test_a_leftover_may_be_the_only_copy_too
@@ -700,6 +700,10 @@ def try_one(guard: Guard, base: str) -> tuple:
         text = take_out(stream.read(), guard.function, guard.expression, guard.becomes)
     if not text:
         return guard.name, guard.test, "the place is gone"
+    try:
+        compile(text, "offsync.py", "exec")
+    except SyntaxError as error:
+        return guard.name, guard.test, "it does not compile without it: %s" % error
     copy = tempfile.mkdtemp(dir=base)
     shutil.copytree(HERE, copy + "/tests", ignore=shutil.ignore_patterns("__pycache__"))
     for other in ("README.md", "install.sh", "Makefile"):

@@ -297,6 +297,14 @@ class AsPeopleWriteIt(unittest.TestCase):
         self.assertEqual(offsync.validate_config(changed, "c").targets, (WEB1,))
         self.assertEqual(changed.count("\n"), changed.count("\r\n"))
 
+    def test_many_comments_after_a_block_that_is_replaced(self) -> None:
+        """Found in linear time, with CRLF, too: 60 lines would take for ever otherwise."""
+        end = "# c\r\n" * 60 + "jobs: 3\r\n"
+        text = CONFIG.split("targets:")[0].replace("\n", "\r\n") + "targets: []\r\n" + end
+        changed = offsync.replace_block(text, "targets", offsync.format_targets([WEB1]))
+        self.assertTrue(changed.endswith('"\r\n' + end))
+        self.assertEqual(offsync.validate_config(changed, "c").targets, (WEB1,))
+
     def test_what_is_refused_with_a_remedy_that_is_true(self) -> None:
         for old, new, said in (
             ("delete: false", "\tdelete: false", "a tab; write blanks"),

@@ -89,9 +89,12 @@ class ForcedCommandAnswers(DiagnosisCase):
             ("true", "not rrsync"),
             ("/usr/sbin/nologin", "getent passwd %s" % USER),
             ("bash -r -c " + rrsync.replace(" ", "\\\\ "), "restricted one"),
-            ("/nowhere/rrsync -wo /x", "rrsync, or its interpreter, is not at"),
-            (fake + " '#!/nowhere/python3'", "rrsync, or its interpreter, is not at"),
-            ("echo 'openrsync: protocol 29' >&2; exit 2", "openrsync answers instead"),
+            ("/nowhere/rrsync -wo /x", "rrsync, or its interpreter, is missing on the target"),
+            (
+                fake + " '#!/nowhere/python3'",
+                "rrsync, or its interpreter, is missing on the target",
+            ),
+            ("echo 'openrsync: protocol 29' >&2; exit 2", "or openrsync answers"),
             (
                 "echo 'option --delete has been disabled on this server.' >&2; exit 1",
                 "of the same release",

@@ -248,7 +248,8 @@ class Missing(LabTestCase):
         write(target.keys, line.replace("/usr/bin/rrsync", "/nowhere/rrsync"))
         self.assertRegex(
             self.lab.offsync("plan", check=1).out,
-            r"rrsync, or its interpreter, is not at (.*\n)+      offsync install-deps --role t",
+            r"rrsync, or its interpreter, is missing on the target, (.*\n)+"
+            "      offsync install-deps --role target",
         )
 
     def test_an_unreadable_source(self) -> None:

@@ -356,8 +356,15 @@ class SecondRunIsEmpty(WrappedRsyncCase):
             'case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) cp -p f ../old; real; s=$?; mkdir -p'
             " .~tmp~; mv f .~tmp~/f; mv ../old f; exit $s;; esac; real"
         )
-        self.lab.offsync("apply", check=0)
+        # Also where the review was before the interrupted run, so that it does not list it.
+        os.rename(self.there + "/.~tmp~", self.lab.base + "/staged")
+        reviewed = self.lab.offsync("plan", check=0).out.split()[-1]
+        os.rename(self.lab.base + "/staged", self.there + "/.~tmp~")
+        self.lab.offsync("apply --plan", reviewed, check=0)
         self.assertEqual(read(self.there + "/f"), "new content")
+        write(self.source + "/f", "other content")
+        self.lab.offsync("apply", check=0)
+        self.assertEqual(read(self.there + "/f"), "other content")
         self.lab.offsync("verify", check=0)
 
     @unittest.skipUnless(os.geteuid() == 0, "chattr and mount need root")
@@ -521,6 +528,17 @@ class Replaced(WrappedRsyncCase):
         write(self.there + "/gone", "x")
         self.lab.offsync("apply --delete", check=0)
         self.assertEqual(snapshot(self.there), snapshot(self.source))
+
+    def test_a_file_that_takes_the_place_of_a_directory_meanwhile(self) -> None:
+        """In the last moment before the deletions: it is nothing that was planned."""
+        write(self.source + "/d/kept", "x")
+        write(self.there + "/d/kept", "x")
+        write(self.there + "/d/gone", "x")
+        self.wrap_target_rrsync(
+            'case "$SSH_ORIGINAL_COMMAND" in *--existing*) rm -r d; echo mine > d;; esac; real'
+        )
+        self.lab.offsync("apply --delete", check=1)
+        self.assertEqual(read(self.there + "/d"), "mine\n")
 
 
 class Excluded(WrappedRsyncCase):

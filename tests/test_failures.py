@@ -317,7 +317,7 @@ class Trouble(WrappedRsyncCase):
                 ["target", "remove", self.target.login],
             ):
                 self.assert_refused(
-                    self.lab.offsync(*args), 1, "offsync apply (process 4711) is running"
+                    self.lab.offsync(*args), 1, "it was taken by offsync apply (process 4711)"
                 )
             self.lab.offsync("plan", check=0)
         self.lab.offsync("apply", check=0)

@@ -50,7 +50,7 @@ class Case(WrappedRsyncCase):
                 before = snapshot(self.there)
                 done = self.lab.offsync("apply --delete", check=1)
                 self.assertIn("these names may be one file", done.err)
-                self.assertIn("rename them in the source, apply, rename them back", done.err)
+                self.assertIn("rename the one in the source, apply, rename it back", done.err)
                 self.assertEqual(snapshot(self.there), before)
                 plan = self.lab.offsync("plan --delete", check=0).out.split()[-1]
                 self.lab.offsync("apply --delete --plan", plan, check=0)

@@ -205,9 +205,10 @@ class OneTarget(Typing):
         self.assertEqual(read(self.key + ".pub").split()[:2], read(other + ".pub").split()[:2])
         # Also where init makes a new key in place of one that is lost.
         public = read(self.key + ".pub")
+        before = read(self.key + ".pub.old")
         os.unlink(self.key)
         self.lab.offsync("init", check=0)
-        self.assertEqual(read(self.key + ".pub.old"), public)
+        self.assertEqual(read(self.key + ".pub.old"), before + public)
 
     def test_a_target_that_is_removed(self) -> None:
         done = self.type("offsync target remove " + self.one.login)

@@ -89,6 +89,25 @@ class Linking(LinkCase):
         self.link(check=0)
         self.assertEqual((os.stat(self.keys).st_uid, os.stat(self.keys).st_gid), (65534, 65534))
 
+    @unittest.skipUnless(os.geteuid() == 0, "only root can give files away")
+    def test_a_file_whose_group_is_not_the_accounts(self) -> None:
+        """As root leaves it with "chown deploy": the account may not set that group again."""
+        place = self.lab.base + "/of-nobody"
+        os.mkdir(place)
+        write(place + "/keys", "old", 0o640)
+        for path in (place, place + "/keys"):
+            os.chown(path, 65534, 0)
+        pid = os.fork()
+        if not pid:
+            os.setgid(65534)
+            os.setgroups([])
+            os.setuid(65534)
+            offsync.write_atomically(place + "/keys", [b"new"], 0o640)
+            os._exit(0)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
+        self.assertEqual(read(place + "/keys"), "new")
+        self.assertEqual(os.stat(place + "/keys").st_uid, 65534)
+
     def test_existing_directory_keeps_its_mode_and_a_new_one_is_made(self) -> None:
         os.mkdir(self.path)
         os.chmod(self.path, 0o711)
@@ -169,7 +188,7 @@ class Linking(LinkCase):
     def test_a_foreign_line_with_the_key_is_refused_by_number(self) -> None:
         text = "# one\n\n%s\n" % self.key
         write(self.keys, text, 0o600)
-        self.assert_refused(self.link(), 1, self.keys + ":3", "remove that line")
+        self.assert_refused(self.link(), 1, self.keys + ":3", "if it may go, remove it")
         self.assert_refused(
             self.lab.offsync("unlink --key", self.key, home=self.target_home), 1, ":3"
         )
@@ -889,6 +908,7 @@ class SshdSays(LabTestCase):
             ("acceptenv OPENSSL_CONF", True),
             ("acceptenv XDG_DATA_*", True),
             ("acceptenv BASH_FUNC_*", True),
+            ("acceptenv *%%", True),
             ("acceptenv LANG\nacceptenv LC_*", False),
             ("acceptenv COLORTERM LC_* TZ", False),
             ("permittunnel yes", True),

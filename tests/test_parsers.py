@@ -37,6 +37,31 @@ class Sources(unittest.TestCase):
                 stream.write(name)
         return base
 
+    def test_what_vanishes_while_it_is_scanned_is_no_offence(self) -> None:
+        tree = self.tree()
+        os.makedirs(tree + "/d/below")
+        os.symlink("../a", tree + "/d/link")
+        entered = os.scandir
+
+        def scandir(path):
+            """Remove d before it is entered, or what is in it when it has been listed."""
+            ours = isinstance(path, bytes) and path.endswith(b"/d")
+            if ours and whole:
+                os.rmdir(path)
+            entries = entered(path)
+            if ours:
+                listed = list(entries)
+                shutil.rmtree(path)
+                return contextlib.nullcontext(listed)
+            return entries
+
+        with mock.patch.object(os, "scandir", scandir):
+            whole = False
+            self.assertEqual(offsync.scan(offsync.Source(tree)), {})
+            os.mkdir(tree + "/d")
+            whole = True
+            self.assertEqual(offsync.scan(offsync.Source(tree)), {})
+
     def test_what_another_waits_for_is_described_too(self) -> None:
         """One plan waits for a large file; a pass of another target fails, and nobody hands over
         what it wanted.
@@ -345,6 +370,9 @@ class Names(unittest.TestCase):
         )
         with self.assertRaises(ValueError) as caught:
             offsync.parse_manifest([b"0" * 64 + b"  one\n", b"0" * 64 + b"  two\0"])
+        self.assertEqual(caught.exception.args, (2,))
+        with self.assertRaises(ValueError) as caught:  # one of the two cannot hold
+            offsync.parse_manifest([b"0" * 64 + b"  one\n", b"a" * 64 + b"  one\n"])
         self.assertEqual(caught.exception.args, (2,))
 
 

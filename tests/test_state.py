@@ -65,6 +65,13 @@ class UserBeside(LabTestCase):
         self.assert_refused(self.lab.offsync("plan"), 1, "belongs to nobody")
         self.assertNotIn("chown", self.lab.offsync("plan", check=1).err)
 
+    @unittest.skipIf(os.geteuid() == 0, "root may enter it")
+    def test_one_that_its_owner_may_not_enter(self) -> None:
+        self.lab.init()
+        os.chmod(self.lab.state, 0o600)
+        self.addCleanup(os.chmod, self.lab.state, 0o700)
+        self.assert_refused(self.lab.offsync("plan"), 1, "chmod u+rwX " + self.lab.state)
+
     def test_a_file_in_it_that_others_may_write_to(self) -> None:
         """Another user could name a source, a host key, or a plan of their own."""
         self.lab.configured_target("one")
@@ -215,12 +222,15 @@ class Records(WrappedRsyncCase):
         os.mkdir(status)
         self.addCleanup(os.rmdir, status)
         done = self.lab.offsync("apply", check=1)
-        self.assertIn("verified, but not logged; ", done.err)
+        self.assertIn("verified and logged, but this outcome cannot be stored; ", done.err)
         self.assertEqual(self.last()["result"], "ok")
 
     def test_a_plan_file_that_is_none_and_a_plan_of_an_older_version(self) -> None:
         write(self.source + "/f", "x")
         plan = self.lab.base + "/plan"
+        write(plan, "")
+        done = self.lab.offsync("apply --plan", plan)
+        self.assert_refused(done, 2, "plan:1: not a line of a plan")
         policy = '"delete": false, "exclude": [], "overwrite": true, "source": "/s"'
         for text, said in (
             ("nonsense\n", "not a line of a plan"),
@@ -677,7 +687,7 @@ class Surroundings(WrappedRsyncCase):
         Each piece of a file takes a moment in this copy.
         """
         pieces = "chunk = os.read(descriptor"
-        slow = self.lab.altered((pieces, "STOP.wait(0.1)\n            " + pieces))
+        slow = self.lab.altered((pieces, "STOPPING.wait(0.1)\n            " + pieces))
         with open(self.source + "/large", "wb") as stream:
             stream.truncate(1 << 28)  # two minutes at that speed
         line = read(self.target.keys)

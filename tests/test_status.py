@@ -238,6 +238,10 @@ class ResumedRuns(ThreeTargetsCase):
         words = done.err.split("leave that target out:\n    ")[1].split("\n")[0]
         self.assertEqual(words, "offsync apply --except " + logins[1])
         self.assertIn("stray", done.err)
+        # Without that target, the reviewed plan holds: it is not dropped from the command.
+        reviewed = self.lab.offsync("plan", check=0).out.split()[-1]
+        done = self.lab.offsync("apply --plan", reviewed, check=1)
+        self.assertIn("apply --except %s --plan %s\n" % (logins[1], reviewed), done.err)
         done = self.lab.offsync(*words.split()[1:], check=0)
         self.assertIn("2 targets: 2 ok", done.out)
         self.assertEqual([os.path.exists(t.path + "/f") for t in self.targets], [True, False, True])
