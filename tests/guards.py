@@ -13,6 +13,7 @@ after "===", stands above the guards that keep it. "*" marks the guards that mat
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import shutil
 import subprocess
@@ -663,8 +664,10 @@ def read_table(table: str) -> list:
 GUARDS = read_table(TABLE)
 
 
-def qualified(module: ast.Module) -> dict:
-    """Return {"Class.function" or "function": its node}; "module" is all of it."""
+@functools.cache
+def qualified(text: str) -> dict:
+    """Return {"Class.function" or "function": its node} of a program; "module" is all of it."""
+    module = ast.parse(text)
     found: dict = {"module": module}
     for node in module.body:
         if isinstance(node, ast.FunctionDef):
@@ -679,12 +682,12 @@ def take_out(text: str, function: str, expression: str, becomes: str) -> str:
     """Return the program without a guard; "" where the place is gone."""
     wanted = ast.parse(expression).body[0]
     statement = not isinstance(wanted, ast.Expr)
-    dumped = ast.unparse(wanted if statement else wanted.value)
-    place = qualified(ast.parse(text)).get(function)
+    wanted = wanted if statement else wanted.value
+    dumped = ast.unparse(wanted)
+    place = qualified(text).get(function)
     spots = []
     for node in ast.walk(place) if place else ():
-        same = isinstance(node, (ast.expr, ast.stmt)) and not isinstance(node, ast.Expr)
-        same = same and not isinstance(getattr(node, "ctx", None), ast.Store)
+        same = type(node) is type(wanted) and not isinstance(getattr(node, "ctx", None), ast.Store)
         if same and ast.unparse(node) == dumped:
             spots.append((node.lineno, node.col_offset, node.end_lineno, node.end_col_offset))
     lines = [line.encode() for line in text.split("\n")]
