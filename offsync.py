@@ -4844,16 +4844,19 @@ def missing_programs(role: str) -> dict[str, OffsyncError]:
     return missing
 
 
-def install_commands(manager: str, role: str) -> list[list[str]]:
+def install_commands(manager: str, role: str, missing: Iterable[str]) -> list[list[str]]:
     """Return the commands that install what a role needs.
 
-    One command for each package, so that one which this system does not know blocks no other.
+    One command for each package, so that one which this system does not know blocks no other. An
+    OpenSSH of which no program is missing is left alone: an upgrade would restart its sshd.
     """
     install, controller, target = PACKAGE_MANAGERS[manager]
     sudo = ["sudo"] if manager != "brew" and os.geteuid() != 0 else []
     wanted = {"controller": controller, "target": target}.get(role, controller + " " + target)
     commands = [[*sudo, "apt-get", "update"]] if manager == "apt-get" else []
-    packages = dict.fromkeys(wanted.split())
+    packages = list(dict.fromkeys(wanted.split()))
+    if not any(name.startswith("ssh") for name in missing):
+        packages = [name for name in packages if not name.startswith("openssh")]
     return commands + [[*sudo, *install.split(), package] for package in packages]
 
 
@@ -4871,7 +4874,7 @@ def install_dependencies(role: str, assume_yes: bool = False) -> None:
             f"({', '.join(PACKAGE_MANAGERS)})",
             "install OpenSSH, and rsync with rrsync, by hand",
         )
-    commands = install_commands(manager, role)
+    commands = install_commands(manager, role, missing)
     emit(f"missing on this host: {names}; these commands install it:", error=True)
     emit("\n".join("    " + shlex.join(words) for words in commands), error=True)
     if commands[0][0] == "sudo" and not shutil.which("sudo"):

@@ -72,6 +72,15 @@ class InstallDeps(LabTestCase):
     def run_deps(self, *args, check=None):
         return self.lab.offsync("install-deps", *args, env={"PATH": self.bin}, check=check)
 
+    def test_an_openssh_that_works_is_left_alone(self) -> None:
+        """An upgrade would restart the sshd of a host at work."""
+        for name in ("ssh", "sshd", "ssh-keygen"):
+            write(self.bin + "/" + name, "#!/bin/sh\n", 0o755)
+        calls = self.fake("apt-get")
+        self.run_deps("--role", "both", "-y")
+        self.assertIn("rsync", read(calls))
+        self.assertNotIn("openssh", read(calls))
+
     def test_the_commands_of_every_package_manager(self) -> None:
         for row in EXPECTED.strip().splitlines():
             manager, role = row.split(":")[0].split()
