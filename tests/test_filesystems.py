@@ -189,7 +189,7 @@ class UnusualFilesystems(WrappedRsyncCase):
         self.addCleanup(os.chmod, self.there + "/.~tmp~", 0o700)
         write(self.source + "/f", "x")
         done = self.lab.offsync("plan", check=1)
-        self.assertIn("belong to another account", done.out)
+        self.assertIn("a .~tmp~ of another account", done.out)
         self.assertNotIn("exclude it", done.out)
 
 
