@@ -4778,8 +4778,17 @@ def cmd_target_add(args: argparse.Namespace) -> int:
             "to have both, give one of them a Host alias in ~/.ssh/config",
         )
     with RunContext(state, config, Typed("target add", config)) as context:
-        connection, known_hosts = connect_trusted(context, target, args.host_key)
-        proofs = prove_all(connection)
+        try:
+            connection, known_hosts = connect_trusted(context, target, args.host_key)
+            proofs = prove_all(connection)
+        except TargetError as error:
+            # A command to add the target gets the host keys that were typed.
+            typed = "".join(" --host-key " + host_key for host_key in args.host_key)
+            error.hints = tuple(
+                (hint[0], hint[1] + typed) if "target add" in hint[1] else hint
+                for hint in error.hints
+            )
+            raise
         found = [f"{p.attempt}: {p.detail}" for p in proofs if p.passed is False]
         if found:
             raise failure(target, "not-restricted", "; ".join(found))

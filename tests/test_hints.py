@@ -6,6 +6,7 @@ ELSEWHERE, with the reason.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -179,6 +180,16 @@ class OneTarget(Typing):
         self.assertEqual(read(self.lab.state + "/config.yaml"), before)
 
     @unittest.skipUnless(os.geteuid() == 0, "only root can give directories away")
+    def test_a_target_that_is_added_with_a_wrong_path(self) -> None:
+        """The command has the host key and the state that were typed: no terminal is needed."""
+        state = self.lab.base + "/moved"
+        os.rename(self.lab.state, state)
+        words = [*self.one.words, "--host-key", self.one.fingerprint]
+        words[2] += "/wrong"
+        command = self.fix("OFFSYNC_HOME=%s offsync target add %s" % (state, " ".join(words)), 1)
+        self.assertIn("--host-key " + self.one.fingerprint, command)
+        self.assertIn("remote_path: %s\n" % json.dumps(self.one.path), read(state + "/config.yaml"))
+
     def test_the_state_of_another_account(self) -> None:
         """Typed as that account, the command uses this state, not the account's own."""
         state = self.lab.base + "/theirs"
