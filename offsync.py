@@ -35,7 +35,7 @@ never   deletes without "delete: true" or --delete, overwrites where the config
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 354 to 3425, in the order in
+To audit it, read the trust core first: lines 354 to 3435, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -742,7 +742,8 @@ def casefold_nfc(path: bytes) -> str:
     Such file systems ignore case, Unicode form, or final dots and blanks of a name.
     """
     text = unicodedata.normalize("NFC", path.decode("utf-8", "surrogateescape"))
-    return re.sub(r"[. ]+(?=/|$)", "", unicodedata.normalize("NFC", text.casefold()))
+    folded = unicodedata.normalize("NFC", text.casefold())
+    return "/".join(name.rstrip(". ") for name in folded.split("/"))
 
 
 def above(path: bytes) -> Iterator[bytes]:
@@ -1408,13 +1409,14 @@ def failure(
     said: str = "",
 ) -> TargetError:
     """Return the error for a target. facts and names describe what happened."""
-    state = StateDirectory()
+    home = os.environ.get("OFFSYNC_HOME") or os.path.expanduser("~/.offsync")
     key = "..."
     with contextlib.suppress(OffsyncError):
-        key = read_file(state.key + ".pub", "key").decode("utf-8", "replace").strip()
+        key = read_file(home + "/id_ed25519.pub", "key").decode("utf-8", "replace").strip()
     link = ["offsync", "link", "--path", target.remote_path, "--key", key]
-    ssh = [*"ssh -v -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes -i".split(), state.key]
-    ssh += ["-o", f'UserKnownHostsFile="{state.known_hosts}" ~/.ssh/known_hosts']
+    ssh = [*"ssh -v -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes -i".split()]
+    ssh += [home + "/id_ed25519"]
+    ssh += ["-o", f'UserKnownHostsFile="{home}/known_hosts" ~/.ssh/known_hosts']
     ssh += ["-p", str(target.port)] if target.port else []
     words = {
         "host": target.host,
@@ -2950,7 +2952,9 @@ class Delivery:
         self.to_send = [change for change in plan.changes if change.entry]
         allowed = context.config.delete is Deletion.ALLOW
         gone = plan.changes_of("missing", "leftover") if allowed else ()
-        self.to_delete = {change.path for change in gone}
+        self.planned_gone = {change.path: change.directory for change in gone}
+        self.to_delete = set(self.planned_gone)
+        self.retyped: set[bytes] = set()  # of these, what has another type now than was planned
         # Files and symlinks that replace an entry of another type, which may be a directory.
         self.replacing = {c.path for c in self.to_send if "type" in c.reasons and not c.directory}
         self.bytes_sent: int | None = 0
@@ -3170,6 +3174,8 @@ class Delivery:
             change = changes.pop(path)
             if path in self.to_delete or not (keep or is_leftover(self.source, change)):
                 extraneous.add(path)
+            if self.planned_gone.get(path, change.directory) is not change.directory:
+                self.retyped.add(path)
         return Comparison(changes, extraneous)
 
     def compare_whole_tree(self) -> Comparison:
@@ -3203,7 +3209,7 @@ class Delivery:
 
         Raises TargetError for anything else that rsync reports: only these may go.
         """
-        surprises = extraneous - self.to_delete
+        surprises = (extraneous - self.to_delete) | self.retyped
         if surprises:
             raise self.target_error("appeared", surprises)
         # What the source has got again since the plan is no longer only on the target: it stays.
@@ -3222,8 +3228,12 @@ class Delivery:
             if not gone and not code.startswith(b".d"):
                 raise failure(self.plan.target, "unexpected-report", "in a deletion", [name])
 
-        # rsync must be let into the directories above, too.
-        rules = {exact_filter_pattern(place) for path in paths for place in (path, *above(path))}
+        # rsync must be let into the directories above. A rule that ends with a slash matches
+        # directories only: not a file or symlink that has taken the place of one meanwhile.
+        rules = set()
+        for path in paths:
+            rules.add(exact_filter_pattern(path) + (b"/" if self.planned_gone[path] else b""))
+            rules.update(exact_filter_pattern(directory) + b"/" for directory in above(path))
         self.target_touched = True
         self.tried_to_delete |= paths
         with scratch_file(self.context.scratch, rules) as stream:
@@ -3612,7 +3622,7 @@ def write_atomically(path: str, data: Iterable[bytes], mode: int) -> None:
                 if old:
                     os.fchown(descriptor, old.st_uid, -1)
                     # Not everybody may give a file a group that is not their own.
-                    with contextlib.suppress(PermissionError):
+                    with contextlib.suppress(OSError):
                         os.fchown(descriptor, -1, old.st_gid)
                 os.fchmod(descriptor, mode)
                 stream.writelines(data)
@@ -3665,22 +3675,26 @@ def user_name(uid: int) -> str:
         return str(uid)
 
 
-def untrusted_writer(path: str, itself: bool = True, links: int = 40) -> OffsyncError | None:
+def untrusted_writer(
+    path: str, itself: bool = True, seen: set[tuple[str, bool]] | None = None
+) -> OffsyncError | None:
     """Return an error that says who else could replace what lies at an absolute path, or None.
 
     All existing directories above the path are judged, and, where a component is a symlink, those
-    above what it leads to. itself: what lies at the path is judged, too. links: how many more
-    symlinks may be followed.
+    above what it leads to. itself: what lies at the path is judged, too. seen: (path, itself) of
+    what is judged already.
     """
     path = path.rstrip("/")
+    seen = set() if seen is None else seen
+    if (path, itself) in seen:
+        return OffsyncError(f"{quote_text(path)} is a symlink to itself") if itself else None
+    seen.add((path, itself))
     place, name = os.path.split(path)
     found = None
     if name:
-        found = untrusted_writer(place, False, links) or judge_place(place or "/", name)
+        found = untrusted_writer(place, False, seen) or judge_place(place or "/", name)
     if not found and os.path.islink(path):
-        if not links:
-            return OffsyncError(f"{quote_text(path)} leads through too many symlinks")
-        return untrusted_writer(os.path.join(place, os.readlink(path)), itself, links - 1)
+        return untrusted_writer(os.path.join(place, os.readlink(path)), itself, seen)
     return found or (judge_place(path or "/") if itself else None)
 
 
@@ -3709,8 +3723,9 @@ def judge_place(place: str, entry: str = "") -> OffsyncError | None:
         return None
     who = "everybody" if mode & 0o002 else "its group"
     # chmod is suggested only for the path itself, and only if it is ours. A directory above it,
-    # such as /srv/www, or /dev/null, may be writable for others on purpose.
-    is_path_itself = not entry and not stat.S_ISCHR(status.st_mode)
+    # such as /srv/www, one with the sticky bit (/tmp), or /dev/null may be writable for others on
+    # purpose.
+    is_path_itself = not entry and not stat.S_ISCHR(status.st_mode) and not mode & stat.S_ISVTX
     hint = ("run:", f"chmod go-w {shlex.quote(place)}")
     if not is_path_itself or status.st_uid != os.geteuid():
         look = "see who may write to it; take that permission away, or choose another place:"
@@ -4009,7 +4024,9 @@ def edit_authorized_keys(text: bytes, key: PublicKey, new_line: str | None) -> t
     for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", text), 1):
         decoded = line.decode("utf-8", "surrogateescape").strip()
         written = re.fullmatch(OFFSYNC_KEY_LINE, decoded)
-        if decoded.startswith("#") or key.blob not in decoded.replace("\0", " ").split():
+        # sshd skips these characters within a key.
+        words = re.sub("[\v\f\r]", "", decoded).replace("\0", " ").split()
+        if decoded.startswith("#") or key.blob not in words:
             kept.append(line)
         elif not written:
             raise ValueError(number)
@@ -4087,6 +4104,8 @@ def find_rrsync(wanted: str | None) -> str:
     for path in files:
         if os.access(path, os.X_OK) and not path.endswith(".gz"):
             return path
+    if files and os.path.basename(files[0]) not in ("rrsync", "rrsync.gz"):
+        raise UsageError(f"rrsync {quote_text(files[0])}: not executable", "name an rrsync")
     if files:
         make = "install -m 755 %s /usr/local/bin/rrsync"
         if files[0].endswith(".gz"):
@@ -4245,6 +4264,8 @@ def check_link_risks(real: str) -> None:
     if strangers:
         why = f"others could put another directory in its place: {strangers.message}"
         refuse(why, *strangers.hints)
+    if os.path.isdir(real) and os.stat(real).st_mode & stat.S_ISVTX:
+        refuse("others may keep files of their own in it (it has the sticky bit, like /tmp)")
     if os.path.isdir(real):
         owner = user_name(os.stat(real).st_uid)
         user = user_name(os.geteuid())
@@ -4462,6 +4483,8 @@ def cmd_link(args: argparse.Namespace) -> int:
         undo = ["link", "--path", old, "--key", f"{key.type} {key.blob}"]
         if written["path"].startswith("-munge "):
             undo.append("--no-symlinks")
+        if kept:
+            undo += ["--from", kept[1]]
         if args.rrsync is not None:
             undo += ["--rrsync", re.sub(r"\\(.)", r"\1", written["rrsync"])]
         for risk in risks:
@@ -4502,7 +4525,7 @@ def list_linked_keys() -> int:
     for match in linked:
         place = quote_text(written_path(match))
         emit(f"{place}, {replace_unprintable(match['comment'] or 'a key without a comment')}:")
-        emit(f"    offsync unlink --key '{match['key']}'")
+        emit(replace_unprintable(f"    offsync unlink --key {shlex.quote(match['key'])}"))
     if not linked:
         emit(f"no key is linked in {quote_text(path)}", error=True)
     return 0
@@ -5516,7 +5539,7 @@ def did_you_mean(word: str, known: Iterable[str], listed: bool = True) -> list[H
     """
     import difflib
 
-    names = {name.split()[-1].lstrip("-"): name for name in sorted(known)}
+    names = {name.split()[-1].lstrip("-"): name for name in sorted(known) if name.split()}
     alike = difflib.get_close_matches(word.lstrip("-"), names, 1, 0.75)
     hints: list[Hint] = [f"did you mean {names[name]}?" for name in alike]
     return [*hints, "known: " + (join_first(list(names.values())) or "none")] if listed else hints
@@ -6424,7 +6447,7 @@ def cmd_completion(args: argparse.Namespace) -> int:
         emit("complete -o default -C 'offsync completion bash' offsync")
         return 0
     point = os.environ.get("COMP_POINT", "")
-    line = os.environ["COMP_LINE"][: int(point) if point.isdecimal() else None]
+    line = os.environ["COMP_LINE"][: int(point) if re.fullmatch("[0-9]{1,9}", point) else None]
     current = line.rpartition(" ")[2]
     known = {word for name in COMMANDS for word in name.split(" ")}
     for _, _, _, arguments in COMMANDS.values():
@@ -6796,7 +6819,8 @@ def report_errors(argv: Sequence[str]) -> int:
         status = run_command(argv)
     except SystemExit:  # --help
         status = 0
-    except (OffsyncError, OSError, MemoryError, RecursionError) as problem:
+    # re.error: what fnmatch in Python 3.9 raises for a pattern such as [b-a].
+    except (OffsyncError, OSError, MemoryError, RecursionError, re.error) as problem:
         error = as_offsync_error(problem)
         emit_error("offsync: error: " + error.message, error)
         status = error.status

@@ -333,8 +333,7 @@ directories above may be one, too
 
 final dots and blanks
   test_filesystems.Case.test_both_there_and_one_here
-  casefold_nfc: re.sub('[. ]+(?=/|$)', '', unicodedata.normalize('NFC', text.casefold())) =>
-      text.casefold()
+  casefold_nfc: name.rstrip('. ') => name
 
 what was to be deleted is not back
   test_plan.PlanIds
@@ -512,6 +511,14 @@ an idle connection is opened once more
 what is no regular file is not replaced
   test_link.Linking.test_what_is_no_regular_file_is_left_alone
   write_atomically: old and (not stat.S_ISREG(old.st_mode)) => False
+
+the rule of a directory above ends with a slash
+  test_exact.Replaced
+  Delivery.delete: exact_filter_pattern(directory) + b'/' => exact_filter_pattern(directory)
+
+what has another type than planned is not deleted
+  test_exact.Replaced
+  Delivery.delete: extraneous - self.to_delete | self.retyped => extraneous - self.to_delete
 
 what the source has again is not deleted
   test_exact.Replaced

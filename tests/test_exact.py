@@ -540,6 +540,36 @@ class Replaced(WrappedRsyncCase):
         self.lab.offsync("apply --delete", check=1)
         self.assertEqual(read(self.there + "/d"), "mine\n")
 
+    def test_a_file_that_takes_the_place_of_a_directory_above(self) -> None:
+        """The directory was to stay, since an excluded file is in it; the source lacks it."""
+        self.lab.configure(exclude=["*.log"])
+        write(self.source + "/f", "x")
+        for name in ("f", "d/a.log", "d/b"):
+            write(self.there + "/" + name, "x")
+        self.wrap_target_rrsync(
+            'case "$SSH_ORIGINAL_COMMAND" in *--existing*) rm -r d; echo mine > d;; esac; real'
+        )
+        self.lab.offsync("apply --delete", check=1)
+        self.assertEqual(read(self.there + "/d"), "mine\n")
+
+    def test_what_was_planned_as_a_directory_and_is_a_file_now(self) -> None:
+        """Changed before the last comparison, or in the deletion; and the other way round."""
+        for moment in ("*delay-updates*", "*--existing*"):
+            for planned, now in (("d/b", "echo mine > d"), ("d", "mkdir d; echo mine > d/mine")):
+                with self.subTest(moment=moment, planned=planned):
+                    self.setUp()
+                    write(self.source + "/f", "new")
+                    write(self.there + "/f", "old")
+                    write(self.there + "/" + planned, "x")
+                    self.wrap_target_rrsync(
+                        'case "$SSH_ORIGINAL_COMMAND" in %s) rm -r d; %s;; esac; real'
+                        % (moment, now)
+                    )
+                    self.lab.offsync("apply --delete", check=1)
+                    found = [value for value in snapshot(self.there).values() if b"mine\n" in value]
+                    self.assertEqual(len(found), 1)
+                    self.doCleanups()
+
 
 class Excluded(WrappedRsyncCase):
     """What an exclude protects is never emptied or replaced."""

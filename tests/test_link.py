@@ -194,6 +194,22 @@ class Linking(LinkCase):
         )
         self.assertEqual(read(self.keys), text)
         self.assertFalse(os.path.exists(self.path))
+        # sshd skips these characters within a key, and lets it in.
+        kind, blob = self.key.split()[:2]
+        for odd in "\v\f\r":
+            write(self.keys, "%s %s%s%s\n" % (kind, blob[:20], odd, blob[20:]), 0o600)
+            self.assert_refused(self.link(), 1, self.keys + ":1")
+
+    def test_what_unlink_lists_can_be_typed(self) -> None:
+        """A line in authorized_keys may hold anything, also what a shell would run."""
+        self.link(check=0)
+        blob = self.key.split()[1]
+        write(self.keys, read(self.keys).replace(blob, "AA';touch${IFS}%s/pwned;'\x1b" % self.path))
+        done = self.lab.offsync("unlink", home=self.target_home, check=0, input=b"")
+        self.assertNotIn("\x1b", done.out)
+        command = done.out.split("\n    offsync unlink ")[1]
+        subprocess.run(["sh", "-c", "true " + command], check=True)
+        self.assertEqual(os.listdir(self.path), [])
 
     def test_what_is_no_regular_file_is_left_alone(self) -> None:
         os.makedirs(os.path.dirname(self.keys))
@@ -370,7 +386,7 @@ class Rrsync(LinkCase):
         self.assert_refused(self.link("--rrsync", packed), 1, "gunzip -c")
         self.assert_refused(self.link("--rrsync", self.lab.base + "/none"), 2, "does not exist")
         write(self.lab.base + "/odd", "#!/usr/bin/tclsh\n", 0o644)
-        self.assert_refused(self.link("--rrsync", self.lab.base + "/odd"), 1, "not executable")
+        self.assert_refused(self.link("--rrsync", self.lab.base + "/odd"), 2, "not executable")
         self.assertFalse(os.path.exists(self.keys))
 
     def test_the_first_that_can_be_started_is_found(self) -> None:
@@ -387,6 +403,14 @@ class Rrsync(LinkCase):
             offsync.find_rrsync(None)
         with mock.patch.object(offsync, "RRSYNC_PLACES", [*places, base + "/ready"]):
             self.assertEqual(offsync.find_rrsync(None), base + "/ready")
+
+    def test_no_other_file_is_made_executable(self) -> None:
+        """A mistyped path must not lead to a command that publishes a secret."""
+        secret = self.lab.base + "/secret"
+        write(secret, "x", 0o600)
+        done = self.link("--rrsync", secret)
+        self.assert_refused(done, 2, "not executable")
+        self.assertNotIn("install -m", done.err)
 
     def test_one_whose_path_has_a_blank(self) -> None:
         """Its line is known again: link replaces it, and unlink removes it."""
@@ -743,6 +767,16 @@ class Paths(LabTestCase):
         return self.lab.offsync(
             "link --path", path, "--key", self.key, *risk(), *args, home=self.home, **more
         )
+
+    def test_a_directory_of_everybody(self) -> None:
+        """As /tmp is. No hint takes away what others need."""
+        place = self.lab.base + "/like-tmp"
+        os.mkdir(place)
+        os.chmod(place, 0o1777)
+        done = self.link(place)
+        self.assert_refused(done, 2, "sticky bit", "--accept-risk path")
+        accepted = self.link(place, "--accept-risk", "path", check=0)
+        self.assertNotIn("chmod", done.err + accepted.err)
 
     def test_rules_that_a_user_may_waive(self) -> None:
         cases = [

@@ -407,12 +407,12 @@ class Limits(unittest.TestCase):
         for output, chunk in (
             (offsync.Output(lambda line: None, 1 << 30), b"x" * (offsync.MAX_LINE + 1)),
             (offsync.Output(lambda line: None), b"x\n" * (offsync.OUTPUT_LIMIT // 150)),
-            (offsync.Output(None), b"x" * (offsync.OUTPUT_LIMIT + 1)),
+            (offsync.Output(None), b"x" * (offsync.OUTPUT_LIMIT + 1_000_000)),
         ):
             with self.assertRaisesRegex(offsync.EndlessOutput, "printed more than offsync reads"):
                 output.feed(chunk)
         with self.assertRaisesRegex(offsync.EndlessOutput, "printed more than offsync reads"):
-            offsync.Output(None).feed_stderr(b"x" * (offsync.OUTPUT_LIMIT + 1))
+            offsync.Output(None).feed_stderr(b"x" * (offsync.OUTPUT_LIMIT + 1_000_000))
         # A pass that sends for days prints a line of progress a second: its room grows with time.
         days = offsync.Output(lambda line: None, 1000)
         days.started -= 10 * 86400

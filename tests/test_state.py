@@ -121,7 +121,19 @@ class UserBeside(LabTestCase):
         self.assertNotIn("chmod", done.err)
         os.unlink(log)
         os.symlink(log, log)
-        self.assert_refused(self.lab.offsync("plan"), 1, "too many symlinks")
+        self.assert_refused(self.lab.offsync("plan"), 1, "is a symlink to itself")
+
+    def test_many_symlinks_within_each_other(self) -> None:
+        """Each place is judged once: else the time would double with each of them."""
+        self.lab.init()
+        path = self.lab.base
+        for _ in range(30):
+            os.mkdir(path + "/d")
+            os.symlink("d", path + "/s")
+            path += "/s"
+        os.rename(self.lab.state, os.path.realpath(path) + "/state")
+        done = self.lab.offsync("plan", env={"OFFSYNC_HOME": path + "/state"})
+        self.assert_refused(done, 2, "there are none yet")
 
     def test_nothing_beside_it_or_in_the_current_directory_is_imported(self) -> None:
         trap = self.lab.base + "/trap"

@@ -9,7 +9,7 @@ import shutil
 import sys
 import unittest
 
-from lab import OFFSYNC, ThreeTargetsCase, type_on_terminal, wait_for, write
+from lab import OFFSYNC, ThreeTargetsCase, read, type_on_terminal, wait_for, write
 
 
 class Status(ThreeTargetsCase):
@@ -201,6 +201,8 @@ class OperationsLog(ThreeTargetsCase):
         )
         done = self.lab.offsync("log", check=0)
         self.assertIn("the log begins at %s" % records[0]["timestamp"][:10], done.err)
+        log = self.lab.state + "/operations.log"
+        write(log, read(log) + json.dumps({**records[0], "login": " "}) + "\n")
         self.assert_refused(self.lab.offsync("log nobody"), 2, "no such target")
 
     def test_a_rotated_and_a_half_written_log(self) -> None:
