@@ -552,6 +552,29 @@ class Replaced(WrappedRsyncCase):
         self.lab.offsync("apply --delete", check=1)
         self.assertEqual(read(self.there + "/d"), "mine\n")
 
+    def test_what_the_source_has_again(self) -> None:
+        """Since it was planned: the target's copy is no longer one that only the target has."""
+        write(self.source + "/f", "new")
+        for name in ("f", "again", "gone"):
+            write(self.there + "/" + name, "x")
+        self.wrap_target_rrsync(
+            'case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) cp -p again %s;; esac; real'
+            % self.source
+        )
+        self.lab.offsync("apply --delete")
+        self.assertEqual(sorted(os.listdir(self.there)), ["again", "f"])
+
+    def test_an_empty_directory_in_place_of_a_file_that_was_to_go(self) -> None:
+        write(self.source + "/f", "new")
+        for name in ("f", "d"):
+            write(self.there + "/" + name, "x")
+        self.wrap_target_rrsync(
+            'case "$SSH_ORIGINAL_COMMAND" in *delay-updates*) rm d; mkdir d;; esac; real'
+        )
+        done = self.lab.offsync("apply --delete", check=1)
+        self.assertIn("new entries appeared on the target after the plan: d", done.err)
+        self.assertTrue(os.path.isdir(self.there + "/d"))
+
     def test_what_was_planned_as_a_directory_and_is_a_file_now(self) -> None:
         """Changed before the last comparison, or in the deletion; and the other way round."""
         for moment in ("*delay-updates*", "*--existing*"):
