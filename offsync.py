@@ -5593,6 +5593,9 @@ def ask(question: str, *hints: Hint) -> str:
 # --- Commands: init, targets --------------------------------------------------------------------
 
 
+FIRST_TARGET = 'run "offsync link --path DIR" on a target; on this controller, run what it prints'
+
+
 def make_key(path: str, comment: str) -> None:
     """Make a key pair without a passphrase: ED25519, or ECDSA where this host's policy (FIPS)
     refuses that. Raises OffsyncError."""
@@ -5768,11 +5771,7 @@ def cmd_target_list(args: argparse.Namespace) -> int:
         return 0
     print_targets(config, last)
     if not targets:
-        emit(
-            'no targets yet: run "offsync link --path DIR" on a target, then, on this controller, '
-            "what it prints",
-            error=True,
-        )
+        emit(f"no targets yet: {FIRST_TARGET}", error=True)
     return 0
 
 
@@ -5885,7 +5884,7 @@ def load_targets(
     if not config.targets:
         raise UsageError(
             "targets: there are none yet",
-            'on a target, run "offsync link --path DIR"; then, on this controller, what it prints',
+            FIRST_TARGET,
         )
     config = state.load(args.source)
     if args.deletion:
@@ -6780,7 +6779,7 @@ def run_command(argv: Sequence[str]) -> int:
         print_targets(config, read_statuses(state))
         following: Hint = ("see what an apply would do:", offsync_command("plan"))
         if not config.targets:
-            following = 'run "offsync link --path DIR" on a target, then, here, what it prints'
+            following = FIRST_TARGET
         raise UsageError("no command", following, ("all commands:", "offsync --help"))
     return int(args.function(args))
 
