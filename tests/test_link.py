@@ -360,6 +360,7 @@ class Linking(LinkCase):
         """As in a container that runs with any number for a user."""
         args = offsync.build_parser().parse_args(["link", "--path", self.path, "--key", self.key])
         with (
+            mock.patch.dict(os.environ, self.lab.env),
             mock.patch.object(pwd, "getpwuid", side_effect=KeyError),
             self.assertRaisesRegex(offsync.OffsyncError, "has no account on this host"),
         ):
@@ -968,6 +969,8 @@ class SshdSays(LabTestCase):
             other = pwd.struct_passwd((name, *account[1:]))
             with (
                 self.subTest(name=name),
+                # Where the guard is taken out, it must not link in the real home.
+                mock.patch.dict(os.environ, self.lab.env),
                 mock.patch.object(pwd, "getpwuid", return_value=other),
                 self.assertRaisesRegex(offsync.OffsyncError, "no login of that name"),
             ):
