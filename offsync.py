@@ -35,7 +35,7 @@ never   deletes without "delete: true" or --delete, overwrites where the config
 exit    0 done; 1 failed, refused or some target failed; 2 wrong usage or
         config; 3 differences found; 129, 130, 143 ended by a signal
 
-To audit it, read the trust core first: lines 354 to 3435, in the order in
+To audit it, read the trust core first: lines 354 to 3444, in the order in
 which data flows. What follows serves it: files and programs, the state
 directory, link, host keys, packages, the config, output, commands.
 """
@@ -1078,7 +1078,7 @@ unresolved-host
 connection-refused
   if: Connection refused
   why: the connection was refused
-  hint: check that sshd runs on the target, and on this port (--port of target add; 22 without)
+  hint: check that sshd runs on the target, and on which port (--port of target add)
 
 second-factor
   if: Permission denied (keyboard-interactive
@@ -1414,9 +1414,12 @@ def failure(
     with contextlib.suppress(OffsyncError):
         key = read_file(home + "/id_ed25519.pub", "key").decode("utf-8", "replace").strip()
     link = ["offsync", "link", "--path", target.remote_path, "--key", key]
-    ssh = [*"ssh -v -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes -i".split()]
-    ssh += [home + "/id_ed25519"]
-    ssh += ["-o", f'UserKnownHostsFile="{home}/known_hosts" ~/.ssh/known_hosts']
+    ssh = "ssh -v -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes -i".split()
+    ssh += [
+        home + "/id_ed25519",
+        "-o",
+        f'UserKnownHostsFile="{home}/known_hosts" ~/.ssh/known_hosts',
+    ]
     ssh += ["-p", str(target.port)] if target.port else []
     words = {
         "host": target.host,
@@ -2638,8 +2641,13 @@ MANY_DELETIONS = 10  # max_delete applies from this many on
 
 # What reading a line that is none of a plan can raise.
 NO_PLAN_LINE = (
-    *(UsageError, ValueError, KeyError, TypeError, AttributeError),
-    *(ArithmeticError, RecursionError),
+    UsageError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
 )
 
 
@@ -2937,7 +2945,8 @@ class Comparison(NamedTuple):
     """How a target compares with the source, as far as one pass looked."""
 
     differs: dict[bytes, Change]  # of what the source has
-    extraneous: set[bytes]  # only on the target; kept entries and leftovers are not among them
+    # Only on the target; without kept entries, and without leftovers that are not to be deleted.
+    extraneous: set[bytes]
 
 
 class Delivery:
@@ -3174,7 +3183,7 @@ class Delivery:
             change = changes.pop(path)
             if path in self.to_delete or not (keep or is_leftover(self.source, change)):
                 extraneous.add(path)
-            if self.planned_gone.get(path, change.directory) is not change.directory:
+            if self.planned_gone.get(path, change.directory) != change.directory:
                 self.retyped.add(path)
         return Comparison(changes, extraneous)
 
@@ -3205,7 +3214,7 @@ class Delivery:
         return self.target_error("name-collision" if names else "differs", names or different)
 
     def delete(self, paths: set[bytes], extraneous: set[bytes]) -> None:
-        """Delete these planned entries. If others have appeared since, nothing is deleted.
+        """Delete these planned entries; none if others have appeared, or one has another type now.
 
         Raises TargetError for anything else that rsync reports: only these may go.
         """
@@ -3725,9 +3734,9 @@ def judge_place(place: str, entry: str = "") -> OffsyncError | None:
     # chmod is suggested only for the path itself, and only if it is ours. A directory above it,
     # such as /srv/www, one with the sticky bit (/tmp), or /dev/null may be writable for others on
     # purpose.
-    is_path_itself = not entry and not stat.S_ISCHR(status.st_mode) and not mode & stat.S_ISVTX
+    on_purpose = bool(entry) or stat.S_ISCHR(status.st_mode) or bool(mode & stat.S_ISVTX)
     hint = ("run:", f"chmod go-w {shlex.quote(place)}")
-    if not is_path_itself or status.st_uid != os.geteuid():
+    if on_purpose or status.st_uid != os.geteuid():
         look = "see who may write to it; take that permission away, or choose another place:"
         hint = (look, f"ls -ld {shlex.quote(place)}")
     return OffsyncError(f"{who} may write to {quote_text(place)} (mode {mode:04o})", hint)
@@ -4058,7 +4067,7 @@ def find_authorized_key(key: PublicKey) -> tuple[str, bytes, str]:
             ("look at that line:", f"sed -n {error}p {shlex.quote(path)}"),
             (
                 "if it may go, remove it, then try again:",
-                f"sed -i.old {error}d {shlex.quote(path)}",
+                f"sed -i.old '\\|{key.blob}|d' {shlex.quote(path)}",
             ),
         ) from None
 

@@ -642,13 +642,13 @@ a connection that answered before
 class Guard(NamedTuple):
     """One guard: taken out, expression in function becomes another, and test fails."""
 
-    promise: str
-    few: bool
     name: str
-    test: str
     function: str
     expression: str
     becomes: str
+    test: str
+    few: bool
+    promise: str
 
 
 def read_table(table: str) -> list:
@@ -664,7 +664,7 @@ def read_table(table: str) -> list:
         expression, becomes = change.split(" => ")
         few = name.startswith("* ")
         name = name.removeprefix("* ")
-        guards.append(Guard(promise, few, name, test.strip(), function, expression, becomes))
+        guards.append(Guard(name, function, expression, becomes, test.strip(), few, promise))
     return guards
 
 

@@ -194,6 +194,12 @@ class Linking(LinkCase):
         )
         self.assertEqual(read(self.keys), text)
         self.assertFalse(os.path.exists(self.path))
+        # What the hint says to type takes away that line alone, however often it is typed.
+        command = self.link().err.split("try again:\n    ")[1]
+        for _ in range(2):
+            subprocess.run(["sh", "-c", command], check=True)
+            self.assertEqual(read(self.keys), "# one\n\n")
+        self.link(check=0)
         # sshd skips these characters within a key, and lets it in.
         kind, blob = self.key.split()[:2]
         for odd in "\v\f\r":
