@@ -4740,7 +4740,11 @@ def prove_all(connection: Connection) -> list[Proof]:
     # Here LOGIN:PATH is the source.
     *shell, remote = connection.rsync_remote_args(".")
     argv = [context.rsync_path, "-n", "-r", *shell, remote, os.fsdecode(context.empty) + "/"]
-    pulled = connection.run(argv, limit=SESSION_DEADLINE, env=child_environment(for_rsync=True))
+    # sshd may not have ended the session before, where it allows only one (MaxSessions).
+    for last in retry_attempts():
+        pulled = connection.run(argv, limit=SESSION_DEADLINE, env=child_environment(for_rsync=True))
+        if last or not diagnose(connection.target, pulled).retry:
+            break
     climbed = connection.rsync_with_retry(("-n", "-r"), path="../" + marker, **dry)
     # rsync names in double quotes the directory that it tried to enter: then rrsync let .. pass.
     climbs = climbed.status == 0 or marker.encode() + b'"' in climbed.stderr
